@@ -1,0 +1,105 @@
+"""The root of every error that may reach a caller. Handlers raise; `chassis.grpc_server` alone maps to the wire.
+
+    ServiceError
+    ├── MalformedMessage      the bytes are not the message
+    ├── InvalidRequest        fields break the rules; carries every violation at once
+    ├── InvalidToken          a page or consistency token that this server did not make
+    ├── NotImplementedYet     the method is in the contract, this version does not answer it
+    ├── Overloaded            more work than the server takes in
+    ├── ShuttingDown          the process is draining
+    ├── DatabaseUnavailable   no connection, or the connection was lost
+    ├── TransactionConflict   concurrent transactions got in each other's way, retries included
+    └── DeadlineExceeded      the server's own limit for the call has passed
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+from grpc import StatusCode
+
+
+class Violation(NamedTuple):
+    """One broken rule: the field's path in the request, such as `purchase.items[2].unit_price`, and the rule."""
+
+    field: str
+    description: str
+
+
+class ServiceError(Exception):
+    """An answer other than OK: its gRPC code, an UPPER_SNAKE reason for programs, a text for people."""
+
+    code: ClassVar[StatusCode] = StatusCode.UNKNOWN
+    reason: ClassVar[str] = ""
+    retry_after_s: ClassVar[float | None] = None  # sent as google.rpc.RetryInfo when set
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        violations: Sequence[Violation] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata = dict(metadata or {})
+        self.violations = tuple(violations)
+
+
+class MalformedMessage(ServiceError):
+    code = StatusCode.INVALID_ARGUMENT
+    reason = "MALFORMED_MESSAGE"
+
+
+class InvalidRequest(ServiceError):
+    code = StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        text = "; ".join(f"{v.field}: {v.description}" for v in violations[:MESSAGE_VIOLATIONS_MAX])
+        if len(violations) > MESSAGE_VIOLATIONS_MAX:
+            text += f"; and {len(violations) - MESSAGE_VIOLATIONS_MAX} more"
+        super().__init__(text, violations=violations[:VIOLATIONS_MAX])
+
+
+# Statuses travel in HTTP/2 trailers, which clients refuse above 8 KiB by default; details repeat the field names.
+VIOLATIONS_MAX = 40
+MESSAGE_VIOLATIONS_MAX = 5
+
+
+class InvalidToken(ServiceError):
+    code = StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_TOKEN"
+
+
+class NotImplementedYet(ServiceError):
+    code = StatusCode.UNIMPLEMENTED
+    reason = "NOT_IMPLEMENTED"
+
+
+class Overloaded(ServiceError):
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "OVERLOADED"
+    retry_after_s = 1.0
+
+
+class ShuttingDown(ServiceError):
+    code = StatusCode.UNAVAILABLE
+    reason = "SHUTTING_DOWN"
+    retry_after_s = 0.2
+
+
+class DatabaseUnavailable(ServiceError):
+    code = StatusCode.UNAVAILABLE
+    reason = "DATABASE_UNAVAILABLE"
+    retry_after_s = 1.0
+
+
+class TransactionConflict(ServiceError):
+    code = StatusCode.ABORTED
+    reason = "TRANSACTION_CONFLICT"
+    retry_after_s = 0.1
+
+
+class DeadlineExceeded(ServiceError):
+    code = StatusCode.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"

@@ -1,0 +1,71 @@
+"""How a process lives: one asyncio loop on uvloop, a stop event set by SIGTERM or SIGINT, a second signal forces."""
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import structlog
+import uvloop
+
+from chassis.settings import SettingsError
+
+FORCED_EXIT_CODE = 130  # what a shell reports for a process ended by Ctrl-C
+
+log = structlog.get_logger()
+
+
+def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Run `main(stop)` until it returns. It must return within a bound after `stop` is set."""
+
+    async def body() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_signal(name: str) -> None:
+            if stop.is_set():
+                log.warning("forced to exit", signal=name)
+                os._exit(FORCED_EXIT_CODE)
+            log.info("stopping", signal=name)
+            stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal, number.name)
+        await main(stop)
+
+    uvloop.run(body())
+
+
+def exit_with_settings_problems(process: str, error: SettingsError) -> None:
+    """Name every wrong setting and end the process; code 2 is the shell's for wrong usage."""
+    print(f"{process} cannot start; wrong settings:", file=sys.stderr)
+    for problem in error.problems:
+        print(f"  {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+async def wait_set(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until the event is set, `timeout_s` at most; True when it is."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
+    return event.is_set()
+
+
+class Backoff:
+    """Growing, jittered pauses between attempts ("full jitter": many clients must not come back in step)."""
+
+    def __init__(self, first_s: float, most_s: float) -> None:
+        self._first_s, self._most_s = first_s, most_s
+        self._next_s = first_s
+
+    def reset(self) -> None:
+        self._next_s = self._first_s
+
+    def next_s(self) -> float:
+        """The length of the next pause, in seconds."""
+        pause = random.uniform(self._next_s / 2, self._next_s)
+        self._next_s = min(self._next_s * 2, self._most_s)
+        return pause

@@ -1,0 +1,105 @@
+"""Connection pools with explicit limits, and what PostgreSQL's errors mean to a caller."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+import structlog
+from psycopg import AsyncConnection, sql
+from psycopg.rows import TupleRow
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from chassis.errors import DatabaseUnavailable, DeadlineExceeded, ServiceError, TransactionConflict
+from chassis.lifecycle import Backoff, wait_set
+
+CONNECT_TIMEOUT_S = 5
+POOL_WAIT_S = 5.0  # a caller that waits longer for a connection gets DATABASE_UNAVAILABLE
+IDLE_IN_TRANSACTION_MS = 30_000  # a stuck transaction holds back vacuum and locks; nothing of ours needs longer
+TCP_OPTIONS = {  # a peer that vanished is noticed within seconds, not after the kernel's quarter of an hour
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+
+Connection = AsyncConnection[TupleRow]
+Pool = AsyncConnectionPool[Connection]
+log = structlog.get_logger()
+
+
+@asynccontextmanager
+async def open_pool(
+    url: str, *, role: str, application_name: str, size: int, statement_timeout_s: float
+) -> AsyncIterator[Pool]:
+    """A pool of `size` autocommit connections: a transaction is opened where it is visible, or there is none.
+
+    Every connection takes on `role`, so that a process has no more rights than its job needs, whoever logs in.
+    Opening does not wait for the server; use `wait_until_up`.
+    """
+
+    async def configure(connection: Connection) -> None:
+        await connection.execute(
+            sql.SQL(
+                "SET ROLE {}; SET TIME ZONE 'UTC'; SET statement_timeout = {};"
+                " SET idle_in_transaction_session_timeout = {}"
+            ).format(sql.Identifier(role), int(statement_timeout_s * 1000), IDLE_IN_TRANSACTION_MS)
+        )
+
+    kwargs: dict[str, Any] = {
+        "autocommit": True,
+        "application_name": application_name,
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        **TCP_OPTIONS,
+    }
+    pool: Pool = AsyncConnectionPool(
+        url,
+        min_size=size,
+        max_size=size,
+        kwargs=kwargs,
+        configure=configure,
+        timeout=POOL_WAIT_S,
+        reconnect_timeout=0,  # never give up: the pool keeps trying in the background, callers get their answer
+        name=application_name,
+        open=False,
+    )
+    await pool.open(wait=False)
+    try:
+        yield pool
+    finally:
+        await pool.close(timeout=5)
+
+
+async def wait_until_up(pool: Pool, stop: asyncio.Event, check: sql.SQL | None = None) -> bool:
+    """Wait until the database answers (to `check`, if given), or until `stop` is set; True when it answers."""
+    backoff = Backoff(0.1, 2.0)
+    while not stop.is_set():
+        try:
+            async with pool.connection() as connection:
+                await connection.execute(check or sql.SQL("SELECT 1"))
+            return True
+        except (psycopg.Error, PoolTimeout) as error:
+            log.warning("database is not ready", error=str(error).strip())
+            await wait_set(stop, backoff.next_s())
+    return False
+
+
+# What a connection that breaks, or a server that starts, stops or runs out of room, raises. A retry may succeed.
+UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
+CONFLICT = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure, psycopg.errors.LockNotAvailable)
+
+
+def meaning(error: Exception) -> ServiceError | None:
+    """What to tell a caller; None when it is a bug of ours."""
+    match error:
+        case psycopg.errors.QueryCanceled():
+            return DeadlineExceeded("the database did not answer within the call's time")
+        case psycopg.errors.DeadlockDetected() | psycopg.errors.SerializationFailure() | psycopg.errors.LockNotAvailable():
+            return TransactionConflict("concurrent transactions conflicted; try again")
+        case psycopg.errors.ReadOnlySqlTransaction():
+            return DatabaseUnavailable("the database does not accept writes at the moment")
+        case psycopg.OperationalError() | psycopg.InterfaceError() | PoolTimeout():
+            return DatabaseUnavailable("the database is not available")
+        case _:
+            return None

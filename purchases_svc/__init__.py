@@ -1,0 +1,1 @@
+"""Owns the purchases database: records the tills' sales and reads them back over gRPC."""

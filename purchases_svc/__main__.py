@@ -1,0 +1,126 @@
+"""`python -m purchases_svc serve | migrate`: the wiring."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import psycopg
+import structlog
+from psycopg import sql
+
+from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
+from chassis.wire import PageTokens
+from purchases_svc import server, stored
+from purchases_svc.partitions import Partitions
+from purchases_svc.record import Recorder
+from purchases_svc.settings import MigrateSettings, ServeSettings
+from retail.purchases.v1 import customers_service_pb2_grpc as customers_grpc
+from retail.purchases.v1 import purchases_service_pb2_grpc as purchases_grpc
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+ROLE = "purchases_service"
+WRITE_CONNECTIONS = 2  # one flush at a time; the other makes partitions and looks up known keys meanwhile
+READ_TIMEOUT_S = grpc_server.CALL_TIMEOUT_S
+
+log = structlog.get_logger()
+
+
+async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
+    """Serve until `stop`, then finish what is in flight."""
+    host = grpc_server.Server("purchases.retail.example")
+    grpc_server.serve_metrics(config.metrics_listen)
+    async with (
+        postgres.open_pool(
+            config.database_url,
+            role=ROLE,
+            application_name="purchases write",
+            size=WRITE_CONNECTIONS,
+            statement_timeout_s=config.flush_timeout_s,
+        ) as write_pool,
+        postgres.open_pool(
+            config.database_url,
+            role=ROLE,
+            application_name="purchases read",
+            size=config.read_connections,
+            statement_timeout_s=READ_TIMEOUT_S,
+        ) as read_pool,
+    ):
+        if not await postgres.wait_until_up(write_pool, stop):
+            return
+        async with write_pool.connection() as connection:
+            await migrate.require_current(connection, MIGRATIONS)
+            time_zone, page_token_key = await stored.settings(connection)
+        require_time_zone(config.business_time_zone, time_zone)
+
+        partitions = Partitions(write_pool)
+        recorder = Recorder(write_pool, partitions, time_zone=time_zone, batch_max=config.batch_max)
+        tokens = PageTokens(page_token_key)
+        services = [
+            grpc_server.Service(
+                purchases_grpc.add_PurchasesServiceServicer_to_server,
+                server.PurchasesServicer(recorder, read_pool, tokens, time_zone),
+                "retail.purchases.v1.PurchasesService",
+            ),
+            grpc_server.Service(
+                customers_grpc.add_CustomersServiceServicer_to_server,
+                server.CustomersServicer(read_pool, tokens),
+                "retail.purchases.v1.CustomersService",
+            ),
+        ]
+        async with asyncio.TaskGroup() as tasks:
+            upkeep = tasks.create_task(partitions.keep_ahead(stop))
+            async with host.listening(config.listen, services):
+                await host.set_serving(True)
+                log.info("serving", listen=config.listen, metrics=config.metrics_listen, time_zone=time_zone)
+                await stop.wait()
+            await recorder.close()
+            await upkeep
+        log.info("stopped")
+
+
+def require_time_zone(asked: str, stored_zone: str) -> None:
+    """Business days are cut already: another zone would move sales to other days.
+
+    Raises:
+        MigrationError: the zones differ.
+    """
+    if asked != stored_zone:
+        raise migrate.MigrationError(
+            f"BUSINESS_TIME_ZONE is {asked}, but the database was set up with {stored_zone}; it cannot be changed"
+        )
+
+
+def migrate_database(config: MigrateSettings) -> None:
+    """Bring the database up to date, and fix the chain's time zone the first time."""
+    migrate.migrate(config.database_url, MIGRATIONS)
+    with psycopg.connect(config.database_url) as connection:
+        connection.execute(
+            "INSERT INTO chain_settings (time_zone) VALUES (%s) ON CONFLICT DO NOTHING", [config.business_time_zone]
+        )
+        row = connection.execute(sql.SQL("SELECT time_zone FROM chain_settings")).fetchone()
+        assert row is not None
+        require_time_zone(config.business_time_zone, row[0])
+
+
+def main() -> None:
+    command = sys.argv[1] if len(sys.argv) == 2 else ""
+    try:
+        match command:
+            case "serve":
+                config = settings.load(ServeSettings)
+                logs.configure("purchases", config.log_level)
+                lifecycle.run(lambda stop: serve(config, stop))
+            case "migrate":
+                migration = settings.load(MigrateSettings)
+                logs.configure("purchases-migrate", migration.log_level)
+                migrate_database(migration)
+            case _:
+                raise SystemExit("usage: python -m purchases_svc serve | migrate")
+    except settings.SettingsError as error:
+        lifecycle.exit_with_settings_problems("purchases", error)
+    except (migrate.MigrationError, grpc_server.PortTaken, psycopg.Error) as error:
+        raise SystemExit(f"purchases: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

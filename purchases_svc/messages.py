@@ -1,0 +1,177 @@
+"""Protobuf messages to sales and back; every rule that a sale must keep.
+
+Written for speed where it is on the path of every sale: one pass, whole cents, no Decimal objects.
+"""
+
+import re
+import unicodedata
+
+from google.type import decimal_pb2
+from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
+
+from chassis import wire
+from chassis.errors import Violation
+from purchases_svc.errors import InvalidPurchase
+from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
+UUID_RULE = "must be a UUID such as 4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
+POSITIVE_RULE = "must be positive"
+
+
+def parse_uuid(text: str) -> str | None:
+    """The canonical form of a UUID; None when it is none. Only the usual form: no braces, no bare digits."""
+    return text.lower() if _UUID.fullmatch(text) else None
+
+
+def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
+    """Check every rule that needs no database and no clock.
+
+    Raises:
+        InvalidPurchase: naming every violation at once.
+    """
+    violations: list[Violation] = []
+    purchase = request.purchase
+
+    key = parse_uuid(request.idempotency_key)
+    if key is None:
+        violations.append(Violation("idempotency_key", UUID_RULE))
+    if not request.HasField("purchase"):
+        violations.append(Violation("purchase", "is required"))
+        raise InvalidPurchase(violations)
+
+    _check_text(purchase.receipt_id, RECEIPT_ID_LENGTH_MAX, "purchase.receipt_id", violations)
+    _check_text(purchase.pos_id, POS_ID_LENGTH_MAX, "purchase.pos_id", violations)
+    if purchase.branch_id <= 0:
+        violations.append(Violation("purchase.branch_id", POSITIVE_RULE))
+    if purchase.cashier_id <= 0:
+        violations.append(Violation("purchase.cashier_id", POSITIVE_RULE))
+
+    customer_id = None
+    if purchase.HasField("customer_id"):
+        customer_id = parse_uuid(purchase.customer_id)
+        if customer_id is None:
+            violations.append(Violation("purchase.customer_id", UUID_RULE))
+
+    purchase_time = None
+    if not purchase.HasField("purchase_time"):
+        violations.append(Violation("purchase.purchase_time", "is required"))
+    else:
+        purchase_time = wire.parse_timestamp(purchase.purchase_time)
+        if purchase_time is None:
+            violations.append(Violation("purchase.purchase_time", "must be a point in time of the years 1 to 9999"))
+
+    items, sum_cents = _parse_items(purchase, violations)
+    if purchase.HasField("total_amount"):
+        total_cents = wire.parse_cents(purchase.total_amount.value)
+        if total_cents is None:
+            violations.append(Violation("purchase.total_amount", wire.AMOUNT_RULE))
+        elif sum_cents is not None and total_cents != sum_cents:
+            rule = f"must be the sum of the items, {wire.cents_text(sum_cents)}"
+            violations.append(Violation("purchase.total_amount", rule))
+
+    if violations:
+        raise InvalidPurchase(violations)
+    assert key is not None and purchase_time is not None and sum_cents is not None  # each None is a violation
+    return Sale(
+        key,
+        purchase.receipt_id,
+        purchase.branch_id,
+        purchase.cashier_id,
+        purchase.pos_id,
+        customer_id,
+        purchase_time,
+        sum_cents,
+        items,
+        request.register_customer,
+    )
+
+
+def _parse_items(
+    purchase: purchase_pb2.Purchase, violations: list[Violation]
+) -> tuple[tuple[Item, ...], int | None]:
+    """The items and their sum in cents; the sum is None when an item is broken."""
+    if not purchase.items:
+        violations.append(Violation("purchase.items", "must have at least one item"))
+        return (), None
+    if len(purchase.items) > ITEMS_MAX:
+        violations.append(Violation("purchase.items", f"must have at most {ITEMS_MAX:,} items"))
+        return (), None  # a violation for each would fill the answer with noise
+    before = len(violations)
+    items = []
+    seen: dict[int, int] = {}
+    parse_cents = wire.parse_cents
+    for index, item in enumerate(purchase.items):
+        product_id = item.product_id
+        price = parse_cents(item.unit_price.value)
+        # The common case, in as few steps as possible; a missing amount parses as None like any other broken one.
+        if price is not None and product_id > 0 and item.quantity == 1 and product_id not in seen:
+            seen[product_id] = index
+            if not item.HasField("line_total") or parse_cents(item.line_total.value) == price:
+                items.append(Item(product_id, price))
+                continue
+        _explain_item(item, f"purchase.items[{index}]", price, seen.get(product_id), index, violations)
+        seen.setdefault(product_id, index)
+    if len(violations) > before:
+        return (), None
+    return tuple(items), sum(price for _, price in items)
+
+
+def _explain_item(
+    item: purchase_pb2.PurchaseItem,
+    path: str,
+    price: int | None,
+    first_index: int | None,
+    index: int,
+    violations: list[Violation],
+) -> None:
+    if item.product_id <= 0:
+        violations.append(Violation(f"{path}.product_id", POSITIVE_RULE))
+    elif first_index is not None and first_index != index:
+        rule = f"must be unique in the purchase; items[{first_index}] has the same product"
+        violations.append(Violation(f"{path}.product_id", rule))
+    if item.quantity != 1:
+        violations.append(Violation(f"{path}.quantity", "must be 1: one unit of a product per purchase"))
+    if price is None:
+        rule = wire.AMOUNT_RULE if item.HasField("unit_price") else "is required"
+        violations.append(Violation(f"{path}.unit_price", rule))
+    if item.HasField("line_total"):
+        line_total = wire.parse_cents(item.line_total.value)
+        if line_total is None:
+            violations.append(Violation(f"{path}.line_total", wire.AMOUNT_RULE))
+        elif price is not None and line_total != price:
+            violations.append(Violation(f"{path}.line_total", f"must be {wire.cents_text(price)}, the unit price"))
+
+
+def _check_text(text: str, length_max: int, path: str, violations: list[Violation]) -> None:
+    if text.isascii() and text.isprintable() and 1 <= len(text) <= length_max:
+        return  # nearly always
+    if not text:
+        violations.append(Violation(path, "is required"))
+    elif len(text) > length_max:
+        violations.append(Violation(path, f"must have at most {length_max} characters"))
+    elif any(unicodedata.category(character) == "Cc" for character in text):
+        violations.append(Violation(path, "must not contain control characters"))
+
+
+def to_purchase(stored: Purchase) -> purchase_pb2.Purchase:
+    sale = stored.sale
+    result = purchase_pb2.Purchase(
+        purchase_id=stored.purchase_id,
+        receipt_id=sale.receipt_id,
+        branch_id=sale.branch_id,
+        cashier_id=sale.cashier_id,
+        pos_id=sale.pos_id,
+        customer_id=sale.customer_id,
+        purchase_time=wire.timestamp(sale.purchase_time),
+        create_time=wire.timestamp(stored.created_at),
+        total_amount=decimal_pb2.Decimal(value=wire.cents_text(sale.total_cents)),
+    )
+    add = result.items.add
+    for product_id, cents in sale.items:
+        price = wire.cents_text(cents)
+        item = add(product_id=product_id, quantity=1)
+        item.unit_price.value = price
+        item.line_total.value = price
+    return result
+

@@ -1,0 +1,81 @@
+"""Months of purchases and days of events, created ahead of time, and on demand for whatever a clock says."""
+
+import asyncio
+import datetime
+from collections.abc import Iterable
+
+import psycopg
+import structlog
+
+from chassis.lifecycle import Backoff, wait_set
+from chassis.postgres import UNAVAILABLE, Pool
+
+MONTHS_AHEAD = 2  # besides the current one
+DAYS_AHEAD = 3
+CHECK_EVERY_S = 3600.0
+# Creating one waits a second at most for its lock, so that nobody queues up behind it; then it tries again.
+ATTEMPTS_MAX = 10
+
+log = structlog.get_logger()
+
+
+class Partitions:
+    """Knows which partitions exist, and has the missing ones made."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._months: set[datetime.date] = set()
+        self._days: set[datetime.date] = set()
+        self._making = asyncio.Lock()
+
+    def have(self, month: datetime.date, day: datetime.date) -> bool:
+        return month in self._months and day in self._days
+
+    def forget(self) -> None:
+        """Somebody dropped a partition that we counted on."""
+        self._months.clear()
+        self._days.clear()
+
+    async def ensure(self, months: Iterable[datetime.date], days: Iterable[datetime.date]) -> None:
+        """Make what is missing, each in a transaction of its own.
+
+        Raises:
+            psycopg.Error: it cannot be made: no connection, no lock, or a month that no purchase can lie in.
+        """
+        async with self._making:
+            for month in sorted(set(months) - self._months):
+                await self._call("SELECT ensure_purchases_month(%s)", month)
+                self._months.add(month)
+            for day in sorted(set(days) - self._days):
+                await self._call("SELECT ensure_outbox_day(%s)", day)
+                self._days.add(day)
+
+    async def _call(self, statement: str, argument: datetime.date) -> None:
+        backoff = Backoff(0.05, 1.0)
+        for attempt in range(1, ATTEMPTS_MAX + 1):
+            try:
+                async with self._pool.connection() as connection:
+                    await connection.execute(statement, [argument])
+                return
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+                if attempt == ATTEMPTS_MAX:
+                    raise
+                await asyncio.sleep(backoff.next_s())
+
+    async def keep_ahead(self, stop: asyncio.Event) -> None:
+        """Create the months and days to come, now and every hour, until `stop`."""
+        while not stop.is_set():
+            try:
+                await self.ensure(*_upcoming(datetime.datetime.now(datetime.UTC).date()))
+            except UNAVAILABLE as error:
+                log.warning("partitions were not created ahead", error=str(error).strip())
+                await wait_set(stop, 5.0)
+            else:
+                await wait_set(stop, CHECK_EVERY_S)
+
+
+def _upcoming(today: datetime.date) -> tuple[list[datetime.date], list[datetime.date]]:
+    months = [today.replace(day=1)]
+    for _ in range(MONTHS_AHEAD):
+        months.append((months[-1] + datetime.timedelta(days=32)).replace(day=1))
+    return months, [today + datetime.timedelta(days=ahead) for ahead in range(DAYS_AHEAD + 1)]

@@ -1,0 +1,301 @@
+"""Recording sales: group commit.
+
+While one flush is on its way to the database, the sales that arrive gather and go with the next; nobody waits for a
+timer. A flush is one statement in one transaction for key, receipt, customer, purchase, items and event of all its
+sales, and each caller gets its own answer after the commit.
+"""
+
+import asyncio
+import datetime
+from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii as json_text  # the C implementation
+from typing import NamedTuple
+
+import psycopg
+import structlog
+from prometheus_client import Counter, Histogram
+from psycopg_pool import PoolTimeout
+from uuid_utils import uuid7
+
+from chassis.errors import ServiceError, TransactionConflict
+from chassis.postgres import Connection, Pool
+from chassis.wire import cents_text
+from purchases_svc import stored
+from purchases_svc.errors import CustomerUnknown, IdempotencyKeyReused, PurchaseTimeOutOfRange, ReceiptExists
+from purchases_svc.partitions import Partitions
+from purchases_svc.sale import EARLIEST, FUTURE_MAX, Purchase, Sale, nanoseconds, rfc3339
+
+ATTEMPTS_MAX = 4  # of a flush that meets a conflict or a lost connection
+
+FLUSHES = Counter("purchases_flushes_total", "Group commits.")
+FLUSHED = Counter("purchases_flushed_sales_total", "Sales that went through a group commit.")
+FLUSH_SECONDS = Histogram("purchases_flush_seconds", "Time of a group commit.")
+
+log = structlog.get_logger()
+
+
+class Recorded(NamedTuple):
+    """The purchase that holds the sale, and whether it had been there before this call."""
+
+    purchase: Purchase
+    replayed: bool
+
+
+class _Entry(NamedTuple):
+    """A sale on its way, as the purchase it will be, and the caller who waits for it."""
+
+    purchase: Purchase
+    answer: "asyncio.Future[Recorded]"
+
+
+class Recorder:
+    """Takes in sales and answers each after it is durable."""
+
+    def __init__(self, pool: Pool, partitions: Partitions, *, time_zone: str, batch_max: int) -> None:
+        self._pool, self._partitions = pool, partitions
+        self._time_zone, self._batch_max = time_zone, batch_max
+        self._waiting: list[_Entry] = []
+        self._flusher: asyncio.Task[None] | None = None
+
+    async def record(self, sale: Sale) -> Recorded:
+        """Store a sale, or find it stored. A caller may give up waiting; what it sent is stored or refused all the same.
+
+        Raises:
+            IdempotencyKeyReused, ReceiptExists, CustomerUnknown, PurchaseTimeOutOfRange: refused, nothing is stored.
+            TransactionConflict, psycopg.OperationalError: unknown whether it is stored; send it again with its key.
+        """
+        now = datetime.datetime.now(datetime.UTC)
+        if not EARLIEST <= sale.purchase_time <= now + FUTURE_MAX:
+            return await self._known_or_out_of_range(sale, now)
+        entry = _Entry(
+            Purchase(_id(sale.purchase_time), _id(now), now, sale),
+            asyncio.get_running_loop().create_future(),
+        )
+        self._waiting.append(entry)
+        if self._flusher is None:
+            self._flusher = asyncio.create_task(self._flush_all())
+        return await entry.answer
+
+    async def close(self) -> None:
+        """Wait until everything taken in is answered."""
+        if self._flusher is not None:
+            await self._flusher
+
+    async def _known_or_out_of_range(self, sale: Sale, now: datetime.datetime) -> Recorded:
+        """A known key is answered before the time is checked: the clock may have been set back since."""
+        async with self._pool.connection() as connection:
+            holders = await stored.by_keys(connection, [sale.idempotency_key])
+        if holder := holders.get(sale.idempotency_key):
+            return _replay(sale, holder)
+        raise PurchaseTimeOutOfRange(
+            f"purchase.purchase_time {rfc3339(sale.purchase_time)} must not be before {rfc3339(EARLIEST)} or more than"
+            f" {FUTURE_MAX.seconds // 60} minutes after the server's time, {rfc3339(now)}",
+            metadata={"purchase_time": rfc3339(sale.purchase_time), "server_time": rfc3339(now)},
+        )
+
+    async def _flush_all(self) -> None:
+        try:
+            while self._waiting:
+                await self._flush(self._next_batch())
+        finally:
+            self._flusher = None
+
+    def _next_batch(self) -> list[_Entry]:
+        """The oldest sales, each key once: the same key again waits for the next flush, and finds its answer there."""
+        batch: dict[str, _Entry] = {}
+        later: list[_Entry] = []
+        for entry in self._waiting:
+            key = entry.purchase.sale.idempotency_key
+            if entry.answer.cancelled():
+                continue  # the caller left before it was sent anywhere
+            if len(batch) < self._batch_max and key not in batch:
+                batch[key] = entry
+            else:
+                later.append(entry)
+        self._waiting = later
+        return list(batch.values())
+
+    async def _flush(self, batch: list[_Entry]) -> None:
+        """Store a batch and answer its callers; whatever happens, each gets an answer."""
+        for attempt in range(1, ATTEMPTS_MAX + 1):
+            try:
+                with FLUSH_SECONDS.time():
+                    await self._store(batch)
+                FLUSHES.inc()
+                FLUSHED.inc(len(batch))
+                return
+            except (psycopg.IntegrityError, psycopg.DataError) as error:
+                failure: Exception = error
+                # Either retention dropped a partition that we knew ("no partition found" is a check violation) ...
+                self._partitions.forget()
+                # ... or one row spoils the statement, such as a receipt number that two sales claim at this very
+                # moment. Apart, the first gets it, and the others are told.
+                if len(batch) > 1 and attempt > 1:
+                    await self._flush(batch[: len(batch) // 2])
+                    await self._flush(batch[len(batch) // 2 :])
+                    return
+            except (psycopg.errors.QueryCanceled, PoolTimeout) as error:
+                failure = error  # the time is used up
+                break
+            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                # A conflict, or a connection lost in mid-commit, which leaves the outcome open: with its key, trying
+                # again settles it.
+                failure = error
+            except Exception as error:  # a bug: the callers must hear of it, and we go on
+                failure = error
+                break
+            log.warning("flush failed", attempt=attempt, sales=len(batch), error=str(failure).strip())
+        for entry in batch:
+            _fail(entry, failure)
+
+    async def _store(self, batch: list[_Entry]) -> None:
+        months = {entry.purchase.sale.purchase_time.date().replace(day=1) for entry in batch}
+        days = {entry.purchase.created_at.date() for entry in batch}
+        await self._partitions.ensure(months, days)
+        async with self._pool.connection() as connection:
+            refused = await _insert(connection, [entry.purchase for entry in batch], self._time_zone)  # commits
+            for index, entry in enumerate(batch):
+                if index not in refused:
+                    _succeed(entry, Recorded(entry.purchase, replayed=False))
+            if refused:
+                await self._explain(connection, [batch[index] for index in refused])
+
+    async def _explain(self, connection: Connection, entries: Sequence[_Entry]) -> None:
+        """Answer sales that were not stored: replays first, since a stored sale also holds its receipt number."""
+        holders = await stored.by_keys(connection, [entry.purchase.sale.idempotency_key for entry in entries])
+        for entry in entries:
+            sale = entry.purchase.sale
+            try:
+                holder = holders.get(sale.idempotency_key)
+                if holder is None:
+                    raise await self._refusal(connection, sale)
+                _succeed(entry, _replay(sale, holder))
+            except ServiceError as refusal:
+                _fail(entry, refusal)
+
+    async def _refusal(self, connection: Connection, sale: Sale) -> ServiceError:
+        if not sale.register_customer and sale.customer_id is not None:
+            if await stored.customer(connection, sale.customer_id) is None:
+                return CustomerUnknown(
+                    f"customer {sale.customer_id} is not registered", metadata={"customer_id": sale.customer_id}
+                )
+        holder_id = await stored.receipt_holder(connection, sale, self._time_zone)
+        if holder_id is not None:
+            return ReceiptExists(
+                f"receipt {sale.receipt_id} of {sale.pos_id} in branch {sale.branch_id} on that business day belongs to"
+                f" purchase {holder_id}",
+                metadata={"receipt_id": sale.receipt_id, "purchase_id": holder_id},
+            )
+        return TransactionConflict("another sale got in the way and is gone; try again")
+
+
+def _id(moment: datetime.datetime) -> str:
+    """A UUIDv7 of that moment, which tells the partition; random ids would nearly halve the speed of inserting."""
+    return str(uuid7(nanoseconds=nanoseconds(moment)))
+
+
+def _replay(sale: Sale, holder: Purchase) -> Recorded:
+    if holder.sale.content() != sale.content():
+        raise IdempotencyKeyReused(
+            f"idempotency_key {sale.idempotency_key} belongs to purchase {holder.purchase_id}, whose content differs",
+            metadata={"idempotency_key": sale.idempotency_key, "purchase_id": holder.purchase_id},
+        )
+    return Recorded(holder, replayed=True)
+
+
+def _succeed(entry: _Entry, recorded: Recorded) -> None:
+    if not entry.answer.done():  # the caller may have given up
+        entry.answer.set_result(recorded)
+
+
+def _fail(entry: _Entry, error: Exception) -> None:
+    if not entry.answer.done():
+        entry.answer.set_exception(error)
+
+
+# One statement is one transaction. Everything hangs on `new_key`: a row gets in only if its key is new, and only
+# candidates try, so that a sale which is refused leaves nothing behind. Keys, receipts and customers are inserted in
+# sorted order, tables always in the same one: two flushes that share some wait for each other, but never in a circle.
+# A receipt number that is taken at this very moment fails the whole statement; `_flush` sorts that out.
+_INSERT = """
+WITH input AS MATERIALIZED (
+    SELECT r.n, r.register_customer, r.event, e.event_id, e.occurred_at, p.*,
+           (p.purchase_time AT TIME ZONE %(time_zone)s)::date AS business_day
+    FROM jsonb_to_recordset(%(rows)s::jsonb) AS r(n int, register_customer boolean, event jsonb)
+    CROSS JOIN LATERAL jsonb_to_record(r.event) AS e(event_id uuid, occurred_at timestamptz, purchase jsonb)
+    CROSS JOIN LATERAL jsonb_to_record(e.purchase) AS p(
+        purchase_id uuid, receipt_id text, idempotency_key uuid, branch_id int, cashier_id int, pos_id text,
+        customer_id uuid, purchase_time timestamptz, total_amount numeric, items jsonb)
+), candidate AS (
+    SELECT idempotency_key, purchase_id, purchase_time, event_id
+    FROM input
+    WHERE (customer_id IS NULL OR register_customer
+           OR EXISTS (SELECT FROM customers c WHERE c.customer_id = input.customer_id))
+      AND NOT EXISTS (SELECT FROM receipts r
+                      WHERE r.branch_id = input.branch_id AND r.pos_id = input.pos_id
+                        AND r.business_day = input.business_day AND r.receipt_id = input.receipt_id)
+), new_key AS (
+    INSERT INTO idempotency_keys (idempotency_key, purchase_id, purchase_time, event_id)
+    SELECT * FROM candidate ORDER BY idempotency_key
+    ON CONFLICT DO NOTHING
+    RETURNING idempotency_key
+), accepted AS MATERIALIZED (
+    SELECT input.* FROM input JOIN new_key USING (idempotency_key)
+), new_receipt AS (
+    INSERT INTO receipts (branch_id, pos_id, business_day, receipt_id, purchase_id, purchase_time)
+    SELECT branch_id, pos_id, business_day, receipt_id, purchase_id, purchase_time FROM accepted
+    ORDER BY branch_id, pos_id, business_day, receipt_id
+), new_customer AS (
+    INSERT INTO customers (customer_id)
+    SELECT DISTINCT customer_id FROM accepted WHERE register_customer AND customer_id IS NOT NULL ORDER BY customer_id
+    ON CONFLICT DO NOTHING
+), new_purchase AS (
+    INSERT INTO purchases (purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id, customer_id,
+                           purchase_time, total_amount, item_count, event_id, created_at)
+    SELECT purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id, customer_id,
+           purchase_time, total_amount, jsonb_array_length(items), event_id, occurred_at
+    FROM accepted
+), new_item AS (
+    INSERT INTO purchase_items (purchase_id, purchase_time, product_id, qty, unit_price, line_total)
+    SELECT purchase_id, purchase_time, item.product_id, item.qty, item.unit_price, item.unit_price * item.qty
+    FROM accepted
+    CROSS JOIN LATERAL jsonb_to_recordset(items) AS item(product_id int, qty int, unit_price numeric)
+), new_event AS (
+    INSERT INTO outbox_events (event_id, event_type, aggregate_id, occurred_at, payload_json)
+    SELECT event_id, 'PurchaseCreated', purchase_id, occurred_at, event FROM accepted
+)
+SELECT n FROM input WHERE idempotency_key NOT IN (SELECT idempotency_key FROM accepted)
+"""
+
+
+async def _insert(connection: Connection, purchases: Sequence[Purchase], time_zone: str) -> set[int]:
+    """Store purchases; returns the positions of those that were not, because something in the database forbids it."""
+    rows = f"[{','.join(_row(n, purchase) for n, purchase in enumerate(purchases))}]"
+    cursor = await connection.execute(_INSERT, {"rows": rows, "time_zone": time_zone}, prepare=True)
+    return {n for (n,) in await cursor.fetchall()}
+
+
+def _row(n: int, purchase: Purchase) -> str:
+    """The event, which is all there is to know of a purchase; what else the statement needs beside it."""
+    register = "true" if purchase.sale.register_customer else "false"
+    return f'{{"n":{n},"register_customer":{register},"event":{event_json(purchase)}}}'
+
+
+def event_json(purchase: Purchase) -> str:
+    """The PurchaseCreated event, version 1: `proto/events/purchase_created.v1.schema.json`.
+
+    Written by hand: amounts stay the exact decimals that they are, which no float and no `json.dumps` would keep.
+    """
+    sale = purchase.sale
+    items = ",".join(
+        f'{{"product_id":{product_id},"qty":1,"unit_price":{cents_text(cents)}}}' for product_id, cents in sale.items
+    )
+    customer = f'"customer_id":"{sale.customer_id}",' if sale.customer_id else ""
+    return (
+        f'{{"event_id":"{purchase.event_id}","event_type":"PurchaseCreated"'
+        f',"occurred_at":"{rfc3339(purchase.created_at)}","purchase":{{"purchase_id":"{purchase.purchase_id}"'
+        f',"receipt_id":{json_text(sale.receipt_id)},"idempotency_key":"{sale.idempotency_key}"'
+        f',"branch_id":{sale.branch_id},"cashier_id":{sale.cashier_id},"pos_id":{json_text(sale.pos_id)},{customer}'
+        f'"purchase_time":"{rfc3339(sale.purchase_time)}","total_amount":{cents_text(sale.total_cents)}'
+        f',"items":[{items}]}}}}'
+    )

@@ -1,0 +1,236 @@
+"""The gRPC face: requests to values, values to responses. Errors are raised; `chassis.grpc_server` maps them."""
+
+import datetime
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from google.protobuf import message
+from retail.purchases.v1 import customers_service_pb2 as customers_pb2
+from retail.purchases.v1 import (
+    customers_service_pb2_grpc,
+    purchases_service_pb2,
+    purchases_service_pb2_grpc,
+)
+from uuid_utils import uuid7
+
+from chassis import wire
+from chassis.errors import InvalidRequest, NotImplementedYet, Violation
+from chassis.grpc_server import CALL_TIMEOUT_S
+from chassis.postgres import Connection, Pool
+from purchases_svc import messages, stored
+from purchases_svc.errors import CustomerNotFound, PurchaseNotFound
+from purchases_svc.record import Recorder
+
+PURCHASES_PER_PAGE = (50, 500)  # by default, at most
+CUSTOMERS_PER_PAGE = (50, 500)
+CONTROL_TOTALS_PER_PAGE = (500, 1_000)
+CONTROL_TOTALS_DAYS_MAX = 31
+BRANCH_IDS_MAX = 1_000
+
+
+class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
+    """`retail.purchases.v1.PurchasesService`."""
+
+    def __init__(self, recorder: Recorder, pool: Pool, tokens: wire.PageTokens, time_zone: str) -> None:
+        self._recorder, self._pool, self._tokens, self._time_zone = recorder, pool, tokens, time_zone
+
+    async def CreatePurchase(
+        self, request: purchases_service_pb2.CreatePurchaseRequest, context: Any
+    ) -> purchases_service_pb2.CreatePurchaseResponse:
+        recorded = await self._recorder.record(messages.parse_sale(request))
+        return purchases_service_pb2.CreatePurchaseResponse(
+            purchase=messages.to_purchase(recorded.purchase), replayed=recorded.replayed
+        )
+
+    async def GetPurchase(
+        self, request: purchases_service_pb2.GetPurchaseRequest, context: Any
+    ) -> purchases_service_pb2.GetPurchaseResponse:
+        purchase_id = _required_uuid("purchase_id", request.purchase_id)
+        async with _reading(self._pool, context) as connection:
+            purchase = await stored.by_id(connection, purchase_id)
+        if purchase is None:
+            raise PurchaseNotFound(f"no purchase has the id {purchase_id}", metadata={"purchase_id": purchase_id})
+        return purchases_service_pb2.GetPurchaseResponse(purchase=messages.to_purchase(purchase))
+
+    async def ListPurchases(
+        self, request: purchases_service_pb2.ListPurchasesRequest, context: Any
+    ) -> purchases_service_pb2.ListPurchasesResponse:
+        violations: list[Violation] = []
+        limit = wire.page_size(request.page_size, *PURCHASES_PER_PAGE, violations)
+        branch_id = request.branch_id if request.HasField("branch_id") else None
+        if branch_id is not None and branch_id <= 0:
+            violations.append(Violation("branch_id", messages.POSITIVE_RULE))
+        customer_id = None
+        if request.HasField("customer_id"):
+            customer_id = messages.parse_uuid(request.customer_id)
+            if customer_id is None:
+                violations.append(Violation("customer_id", messages.UUID_RULE))
+        start, end = (_optional_time(request, field, violations) for field in ("start_time", "end_time"))
+        _raise_if(violations)
+        position = self._tokens.read(request)
+        before = (datetime.datetime.fromisoformat(position[0]), position[1]) if position else None
+        async with _reading(self._pool, context) as connection:
+            purchases, more = await stored.page(
+                connection,
+                limit=limit,
+                before=before,
+                branch_id=branch_id,
+                customer_id=customer_id,
+                start=start,
+                end=end,
+            )
+        token = ""
+        if more:
+            last = purchases[-1]
+            token = self._tokens.issue(request, [last.sale.purchase_time.isoformat(), last.purchase_id])
+        return purchases_service_pb2.ListPurchasesResponse(
+            purchases=map(messages.to_purchase, purchases), next_page_token=token
+        )
+
+    async def ListControlTotals(
+        self, request: purchases_service_pb2.ListControlTotalsRequest, context: Any
+    ) -> purchases_service_pb2.ListControlTotalsResponse:
+        violations: list[Violation] = []
+        limit = wire.page_size(request.page_size, *CONTROL_TOTALS_PER_PAGE, violations)
+        first, last = (_required_date(request, field, violations) for field in ("first_date", "last_date"))
+        if first and last and not 0 <= (last - first).days < CONTROL_TOTALS_DAYS_MAX:
+            rule = f"must not be before first_date, nor make the range longer than {CONTROL_TOTALS_DAYS_MAX} days"
+            violations.append(Violation("last_date", rule))
+        if len(request.branch_ids) > BRANCH_IDS_MAX:
+            violations.append(Violation("branch_ids", f"must have at most {BRANCH_IDS_MAX:,} branches"))
+        _raise_if(violations)
+        assert first and last
+        position = self._tokens.read(request)
+        after = (datetime.date.fromisoformat(position[0]), position[1]) if position else None
+        async with _reading(self._pool, context) as connection:
+            rows = await stored.control_totals(
+                connection,
+                time_zone=self._time_zone,
+                first=first,
+                last=last,
+                branch_ids=request.branch_ids,
+                after=after,
+                limit=limit + 1,
+            )
+            stored_range = await stored.stored_range(connection, self._time_zone)
+        page = rows[:limit]
+        response = purchases_service_pb2.ListControlTotalsResponse(
+            control_totals=map(_control_totals, page), time_zone=self._time_zone
+        )
+        if len(rows) > limit:
+            response.next_page_token = self._tokens.issue(request, [page[-1].day.isoformat(), page[-1].branch_id])
+        if stored_range:
+            response.earliest_sales_date.CopyFrom(wire.date(stored_range[0]))
+            response.latest_sales_date.CopyFrom(wire.date(stored_range[1]))
+        return response
+
+    async def UploadPurchases(  # type: ignore[override]
+        self, request_iterator: Any, context: Any
+    ) -> AsyncIterator[purchases_service_pb2.UploadPurchasesResponse]:
+        raise NotImplementedYet("UploadPurchases is not available yet; use CreatePurchase")
+        yield
+
+    async def ExportPurchases(  # type: ignore[override]
+        self, request: purchases_service_pb2.ExportPurchasesRequest, context: Any
+    ) -> AsyncIterator[purchases_service_pb2.ExportPurchasesResponse]:
+        raise NotImplementedYet("ExportPurchases is not available yet; use ListPurchases")
+        yield
+
+
+class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):
+    """`retail.purchases.v1.CustomersService`."""
+
+    def __init__(self, pool: Pool, tokens: wire.PageTokens) -> None:
+        self._pool, self._tokens = pool, tokens
+
+    async def CreateCustomer(
+        self, request: customers_pb2.CreateCustomerRequest, context: Any
+    ) -> customers_pb2.CreateCustomerResponse:
+        given = request.HasField("customer_id")
+        customer_id = _required_uuid("customer_id", request.customer_id) if given else str(uuid7())
+        async with _reading(self._pool, context) as connection:
+            created_at = await stored.register_customer(connection, customer_id)
+        return customers_pb2.CreateCustomerResponse(customer=_customer(customer_id, created_at))
+
+    async def GetCustomer(
+        self, request: customers_pb2.GetCustomerRequest, context: Any
+    ) -> customers_pb2.GetCustomerResponse:
+        customer_id = _required_uuid("customer_id", request.customer_id)
+        async with _reading(self._pool, context) as connection:
+            created_at = await stored.customer(connection, customer_id)
+        if created_at is None:
+            raise CustomerNotFound(f"no customer has the id {customer_id}", metadata={"customer_id": customer_id})
+        return customers_pb2.GetCustomerResponse(customer=_customer(customer_id, created_at))
+
+    async def ListCustomers(
+        self, request: customers_pb2.ListCustomersRequest, context: Any
+    ) -> customers_pb2.ListCustomersResponse:
+        violations: list[Violation] = []
+        limit = wire.page_size(request.page_size, *CUSTOMERS_PER_PAGE, violations)
+        _raise_if(violations)
+        position = self._tokens.read(request)
+        async with _reading(self._pool, context) as connection:
+            rows = await stored.customers_page(connection, limit=limit + 1, after=position[0] if position else None)
+        page = rows[:limit]
+        token = self._tokens.issue(request, [page[-1][0]]) if len(rows) > limit else ""
+        return customers_pb2.ListCustomersResponse(
+            customers=(_customer(*row) for row in page), next_page_token=token
+        )
+
+
+@asynccontextmanager
+async def _reading(pool: Pool, context: Any) -> AsyncIterator[Connection]:
+    """A transaction whose statements end when the caller's deadline does, so that nobody's query lingers."""
+    remaining = context.time_remaining()
+    timeout_s = CALL_TIMEOUT_S if remaining is None else min(max(remaining, 0.001), CALL_TIMEOUT_S)
+    async with pool.connection(timeout=timeout_s) as connection, connection.transaction():
+        await connection.execute(
+            "SELECT set_config('statement_timeout', %s, true)", [str(max(int(timeout_s * 1000), 1))]
+        )
+        yield connection
+
+
+def _control_totals(row: stored.ControlTotals) -> purchases_service_pb2.ControlTotals:
+    return purchases_service_pb2.ControlTotals(
+        sales_date=wire.date(row.day),
+        branch_id=row.branch_id,
+        purchase_count=row.purchase_count,
+        purchase_with_customer_count=row.purchase_with_customer_count,
+        item_count=row.item_count,
+        revenue=wire.decimal(row.revenue),
+    )
+
+
+def _customer(customer_id: str, created_at: datetime.datetime) -> customers_pb2.Customer:
+    return customers_pb2.Customer(customer_id=customer_id, create_time=wire.timestamp(created_at))
+
+
+def _raise_if(violations: list[Violation]) -> None:
+    if violations:
+        raise InvalidRequest(violations)
+
+
+def _required_uuid(field: str, text: str) -> str:
+    parsed = messages.parse_uuid(text)
+    if parsed is None:
+        raise InvalidRequest([Violation(field, messages.UUID_RULE)])
+    return parsed
+
+
+def _required_date(request: message.Message, field: str, violations: list[Violation]) -> datetime.date | None:
+    if not request.HasField(field):
+        violations.append(Violation(field, "is required"))
+        return None
+    return wire.parse_date(request, field, violations)
+
+
+def _optional_time(
+    request: purchases_service_pb2.ListPurchasesRequest, field: str, violations: list[Violation]
+) -> datetime.datetime | None:
+    if not request.HasField(field):  # type: ignore[arg-type]
+        return None
+    moment = wire.parse_timestamp(getattr(request, field))
+    if moment is None:
+        violations.append(Violation(field, "must be a point in time of the years 1 to 9999"))
+    return moment

@@ -1,0 +1,23 @@
+"""What can be set from outside; see `chassis.settings`."""
+
+from dataclasses import dataclass
+
+from chassis.settings import address, choice, integer, postgres_url, seconds, setting, time_zone
+
+
+@dataclass(frozen=True)
+class MigrateSettings:
+    database_url: str = setting("PURCHASES_DATABASE_URL", postgres_url)
+    business_time_zone: str = setting("BUSINESS_TIME_ZONE", time_zone, default="UTC")
+    log_level: str = setting("LOG_LEVEL", choice("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
+
+
+@dataclass(frozen=True)
+class ServeSettings(MigrateSettings):
+    listen: str = setting("PURCHASES_LISTEN", address, default="127.0.0.1:50051")
+    metrics_listen: str = setting("PURCHASES_METRICS_LISTEN", address, default="127.0.0.1:9464")
+    # Sales per transaction. What arrives while one commits joins the next, so this bounds only a burst.
+    batch_max: int = setting("PURCHASES_BATCH_MAX", integer(1, 5_000), default=500)
+    # A flush is everybody's: it has a time of its own, whatever its callers' deadlines are.
+    flush_timeout_s: float = setting("PURCHASES_FLUSH_TIMEOUT_S", seconds(0.1, 300), default=10.0)
+    read_connections: int = setting("PURCHASES_READ_CONNECTIONS", integer(1, 100), default=4)

@@ -1,0 +1,229 @@
+"""What is stored, read back. Every function takes the connection and commits nothing."""
+
+import datetime
+from collections.abc import Sequence
+from typing import Any, LiteralString, NamedTuple
+
+from chassis.postgres import Connection
+from chassis.wire import parse_cents
+from purchases_svc.sale import Item, Purchase, Sale
+
+ITEMS_PER_PAGE_MAX = 50_000  # a page of the biggest purchases would not fit into a message
+
+_COLUMNS: LiteralString = """
+    p.purchase_id::text, p.event_id::text, p.created_at, p.idempotency_key::text, p.receipt_id, p.branch_id,
+    p.cashier_id, p.pos_id, p.customer_id::text, p.purchase_time, p.total_amount::text, p.item_count
+"""
+
+
+class ControlTotals(NamedTuple):
+    """Sums over the purchases of one branch on one business day; `revenue` is an exact decimal as text."""
+
+    day: datetime.date
+    branch_id: int
+    purchase_count: int
+    purchase_with_customer_count: int
+    item_count: int
+    revenue: str
+
+
+async def by_keys(connection: Connection, keys: Sequence[str]) -> dict[str, Purchase]:
+    """The purchases that hold these idempotency keys, by key."""
+    cursor = await connection.execute(
+        f"SELECT {_COLUMNS} FROM idempotency_keys k"
+        " JOIN purchases p ON p.purchase_id = k.purchase_id AND p.purchase_time = k.purchase_time"
+        " WHERE k.idempotency_key = ANY(%s::uuid[])",
+        [list(keys)],
+    )
+    found = await _with_items(connection, await cursor.fetchall())
+    return {purchase.sale.idempotency_key: purchase for purchase in found}
+
+
+async def by_id(connection: Connection, purchase_id: str) -> Purchase | None:
+    """A purchase. Its id tells the millisecond of its time, and so the one partition to look into."""
+    milliseconds = int(purchase_id[:8] + purchase_id[9:13], 16)
+    cursor = await connection.execute(
+        f"SELECT {_COLUMNS} FROM purchases p WHERE p.purchase_id = %(id)s"
+        " AND p.purchase_time >= to_timestamp(%(ms)s / 1000.0)"
+        " AND p.purchase_time < to_timestamp((%(ms)s + 1) / 1000.0)",
+        {"id": purchase_id, "ms": milliseconds},
+    )
+    found = await _with_items(connection, await cursor.fetchall())
+    return found[0] if found else None
+
+
+async def page(
+    connection: Connection,
+    *,
+    limit: int,
+    before: tuple[datetime.datetime, str] | None,
+    branch_id: int | None,
+    customer_id: str | None,
+    start: datetime.datetime | None,
+    end: datetime.datetime | None,
+) -> tuple[list[Purchase], bool]:
+    """Purchases by time, the latest first, from `before` on; and whether there are more.
+
+    The page is shorter than `limit` where purchases have so many items that they would not fit into a message.
+    """
+    conditions: list[LiteralString] = ["true"]
+    if branch_id is not None:
+        conditions.append("p.branch_id = %(branch_id)s")
+    if customer_id is not None:
+        conditions.append("p.customer_id = %(customer_id)s")
+    if start is not None:
+        conditions.append("p.purchase_time >= %(start)s")
+    if end is not None:
+        conditions.append("p.purchase_time < %(end)s")
+    if before is not None:  # the first line is for the planner: it prunes partitions by a plain comparison only
+        conditions.append("p.purchase_time <= %(before_time)s")
+        conditions.append("(p.purchase_time, p.purchase_id) < (%(before_time)s, %(before_id)s)")
+    cursor = await connection.execute(
+        f"SELECT {_COLUMNS} FROM purchases p WHERE {' AND '.join(conditions)}"
+        " ORDER BY p.purchase_time DESC, p.purchase_id DESC LIMIT %(limit)s",
+        {
+            "branch_id": branch_id,
+            "customer_id": customer_id,
+            "start": start,
+            "end": end,
+            "before_time": before and before[0],
+            "before_id": before and before[1],
+            "limit": limit + 1,
+        },
+    )
+    rows = await cursor.fetchall()
+    fitting, items = 0, 0
+    for row in rows[:limit]:
+        items += row[-1]
+        if fitting and items > ITEMS_PER_PAGE_MAX:
+            break
+        fitting += 1
+    return await _with_items(connection, rows[:fitting]), len(rows) > fitting
+
+
+async def _with_items(connection: Connection, rows: Sequence[tuple[Any, ...]]) -> list[Purchase]:
+    if not rows:
+        return []
+    ids = [row[0] for row in rows]
+    times = [row[9] for row in rows]
+    cursor = await connection.execute(
+        "SELECT purchase_id::text, product_id, unit_price::text FROM purchase_items"
+        " WHERE purchase_id = ANY(%s::uuid[]) AND purchase_time BETWEEN %s AND %s ORDER BY purchase_item_id",
+        [ids, min(times), max(times)],
+    )
+    items: dict[str, list[Item]] = {purchase_id: [] for purchase_id in ids}
+    for purchase_id, product_id, price in await cursor.fetchall():
+        items[purchase_id].append(Item(product_id, _cents(price)))
+    return [_purchase(row, tuple(items[row[0]])) for row in rows]
+
+
+def _purchase(row: tuple[Any, ...], items: tuple[Item, ...]) -> Purchase:
+    purchase_id, event_id, created_at, key, receipt_id, branch_id, cashier_id, pos_id, customer_id, time, total, _ = row
+    sale = Sale(
+        key, receipt_id, branch_id, cashier_id, pos_id, customer_id, time, _cents(total), items, register_customer=False
+    )
+    return Purchase(purchase_id, event_id, created_at, sale)
+
+
+def _cents(amount: str) -> int:
+    """A stored amount; always two fraction digits, and a sum may be longer than what the wire takes in."""
+    cents = parse_cents(amount)
+    return int(amount.replace(".", "")) if cents is None else cents
+
+
+async def receipt_holder(connection: Connection, sale: Sale, time_zone: str) -> str | None:
+    """The purchase that has the sale's receipt number on its branch, till and business day."""
+    cursor = await connection.execute(
+        "SELECT purchase_id::text FROM receipts WHERE branch_id = %s AND pos_id = %s AND receipt_id = %s"
+        " AND business_day = (%s AT TIME ZONE %s)::date",
+        [sale.branch_id, sale.pos_id, sale.receipt_id, sale.purchase_time, time_zone],
+    )
+    row = await cursor.fetchone()
+    return row[0] if row else None
+
+
+async def control_totals(
+    connection: Connection,
+    *,
+    time_zone: str,
+    first: datetime.date,
+    last: datetime.date,
+    branch_ids: Sequence[int],
+    after: tuple[datetime.date, int] | None,
+    limit: int,
+) -> list[ControlTotals]:
+    """Sums per business day and branch, from the purchases' own counts."""
+    cursor = await connection.execute(
+        """
+        SELECT day, branch_id, count(*), count(customer_id), sum(item_count), sum(total_amount)::text
+        FROM (
+            SELECT (purchase_time AT TIME ZONE %(zone)s)::date AS day, branch_id, customer_id, item_count, total_amount
+            FROM purchases
+            WHERE purchase_time >= %(start)s::date::timestamp AT TIME ZONE %(zone)s
+              AND purchase_time < (%(last)s::date + 1)::timestamp AT TIME ZONE %(zone)s
+              AND (%(all_branches)s OR branch_id = ANY(%(branch_ids)s))
+        ) AS purchase
+        WHERE (day, branch_id) > (%(after_day)s, %(after_branch)s)
+        GROUP BY day, branch_id ORDER BY day, branch_id LIMIT %(limit)s
+        """,
+        {
+            "zone": time_zone,
+            "start": max(first, after[0]) if after else first,
+            "last": last,
+            "all_branches": not branch_ids,
+            "branch_ids": list(branch_ids),
+            "after_day": after[0] if after else datetime.date.min,
+            "after_branch": after[1] if after else 0,
+            "limit": limit,
+        },
+    )
+    return [ControlTotals(*row) for row in await cursor.fetchall()]
+
+
+async def stored_range(connection: Connection, time_zone: str) -> tuple[datetime.date, datetime.date] | None:
+    """The business days of the earliest and the latest purchase; None when there is none."""
+    cursor = await connection.execute(
+        "SELECT (min(purchase_time) AT TIME ZONE %(zone)s)::date, (max(purchase_time) AT TIME ZONE %(zone)s)::date"
+        " FROM purchases",
+        {"zone": time_zone},
+    )
+    row = await cursor.fetchone()
+    return (row[0], row[1]) if row and row[0] else None
+
+
+async def customer(connection: Connection, customer_id: str) -> datetime.datetime | None:
+    """When a customer was registered; None when it was not."""
+    cursor = await connection.execute("SELECT created_at FROM customers WHERE customer_id = %s", [customer_id])
+    row = await cursor.fetchone()
+    return row[0] if row else None
+
+
+async def register_customer(connection: Connection, customer_id: str) -> datetime.datetime:
+    """Register a customer, or find it registered; when."""
+    await connection.execute(
+        "INSERT INTO customers (customer_id) VALUES (%s) ON CONFLICT DO NOTHING", [customer_id]
+    )  # a concurrent one waits here and is visible to the next statement
+    registered = await customer(connection, customer_id)
+    assert registered is not None  # customers are never deleted
+    return registered
+
+
+async def customers_page(
+    connection: Connection, *, limit: int, after: str | None
+) -> list[tuple[str, datetime.datetime]]:
+    """Customers by id, from `after` on."""
+    cursor = await connection.execute(
+        "SELECT customer_id::text, created_at FROM customers WHERE %(after)s::uuid IS NULL OR customer_id > %(after)s"
+        " ORDER BY customer_id LIMIT %(limit)s",
+        {"after": after, "limit": limit},
+    )
+    return await cursor.fetchall()
+
+
+async def settings(connection: Connection) -> tuple[str, bytes]:
+    """The stored time zone, and the key that signs page tokens."""
+    cursor = await connection.execute("SELECT time_zone, page_token_key FROM chain_settings")
+    row = await cursor.fetchone()
+    if row is None:
+        raise LookupError("the database has no settings: run `migrate` first")
+    return row[0], row[1]
