@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import pika
 from pika.adapters.asyncio_connection import AsyncioConnection
@@ -14,7 +14,7 @@ CONNECT_TIMEOUT_S = 10.0
 HEARTBEAT_S = 20  # a dead peer is noticed within two of them
 BLOCKED_TIMEOUT_S = 60  # a broker out of memory or disk blocks its publishers; longer than this: reconnect
 
-Connection = AsyncioConnection
+Connection: TypeAlias = AsyncioConnection
 
 
 class BrokerUnavailable(Exception):

@@ -1,15 +1,15 @@
 """The root of every error that may reach a caller. Handlers raise; `chassis.grpc_server` alone maps to the wire.
 
-    ServiceError
-    ├── MalformedMessage      the bytes are not the message
-    ├── InvalidRequest        fields break the rules; carries every violation at once
-    ├── InvalidToken          a page or consistency token that this server did not make
-    ├── NotImplementedYet     the method is in the contract, this version does not answer it
-    ├── Overloaded            more work than the server takes in
-    ├── ShuttingDown          the process is draining
-    ├── DatabaseUnavailable   no connection, or the connection was lost
-    ├── TransactionConflict   concurrent transactions got in each other's way, retries included
-    └── DeadlineExceeded      the server's own limit for the call has passed
+ServiceError
+├── MalformedMessage      the bytes are not the message
+├── InvalidRequest        fields break the rules; carries every violation at once
+├── InvalidToken          a page or consistency token that this server did not make
+├── NotImplementedYet     the method is in the contract, this version does not answer it
+├── Overloaded            more work than the server takes in
+├── ShuttingDown          the process is draining
+├── DatabaseUnavailable   no connection, or the connection was lost
+├── TransactionConflict   concurrent transactions got in each other's way, retries included
+└── DeadlineExceeded      the server's own limit for the call has passed
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,9 +8,9 @@ import asyncio
 import inspect
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import grpc
 import structlog
@@ -48,6 +48,8 @@ SECONDS = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
 STATUS_VALUES: Mapping[grpc.StatusCode, int] = {code: code.value[0] for code in grpc.StatusCode}
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 log = structlog.get_logger()
 
@@ -93,7 +95,7 @@ class Server:
         for service in services:
             service.add(service.servicer, _WrappingServer(server, self, CALL_TIMEOUT_S))
         # Health and reflection answer while draining and count as nothing in flight: a health watch never ends.
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, _WrappingServer(server, None, None))  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, _WrappingServer(server, None, None))  # type: ignore[arg-type]
         reflected = [s.name for s in services] + [health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
             reflection.aio.ReflectionServicer(reflected), _WrappingServer(server, None, None)
@@ -115,8 +117,6 @@ class Server:
             await server.stop(grace=0.5)  # lets the last answers leave; health watches are cut
 
     def enter(self) -> None:
-        if self.draining.is_set():
-            raise errors.ShuttingDown("this server is shutting down; try another one")
         self._in_flight += 1
         self._idle.clear()
 
@@ -132,7 +132,7 @@ class _WrappingServer:
     def __init__(self, server: grpc.aio.Server, shared: Server | None, timeout_s: float | None) -> None:
         self._server, self._shared, self._timeout_s = server, shared, timeout_s
 
-    def add_registered_method_handlers(self, service: str, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
         wrapped = {n: _wrap(f"/{service}/{n}", h, self._shared, self._timeout_s) for n, h in handlers.items()}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, wrapped),))
 
@@ -140,87 +140,120 @@ class _WrappingServer:
         """Generated code registers everything twice; the wrapped handlers above are enough."""
 
 
-def serve_metrics(address: str) -> None:
-    """Answer Prometheus on `address`, from a thread of its own.
+@asynccontextmanager
+async def serving_metrics(address: str) -> AsyncIterator[None]:
+    """Answer Prometheus on `address` while the block lasts, from a thread of its own.
 
     Raises:
         PortTaken: the address is in use.
     """
     host, _, port = address.rpartition(":")
     try:
-        start_http_server(int(port), host)
+        server, thread = start_http_server(int(port), host)
     except OSError as error:
         raise PortTaken(f"cannot listen on {address} (metrics): {error.strerror}") from error
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(server.shutdown)  # takes up to half a second
+        server.server_close()
+        thread.join()
 
 
-def _wrap(method: str, handler: Any, shared: Server | None, timeout_s: float | None) -> grpc.RpcMethodHandler:
+def _wrap(method: str, handler: Any, shared: Server | None, timeout_s: float | None) -> Handler:
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
-    behavior = (
-        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-    )  # exactly one is set
-    domain = shared.domain if shared else "retail.example"
-    parse = _parse_stream if handler.request_streaming else _parse
-    seconds = SECONDS.labels(method)
-    succeeded = HANDLED.labels(method, "OK")
+    guard = _Guard(method, handler, shared, timeout_s)
+    call = guard.stream if handler.response_streaming else guard.unary
+    # Without a deserializer, the bytes come as they are: to be parsed where a failure can be answered.
+    return make(call, response_serializer=handler.response_serializer)
 
-    async def guarded(work: Awaitable[Any], context: Any) -> Any:
-        """Run one call: count it, and turn whatever it raises into a status."""
+
+class _Guard:
+    """One method's handler, with everything around it that all methods share."""
+
+    def __init__(self, method: str, handler: Any, shared: Server | None, timeout_s: float | None) -> None:
+        self._method, self._shared, self._timeout_s = method, shared, timeout_s
+        self._domain = shared.domain if shared else "retail.example"
+        self._behavior = (  # exactly one is set
+            handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        )
+        deserialize = handler.request_deserializer
+        self._parse: Callable[[Any], Any] = (
+            (lambda raw: _parse_stream(deserialize, raw))
+            if handler.request_streaming
+            else (lambda raw: _parse(deserialize, raw))
+        )
+        self._seconds = SECONDS.labels(method)
+        self._succeeded = HANDLED.labels(method, "OK")
+
+    async def unary(self, request: Any, context: Any) -> Any:
         started = time.perf_counter()
-        entered = False
-        try:
-            if shared:
-                shared.enter()
-                entered = True
-            result = await work
-        except BaseException as error:
-            failure = _failure(error, method)
+        with self._in_flight() as failure:
             if failure is None:
-                raise  # cancelled by the caller: nobody waits for an answer
-            HANDLED.labels(method, failure.code.name).inc()
-            log.info("call refused", method=method, code=failure.code.name, reason=failure.reason, error=str(failure))
-            await _abort(context, failure, domain)
+                try:
+                    async with asyncio.timeout(self._timeout_s):
+                        reply = await self._behavior(self._parse(request), context)
+                except BaseException as error:
+                    failure = self._explain(error)
+                else:
+                    self._succeeded.inc()
+                    return reply
+                finally:
+                    elapsed = time.perf_counter() - started
+                    self._seconds.observe(elapsed)
+                    if elapsed > SLOW_CALL_S:
+                        log.warning("slow call", method=self._method, seconds=round(elapsed, 3))
+            await self._abort(context, failure)
+
+    async def stream(self, request: Any, context: Any) -> None:
+        with self._in_flight() as failure:
+            if failure is None:
+                try:
+                    replies = self._behavior(self._parse(request), context)
+                    if inspect.isawaitable(replies):  # the health service writes to the context itself
+                        await replies
+                    else:
+                        async for reply in replies:
+                            await context.write(reply)
+                except BaseException as error:
+                    failure = self._explain(error)
+                else:
+                    self._succeeded.inc()
+                    return
+            await self._abort(context, failure)
+
+    @contextmanager
+    def _in_flight(self) -> Iterator[ServiceError | None]:
+        """Counts the call as in flight; or yields why it is not taken in."""
+        if self._shared is None:
+            yield None
+        elif self._shared.draining.is_set():
+            yield errors.ShuttingDown("this server is shutting down; try another one")
         else:
-            succeeded.inc()
-            return result
-        finally:
-            if inspect.iscoroutine(work):
-                work.close()  # it was never awaited when `enter` refused; otherwise this does nothing
-            elapsed = time.perf_counter() - started
-            seconds.observe(elapsed)
-            if elapsed > SLOW_CALL_S and not handler.response_streaming:
-                log.warning("slow call", method=method, seconds=round(elapsed, 3))
-            if entered and shared:
-                shared.leave()
+            self._shared.enter()
+            try:
+                yield None
+            finally:
+                self._shared.leave()
 
-    if not handler.response_streaming:
+    def _explain(self, error: BaseException) -> ServiceError:
+        """What to tell the caller. An error that is nobody's answer, such as the caller's own cancelling, goes on."""
+        failure = _failure(error, self._method)
+        if failure is None:
+            raise error
+        return failure
 
-        async def answer(request: Any, context: Any) -> Any:
-            parsed = parse(handler.request_deserializer, request)
-            async with asyncio.timeout(timeout_s):
-                return await behavior(parsed, context)
-
-        async def unary(request: Any, context: Any) -> Any:
-            return await guarded(answer(request, context), context)
-
-        return make(unary, response_serializer=handler.response_serializer)
-
-    async def send(request: Any, context: Any) -> None:
-        outcome = behavior(parse(handler.request_deserializer, request), context)
-        if inspect.isawaitable(outcome):  # the health service writes to the context itself
-            await outcome
-            return
-        async for reply in outcome:
-            await context.write(reply)
-
-    async def stream(request: Any, context: Any) -> None:
-        await guarded(send(request, context), context)
-
-    return make(stream, response_serializer=handler.response_serializer)
+    async def _abort(self, context: Any, error: ServiceError) -> NoReturn:
+        HANDLED.labels(self._method, error.code.name).inc()
+        log.info("call refused", method=self._method, code=error.code.name, reason=error.reason, error=error.message)
+        details = to_status(error, self._domain).SerializeToString()
+        await context.abort(error.code, error.message, trailing_metadata=(("grpc-status-details-bin", details),))
+        raise AssertionError("abort always raises")
 
 
 def _parse(deserialize: Callable[[bytes], Any], raw: bytes) -> Any:
@@ -263,15 +296,6 @@ class _Internal(ServiceError):
     reason = "INTERNAL"
 
 
-async def _abort(context: Any, error: ServiceError, domain: str) -> NoReturn:
-    await context.abort(
-        error.code,
-        error.message,
-        trailing_metadata=(("grpc-status-details-bin", to_status(error, domain).SerializeToString()),),
-    )
-    raise AssertionError("abort always raises")
-
-
 def to_status(error: ServiceError, domain: str) -> status_pb2.Status:
     """The rich form of an error: ErrorInfo always, BadRequest and RetryInfo where they apply."""
     details: list[message.Message] = [
@@ -298,4 +322,4 @@ def to_status(error: ServiceError, domain: str) -> status_pb2.Status:
     return status
 
 
-assert code_pb2.OK == STATUS_VALUES[grpc.StatusCode.OK]  # google.rpc and gRPC number their codes alike
+assert STATUS_VALUES[grpc.StatusCode.OK] == code_pb2.OK  # google.rpc and gRPC number their codes alike

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import LiteralString, NamedTuple, cast
+from typing import NamedTuple
 
 import psycopg
 import structlog
@@ -58,7 +58,7 @@ def migrate(url: str, directory: Path) -> list[str]:
         rows = connection.execute("SELECT version, name, checksum FROM schema_migrations").fetchall()
         for migration in _missing(read(directory), {version: (name, checksum) for version, name, checksum in rows}):
             with connection.transaction():
-                connection.execute(cast(LiteralString, migration.statements))
+                connection.execute(migration.statements)
                 connection.execute(
                     "INSERT INTO schema_migrations (version, name, checksum) VALUES (%s, %s, %s)",
                     [migration.version, migration.name, migration.checksum],

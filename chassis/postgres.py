@@ -95,7 +95,11 @@ def meaning(error: Exception) -> ServiceError | None:
     match error:
         case psycopg.errors.QueryCanceled():
             return DeadlineExceeded("the database did not answer within the call's time")
-        case psycopg.errors.DeadlockDetected() | psycopg.errors.SerializationFailure() | psycopg.errors.LockNotAvailable():
+        case (
+            psycopg.errors.DeadlockDetected()
+            | psycopg.errors.SerializationFailure()
+            | psycopg.errors.LockNotAvailable()
+        ):
             return TransactionConflict("concurrent transactions conflicted; try again")
         case psycopg.errors.ReadOnlySqlTransaction():
             return DatabaseUnavailable("the database does not accept writes at the moment")

@@ -1,11 +1,11 @@
 """Settings are environment variables, read once into a frozen dataclass; every problem is reported at once.
 
-    @dataclass(frozen=True)
-    class Settings:
-        database_url: str = setting("PURCHASES_DATABASE_URL", postgres_url)
-        batch_max: int = setting("PURCHASES_BATCH_MAX", integer(1, 10_000), default=500)
+@dataclass(frozen=True)
+class Settings:
+    database_url: str = setting("PURCHASES_DATABASE_URL", postgres_url)
+    batch_max: int = setting("PURCHASES_BATCH_MAX", integer(1, 10_000), default=500)
 
-    settings = load(Settings)
+settings = load(Settings)
 """
 
 import dataclasses

@@ -28,8 +28,8 @@ log = structlog.get_logger()
 async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     """Serve until `stop`, then finish what is in flight."""
     host = grpc_server.Server("purchases.retail.example")
-    grpc_server.serve_metrics(config.metrics_listen)
     async with (
+        grpc_server.serving_metrics(config.metrics_listen),
         postgres.open_pool(
             config.database_url,
             role=ROLE,

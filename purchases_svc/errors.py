@@ -1,13 +1,13 @@
 """Every refusal of the purchases service.
 
-    ServiceError
-    ├── InvalidRequest ── InvalidPurchase     fields break the rules of a sale
-    ├── PurchaseTimeOutOfRange                too far in the future, or too long ago
-    ├── IdempotencyKeyReused                  the key belongs to a sale with other content
-    ├── ReceiptExists                         another sale of that branch, till and day has the receipt number
-    ├── CustomerUnknown                       a sale names a customer that is not registered
-    ├── PurchaseNotFound
-    └── CustomerNotFound
+ServiceError
+├── InvalidRequest ── InvalidPurchase     fields break the rules of a sale
+├── PurchaseTimeOutOfRange                too far in the future, or too long ago
+├── IdempotencyKeyReused                  the key belongs to a sale with other content
+├── ReceiptExists                         another sale of that branch, till and day has the receipt number
+├── CustomerUnknown                       a sale names a customer that is not registered
+├── PurchaseNotFound
+└── CustomerNotFound
 """
 
 from grpc import StatusCode

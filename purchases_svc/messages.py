@@ -7,12 +7,12 @@ import re
 import unicodedata
 
 from google.type import decimal_pb2
-from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 
 from chassis import wire
 from chassis.errors import Violation
 from purchases_svc.errors import InvalidPurchase
 from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
+from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
 UUID_RULE = "must be a UUID such as 4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
@@ -87,9 +87,7 @@ def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
     )
 
 
-def _parse_items(
-    purchase: purchase_pb2.Purchase, violations: list[Violation]
-) -> tuple[tuple[Item, ...], int | None]:
+def _parse_items(purchase: purchase_pb2.Purchase, violations: list[Violation]) -> tuple[tuple[Item, ...], int | None]:
     """The items and their sum in cents; the sum is None when an item is broken."""
     if not purchase.items:
         violations.append(Violation("purchase.items", "must have at least one item"))
@@ -174,4 +172,3 @@ def to_purchase(stored: Purchase) -> purchase_pb2.Purchase:
         item.unit_price.value = price
         item.line_total.value = price
     return result
-

@@ -58,7 +58,7 @@ class Recorder:
         self._flusher: asyncio.Task[None] | None = None
 
     async def record(self, sale: Sale) -> Recorded:
-        """Store a sale, or find it stored. A caller may give up waiting; what it sent is stored or refused all the same.
+        """Store a sale, or find it stored. A caller may give up; what it sent is stored or refused all the same.
 
         Raises:
             IdempotencyKeyReused, ReceiptExists, CustomerUnknown, PurchaseTimeOutOfRange: refused, nothing is stored.
@@ -174,11 +174,9 @@ class Recorder:
                 _fail(entry, refusal)
 
     async def _refusal(self, connection: Connection, sale: Sale) -> ServiceError:
-        if not sale.register_customer and sale.customer_id is not None:
-            if await stored.customer(connection, sale.customer_id) is None:
-                return CustomerUnknown(
-                    f"customer {sale.customer_id} is not registered", metadata={"customer_id": sale.customer_id}
-                )
+        customer_id = None if sale.register_customer else sale.customer_id
+        if customer_id is not None and await stored.customer(connection, customer_id) is None:
+            return CustomerUnknown(f"customer {customer_id} is not registered", metadata={"customer_id": customer_id})
         holder_id = await stored.receipt_holder(connection, sale, self._time_zone)
         if holder_id is not None:
             return ReceiptExists(

@@ -66,5 +66,3 @@ def rfc3339(moment: datetime.datetime) -> str:
 def nanoseconds(moment: datetime.datetime) -> int:
     """Since 1970, for making time-ordered ids."""
     return (moment - EPOCH) // _MICROSECOND * 1_000
-
-

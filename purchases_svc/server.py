@@ -6,12 +6,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from google.protobuf import message
-from retail.purchases.v1 import customers_service_pb2 as customers_pb2
-from retail.purchases.v1 import (
-    customers_service_pb2_grpc,
-    purchases_service_pb2,
-    purchases_service_pb2_grpc,
-)
 from uuid_utils import uuid7
 
 from chassis import wire
@@ -21,6 +15,12 @@ from chassis.postgres import Connection, Pool
 from purchases_svc import messages, stored
 from purchases_svc.errors import CustomerNotFound, PurchaseNotFound
 from purchases_svc.record import Recorder
+from retail.purchases.v1 import customers_service_pb2 as customers_pb2
+from retail.purchases.v1 import (
+    customers_service_pb2_grpc,
+    purchases_service_pb2,
+    purchases_service_pb2_grpc,
+)
 
 PURCHASES_PER_PAGE = (50, 500)  # by default, at most
 CUSTOMERS_PER_PAGE = (50, 500)
@@ -125,13 +125,13 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             response.latest_sales_date.CopyFrom(wire.date(stored_range[1]))
         return response
 
-    async def UploadPurchases(  # type: ignore[override]
+    async def UploadPurchases(
         self, request_iterator: Any, context: Any
     ) -> AsyncIterator[purchases_service_pb2.UploadPurchasesResponse]:
         raise NotImplementedYet("UploadPurchases is not available yet; use CreatePurchase")
         yield
 
-    async def ExportPurchases(  # type: ignore[override]
+    async def ExportPurchases(
         self, request: purchases_service_pb2.ExportPurchasesRequest, context: Any
     ) -> AsyncIterator[purchases_service_pb2.ExportPurchasesResponse]:
         raise NotImplementedYet("ExportPurchases is not available yet; use ListPurchases")
@@ -174,9 +174,7 @@ class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):
             rows = await stored.customers_page(connection, limit=limit + 1, after=position[0] if position else None)
         page = rows[:limit]
         token = self._tokens.issue(request, [page[-1][0]]) if len(rows) > limit else ""
-        return customers_pb2.ListCustomersResponse(
-            customers=(_customer(*row) for row in page), next_page_token=token
-        )
+        return customers_pb2.ListCustomersResponse(customers=(_customer(*row) for row in page), next_page_token=token)
 
 
 @asynccontextmanager

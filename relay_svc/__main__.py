@@ -1,0 +1,69 @@
+"""`python -m relay_svc serve`: the wiring."""
+
+import asyncio
+import sys
+
+import structlog
+from psycopg import sql
+
+from chassis import grpc_server, lifecycle, logs, postgres, settings
+from relay_svc.publisher import Publisher
+from relay_svc.relay import Relay
+from relay_svc.settings import ServeSettings
+
+ROLE = "purchases_relay"
+CONNECTIONS = 2
+STATEMENT_TIMEOUT_S = 10.0
+
+log = structlog.get_logger()
+
+
+async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
+    """Relay until `stop`, then finish the window in flight."""
+    host = grpc_server.Server("relay.retail.example")
+    async with (
+        grpc_server.serving_metrics(config.metrics_listen),
+        host.listening(config.listen, []),
+        postgres.open_pool(
+            config.database_url,
+            role=ROLE,
+            application_name="relay",
+            size=CONNECTIONS,
+            statement_timeout_s=STATEMENT_TIMEOUT_S,
+        ) as pool,
+    ):
+        outbox_exists = sql.SQL("SELECT FROM outbox_events LIMIT 0")
+        if not await postgres.wait_until_up(pool, stop, outbox_exists):
+            return
+        publisher = Publisher(config.amqp_url, config.confirm_timeout_s)
+        relay = Relay(
+            pool,
+            publisher,
+            window=config.window,
+            attempts_max=config.attempts_max,
+            poll_every_s=config.poll_every_s,
+        )
+        await host.set_serving(True)
+        log.info("serving", listen=config.listen, metrics=config.metrics_listen)
+        try:
+            await relay.run(stop)
+        finally:
+            publisher.disconnect()
+    log.info("stopped")
+
+
+def main() -> None:
+    if sys.argv[1:] != ["serve"]:
+        raise SystemExit("usage: python -m relay_svc serve")
+    try:
+        config = settings.load(ServeSettings)
+        logs.configure("relay", config.log_level)
+        lifecycle.run(lambda stop: serve(config, stop))
+    except settings.SettingsError as error:
+        lifecycle.exit_with_settings_problems("relay", error)
+    except grpc_server.PortTaken as error:
+        raise SystemExit(f"relay: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

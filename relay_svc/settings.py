@@ -1,0 +1,21 @@
+"""What can be set from outside; see `chassis.settings`."""
+
+from dataclasses import dataclass
+
+from chassis.settings import address, amqp_url, choice, integer, postgres_url, seconds, setting
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    database_url: str = setting("PURCHASES_DATABASE_URL", postgres_url)
+    amqp_url: str = setting("AMQP_URL", amqp_url)
+    listen: str = setting("RELAY_LISTEN", address, default="127.0.0.1:50053")
+    metrics_listen: str = setting("RELAY_METRICS_LISTEN", address, default="127.0.0.1:9466")
+    log_level: str = setting("LOG_LEVEL", choice("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
+    # Events claimed, published and marked together; beyond a thousand, confirms gain nothing more.
+    window: int = setting("RELAY_WINDOW", integer(1, 10_000), default=500)
+    # The claim's transaction stays open meanwhile: keep it well below PostgreSQL's idle_in_transaction_session_timeout.
+    confirm_timeout_s: float = setting("RELAY_CONFIRM_TIMEOUT_S", seconds(0.1, 25), default=10.0)
+    poll_every_s: float = setting("RELAY_POLL_EVERY_S", seconds(0.01, 60), default=0.1)
+    # Failed attempts that are an event's own fault before it is given up as FAILED.
+    attempts_max: int = setting("RELAY_ATTEMPTS_MAX", integer(1, 100), default=5)

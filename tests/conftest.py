@@ -1,0 +1,147 @@
+"""What the tests share: databases of their own on a real PostgreSQL, and a virtual host of their own on a real RabbitMQ.
+
+`make test` starts both servers and says where they are. A server that is missing fails the tests that need it; none is
+ever skipped for that.
+"""
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pika
+import psycopg
+import pytest
+from psycopg import sql
+
+import analytics_svc.__main__ as analytics
+import purchases_svc.__main__ as purchases
+from analytics_svc.settings import MigrateSettings as AnalyticsMigrateSettings
+from chassis import postgres
+from deploy.local.rabbitmq import RabbitMQ
+from purchases_svc.settings import MigrateSettings as PurchasesMigrateSettings
+
+ROOT = Path(__file__).parent.parent
+WAIT_S = 20.0  # for whatever a test waits for; on an idle machine it takes a small part of it
+
+_numbers = itertools.count(1)
+
+
+def _required(name: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        pytest.fail(f"{name} is not set: run the tests with `make test`, which starts the servers", pytrace=False)
+    return value
+
+
+async def eventually(condition: Callable[[], Awaitable[Any]], what: str, within_s: float = WAIT_S) -> Any:
+    """Poll until the condition is true, and return its value; fail with `what` when it takes too long."""
+    deadline = asyncio.get_running_loop().time() + within_s
+    while not (value := await condition()):
+        if asyncio.get_running_loop().time() > deadline:
+            pytest.fail(f"not within {within_s:g} s: {what}")
+        await asyncio.sleep(0.02)
+    return value
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> str:
+    """A superuser's URL."""
+    return _required("TEST_POSTGRES_URL")
+
+
+def _in_database(url: str, name: str) -> str:
+    return urlsplit(url)._replace(path=f"/{name}").geturl()
+
+
+@asynccontextmanager
+async def pool(url: str, role: str, size: int = 2) -> AsyncIterator[postgres.Pool]:
+    """A pool as the services have it, acting as `role`."""
+    async with postgres.open_pool(url, role=role, application_name="test", size=size, statement_timeout_s=30) as opened:
+        await opened.wait(timeout=10)
+        yield opened
+
+
+def _execute(url: str, statement: str, *names: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+def _template(postgres_url: str, kind: str, migrate: Callable[[str], None]) -> Iterator[str]:
+    """A migrated database, to be cloned: far cheaper than migrating one for each test."""
+    name = f"test_{os.getpid()}_{kind}"
+    _execute(postgres_url, "CREATE DATABASE {}", name)
+    try:
+        migrate(_in_database(postgres_url, name))
+        yield name
+    finally:
+        _execute(postgres_url, "DROP DATABASE {} WITH (FORCE)", name)
+
+
+def _clone(postgres_url: str, template: str) -> Iterator[str]:
+    name = f"{template}_{next(_numbers)}"
+    _execute(postgres_url, "CREATE DATABASE {} TEMPLATE {}", name, template)
+    try:
+        yield _in_database(postgres_url, name)
+    finally:
+        _execute(postgres_url, "DROP DATABASE {} WITH (FORCE)", name)
+
+
+@pytest.fixture(scope="session")
+def _purchases_template(postgres_url: str) -> Iterator[str]:
+    yield from _template(
+        postgres_url, "purchases", lambda url: purchases.migrate_database(PurchasesMigrateSettings(url))
+    )
+
+
+@pytest.fixture(scope="session")
+def _analytics_template(postgres_url: str) -> Iterator[str]:
+    yield from _template(
+        postgres_url, "analytics", lambda url: analytics.migrate_database(AnalyticsMigrateSettings(url))
+    )
+
+
+@pytest.fixture
+def purchases_db(postgres_url: str, _purchases_template: str) -> Iterator[str]:
+    """The owner's URL of an empty, migrated purchases database."""
+    yield from _clone(postgres_url, _purchases_template)
+
+
+@pytest.fixture
+def analytics_db(postgres_url: str, _analytics_template: str) -> Iterator[str]:
+    """The owner's URL of an empty, migrated analytics database."""
+    yield from _clone(postgres_url, _analytics_template)
+
+
+@pytest.fixture(scope="session")
+def broker() -> RabbitMQ:
+    """The node of this checkout."""
+    return RabbitMQ(ROOT / ".local" / "rabbitmq")
+
+
+@pytest.fixture(scope="session")
+def _virtual_host(broker: RabbitMQ) -> Iterator[str]:
+    """A virtual host of this run: the stack that a developer has running on the same node is not touched."""
+    user = urlsplit(_required("TEST_AMQP_URL")).username or "guest"
+    name = f"test-{os.getpid()}"
+    broker.ctl("add_vhost", name)
+    try:
+        broker.ctl("set_permissions", "--vhost", name, user, ".*", ".*", ".*")
+        yield name
+    finally:
+        broker.ctl("delete_vhost", name)
+
+
+@pytest.fixture
+def amqp_url(_virtual_host: str) -> str:
+    """A URL under which there is neither our exchange nor our queue yet."""
+    url = urlsplit(_required("TEST_AMQP_URL"))._replace(path="/" + quote(_virtual_host, safe="")).geturl()
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        channel = connection.channel()
+        channel.queue_delete("purchases.created")
+        channel.exchange_delete("purchases")
+    return url

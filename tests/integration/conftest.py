@@ -1,0 +1,56 @@
+"""The services, run as they are wired, inside the test's event loop."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import purchases_svc.__main__ as purchases
+from purchases_svc.settings import ServeSettings
+from tests.conftest import eventually
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+async def is_serving(channel: grpc.aio.Channel) -> bool:
+    try:
+        reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+@asynccontextmanager
+async def running(serve: Callable[[asyncio.Event], Awaitable[None]], address: str) -> AsyncIterator[grpc.aio.Channel]:
+    """A service from its start until it has stopped by itself; yields a channel to it."""
+    stop = asyncio.Event()
+    task = asyncio.ensure_future(serve(stop))
+    async with grpc.aio.insecure_channel(address) as channel:
+
+        async def up() -> bool:
+            if task.done():
+                await task  # raises why it did not start
+            return await is_serving(channel)
+
+        try:
+            await eventually(up, "the service is up")
+            yield channel
+        finally:
+            stop.set()
+            await asyncio.wait_for(task, 30)
+
+
+@pytest.fixture
+async def purchases_channel(purchases_db: str) -> AsyncIterator[grpc.aio.Channel]:
+    """A running purchases service on an empty database."""
+    config = ServeSettings(database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
+        yield channel

@@ -1,0 +1,135 @@
+"""The purchases database itself: keys, partitions, roles, migrations."""
+
+import asyncio
+import datetime
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import purchases_svc.__main__ as purchases
+from chassis import migrate
+from purchases_svc.partitions import Partitions
+from tests.conftest import pool
+
+SPECIFIED_INDEXES = [
+    ("purchases", "(branch_id, purchase_time)"),
+    ("purchases", "(purchase_time)"),
+    ("purchase_items", "(purchase_id)"),
+    ("purchase_items", "(product_id, purchase_id)"),
+    ("outbox_events", "(created_xid)"),
+]
+
+
+def test_indexes_of_the_specification(purchases_db: str) -> None:
+    """Every index that was asked for is there, and so is one row per product on each month."""
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute("SELECT ensure_purchases_month('2026-03-01')")
+        rows = connection.execute("SELECT tablename, indexdef FROM pg_indexes WHERE schemaname = 'public'").fetchall()
+    for table, columns in SPECIFIED_INDEXES:
+        assert any(t == table and d.endswith(f"USING btree {columns}") for t, d in rows), (table, columns)
+    assert any(
+        t == "purchase_items_2026_03" and "UNIQUE" in d and d.endswith("(purchase_id, product_id)") for t, d in rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("role", "statement"),
+    [
+        ("purchases_relay", "SELECT FROM purchases"),
+        ("purchases_relay", "SELECT FROM customers"),
+        ("purchases_relay", "DELETE FROM outbox_events"),
+        ("purchases_relay", "INSERT INTO outbox_events DEFAULT VALUES"),
+        ("purchases_relay", "UPDATE outbox_events SET payload_json = '{}'"),
+        ("purchases_relay", "SELECT ensure_purchases_month('2026-03-01')"),
+        ("purchases_relay", "CREATE TABLE mine ()"),
+        ("purchases_service", "CREATE TABLE mine ()"),
+        ("purchases_service", "DROP TABLE customers"),
+        ("purchases_service", "UPDATE purchases SET total_amount = 0"),
+        ("purchases_service", "DELETE FROM purchases"),
+        ("purchases_service", "DELETE FROM idempotency_keys"),
+        ("purchases_service", "UPDATE outbox_events SET status = 'SENT'"),
+        ("purchases_service", "TRUNCATE purchase_items"),
+    ],
+)
+async def test_roles_may_do_their_job_only(purchases_db: str, role: str, statement: str) -> None:
+    """No process has a right that its job does not need; none may run DDL."""
+    async with pool(purchases_db, role) as opened, opened.connection() as connection:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            await connection.execute(statement)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT ensure_purchases_month('2026-03-02')",
+        "SELECT ensure_purchases_month('1999-12-01')",
+        "SELECT ensure_purchases_month('2100-01-01')",
+        "SELECT ensure_outbox_day('1999-12-31')",
+        "SELECT ensure_outbox_day('2100-01-01')",
+    ],
+)
+async def test_partitions_keep_within_limits(purchases_db: str, statement: str) -> None:
+    """The functions that may create tables do so only for months and days that can be."""
+    async with pool(purchases_db, "purchases_service") as opened, opened.connection() as connection:
+        with pytest.raises(psycopg.errors.DatetimeFieldOverflow):
+            await connection.execute(statement)  # type: ignore[call-overload]
+
+
+async def test_partitions_from_several_places_at_once(purchases_db: str) -> None:
+    """Ten services that need the same months at the same moment all get them."""
+    months = [datetime.date(2026, month, 1) for month in (1, 2, 3)]
+    days = [datetime.date(2026, 11, day) for day in (1, 2, 3)]
+    async with pool(purchases_db, "purchases_service", size=10) as opened:
+        await asyncio.gather(*(Partitions(opened).ensure(months, days) for _ in range(10)))
+        async with opened.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT count(*) FROM pg_inherits WHERE inhparent = 'purchases'::regclass"
+            )
+            assert await cursor.fetchone() == (3,)
+
+
+async def test_items_and_purchases_are_bound(purchases_db: str) -> None:
+    """The database refuses a line without its purchase, a second line of a product, and two units in a line."""
+    async with pool(purchases_db, "purchases_service") as opened, opened.connection() as connection:
+        await connection.execute("SELECT ensure_purchases_month('2026-03-01')")
+        purchase = "'019ca8d7-2d00-73e5-9c29-281a86949936', '2026-03-01 10:00Z'"
+        insert = "INSERT INTO purchase_items (purchase_id, purchase_time, product_id, qty, unit_price, line_total)"
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            await connection.execute(f"{insert} VALUES ({purchase}, 1, 1, 5, 5)")
+        await connection.execute(
+            "INSERT INTO purchases (purchase_id, purchase_time, receipt_id, idempotency_key, branch_id, cashier_id,"
+            f" pos_id, total_amount, item_count, event_id) VALUES ({purchase}, 'R', gen_random_uuid(), 1, 1, 'P', 5, 1,"
+            " gen_random_uuid())"
+        )
+        await connection.execute(f"{insert} VALUES ({purchase}, 1, 1, 5, 5)")
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            await connection.execute(f"{insert} VALUES ({purchase}, 1, 1, 5, 5)")
+        with pytest.raises(psycopg.errors.CheckViolation):
+            await connection.execute(f"{insert} VALUES ({purchase}, 2, 2, 5, 10)")
+
+
+def test_migrating_again_changes_nothing(purchases_db: str) -> None:
+    """Migrations are applied once."""
+    assert migrate.migrate(purchases_db, purchases.MIGRATIONS) == []
+
+
+def test_changed_migration_is_refused(purchases_db: str, tmp_path: Path) -> None:
+    """A file that was applied must never change; a failed one leaves nothing behind."""
+    (tmp_path / "0001_purchases.sql").write_text("SELECT 1")
+    with pytest.raises(migrate.MigrationError, match="0001_purchases was changed"):
+        migrate.migrate(purchases_db, tmp_path)
+    (tmp_path / "0001_purchases.sql").unlink()
+    (tmp_path / "0009_half.sql").write_text("CREATE TABLE half (); SELECT 1/0")
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        migrate.migrate(purchases_db, tmp_path)
+    with psycopg.connect(purchases_db) as connection:
+        assert connection.execute("SELECT to_regclass('half')").fetchone() == (None,)
+
+
+async def test_service_refuses_an_old_database(purchases_db: str, tmp_path: Path) -> None:
+    """A service does not start on a database that lacks one of its migrations, and says which."""
+    (tmp_path / "0099_new.sql").write_text("SELECT 1")
+    async with pool(purchases_db, "purchases_service") as opened, opened.connection() as connection:
+        with pytest.raises(migrate.MigrationError, match="0099_new"):
+            await migrate.require_current(connection, tmp_path)

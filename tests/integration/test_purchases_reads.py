@@ -1,0 +1,228 @@
+"""Reading purchases, customers and control totals back."""
+
+import datetime
+import itertools
+import random
+import uuid
+from collections import defaultdict
+from decimal import Decimal
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import grpc
+import psycopg
+import pytest
+from google.type import date_pb2
+
+import purchases_svc.__main__ as purchases
+from chassis.migrate import MigrationError
+from purchases_svc.settings import MigrateSettings, ServeSettings
+from retail.purchases.v1 import customers_service_pb2 as customers
+from retail.purchases.v1 import purchases_service_pb2 as messages
+from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
+from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from tests.integration.conftest import free_address, running
+from tests.integration.sales import NOON, refusal, sale
+
+DAY_S = 86_400
+
+
+@pytest.fixture
+def tills(purchases_channel: grpc.aio.Channel) -> Any:
+    return PurchasesServiceStub(purchases_channel)
+
+
+def date(text: str) -> date_pb2.Date:
+    day = datetime.date.fromisoformat(text)
+    return date_pb2.Date(year=day.year, month=day.month, day=day.day)
+
+
+async def pages(method: Any, request: Any, field: str) -> list[Any]:
+    """All rows of a listing."""
+    rows: list[Any] = []
+    for _ in range(1_000):
+        reply = await method(request)
+        rows += getattr(reply, field)
+        if not reply.next_page_token:
+            return rows
+        request.page_token = reply.next_page_token
+    raise AssertionError("the listing does not end")
+
+
+async def test_list_purchases_is_complete_and_ordered(tills: Any) -> None:
+    """Every purchase once, the latest first, over months, equal times and any page size; filters hold."""
+    chance = random.Random(5)
+    customer = str(uuid.uuid4())
+    sent = []
+    for n in range(45):
+        request = sale(
+            ("1.00",),
+            seconds=NOON - chance.choice([0, 1, 40 * DAY_S, 80 * DAY_S]),
+            branch_id=chance.choice([1, 2]),
+        )
+        if n % 3 == 0:
+            request.purchase.customer_id, request.register_customer = customer, True
+        sent.append((await tills.CreatePurchase(request)).purchase)
+    newest_first = sorted(sent, key=lambda p: (p.purchase_time.seconds, p.purchase_id), reverse=True)
+    for size in (1, 7, 500):
+        assert await pages(tills.ListPurchases, messages.ListPurchasesRequest(page_size=size), "purchases") == (
+            newest_first
+        )
+    request = messages.ListPurchasesRequest(page_size=2, branch_id=2, customer_id=customer.upper())
+    request.start_time.seconds, request.end_time.seconds = NOON - 80 * DAY_S, NOON
+    assert await pages(tills.ListPurchases, request, "purchases") == [
+        p
+        for p in newest_first
+        if p.branch_id == 2 and p.customer_id == customer and NOON - 80 * DAY_S <= p.purchase_time.seconds < NOON
+    ]
+
+
+async def test_pages_stay_correct_while_purchases_arrive(tills: Any) -> None:
+    """What arrives during the paging neither repeats nor hides what was there."""
+    before = [(await tills.CreatePurchase(sale(seconds=NOON + n))).purchase.purchase_id for n in range(10)]
+    request, seen = messages.ListPurchasesRequest(page_size=3), []
+    for n in itertools.count():
+        reply = await tills.ListPurchases(request)
+        seen += [p.purchase_id for p in reply.purchases]
+        if not reply.next_page_token:
+            break
+        request.page_token = reply.next_page_token
+        await tills.CreatePurchase(sale(seconds=NOON + 100 + n))  # newer than everything
+        await tills.CreatePurchase(sale(seconds=NOON + 5))  # in the middle
+    assert len(seen) == len(set(seen))
+    assert set(before) <= set(seen)
+
+
+async def test_page_tokens_are_bound_and_signed(tills: Any) -> None:
+    """A token that was changed, or is used with other filters or another method, is refused."""
+    for _ in range(3):
+        await tills.CreatePurchase(sale())
+    token = (await tills.ListPurchases(messages.ListPurchasesRequest(page_size=1))).next_page_token
+    flipped = ("B" if token[0] != "B" else "C") + token[1:]
+    tail = token[:-1] + ("A" if token[-1] != "A" else "E")
+    for wrong in (
+        messages.ListPurchasesRequest(page_token=flipped),
+        messages.ListPurchasesRequest(page_token=tail),
+        messages.ListPurchasesRequest(page_token=token, branch_id=1),
+        messages.ListPurchasesRequest(page_token="x"),
+        messages.ListPurchasesRequest(page_token="ü"),
+    ):
+        refused = await refusal(tills.ListPurchases(wrong))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_TOKEN")
+    assert (await tills.ListPurchases(messages.ListPurchasesRequest(page_token=token, page_size=7))).purchases
+
+
+async def test_missing_purchases(tills: Any) -> None:
+    """Unknown ids of any kind are NOT_FOUND, texts that are no ids are refused."""
+    for unknown in (str(uuid.uuid4()), str(uuid.UUID(int=0)), "f" * 8 + "-ffff-7fff-bfff-" + "f" * 12):
+        refused = await refusal(tills.GetPurchase(messages.GetPurchaseRequest(purchase_id=unknown)))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "PURCHASE_NOT_FOUND")
+    for broken in ("", "x", uuid.uuid4().hex, "{" + str(uuid.uuid4()) + "}", str(uuid.uuid4()) + "\n"):
+        refused = await refusal(tills.GetPurchase(messages.GetPurchaseRequest(purchase_id=broken)))
+        assert refused.fields == ["purchase_id"]
+
+
+async def test_bad_listings_name_every_violation(tills: Any) -> None:
+    """All wrong filters are named at once."""
+    request = messages.ListPurchasesRequest(page_size=-1, branch_id=0, customer_id="x")
+    request.start_time.nanos = -1
+    refused = await refusal(tills.ListPurchases(request))
+    assert refused.fields == ["page_size", "branch_id", "customer_id", "start_time"]
+    totals = messages.ListControlTotalsRequest(page_size=-1, last_date=date_pb2.Date(year=2026, month=2, day=30))
+    refused = await refusal(tills.ListControlTotals(totals))
+    assert refused.fields == ["page_size", "first_date", "last_date"]
+    for first, last in (("2026-01-01", "2026-02-01"), ("2026-01-02", "2026-01-01")):
+        totals = messages.ListControlTotalsRequest(first_date=date(first), last_date=date(last))
+        assert (await refusal(tills.ListControlTotals(totals))).fields == ["last_date"]
+
+
+async def test_control_totals_equal_what_was_sold(purchases_db: str) -> None:
+    """Sums per business day and branch agree with an independent count, in a zone with a clock change, page by page."""
+    zone = "Europe/Berlin"  # its clocks change on 2026-03-29
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute("UPDATE chain_settings SET time_zone = %s", [zone])
+    config = ServeSettings(purchases_db, zone, listen=free_address(), metrics_listen="127.0.0.1:0")
+    async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
+        tills: Any = PurchasesServiceStub(channel)
+        chance = random.Random(9)
+        expected: defaultdict[tuple[str, int], list[Any]] = defaultdict(lambda: [0, 0, 0, Decimal(0)])
+        start = int(datetime.datetime(2026, 3, 28, 21, tzinfo=datetime.UTC).timestamp())
+        for _ in range(80):
+            prices = tuple(f"{chance.randrange(10_000) / 100:.2f}" for _ in range(chance.randint(1, 4)))
+            request = sale(prices, seconds=start + chance.randrange(0, 52 * 3_600, 900), branch_id=chance.randint(1, 3))
+            if chance.random() < 0.5:
+                request.purchase.customer_id, request.register_customer = str(uuid.uuid4()), True
+            await tills.CreatePurchase(request)
+            moment = datetime.datetime.fromtimestamp(request.purchase.purchase_time.seconds, ZoneInfo(zone))
+            row = expected[moment.date().isoformat(), request.purchase.branch_id]
+            row[0] += 1
+            row[1] += request.purchase.HasField("customer_id")
+            row[2] += len(prices)
+            row[3] += sum(map(Decimal, prices))
+
+        def totals(**changes: Any) -> messages.ListControlTotalsRequest:
+            known = {"first_date": date("2026-03-20"), "last_date": date("2026-04-05"), "page_size": 4}
+            return messages.ListControlTotalsRequest(**{**known, **changes})
+
+        rows = await pages(tills.ListControlTotals, totals(), "control_totals")
+        assert [
+            (
+                (f"{r.sales_date.year}-{r.sales_date.month:02}-{r.sales_date.day:02}", r.branch_id),
+                [r.purchase_count, r.purchase_with_customer_count, r.item_count, Decimal(r.revenue.value)],
+            )
+            for r in rows
+        ] == sorted(expected.items())
+        some = await pages(
+            tills.ListControlTotals,
+            totals(branch_ids=[2, 9], first_date=date("2026-03-29"), last_date=date("2026-03-29")),
+            "control_totals",
+        )
+        assert [r.branch_id for r in some] == [2]
+        reply = await tills.ListControlTotals(totals())
+        days = sorted(day for day, _ in expected)
+        assert reply.time_zone == zone
+        assert (reply.earliest_sales_date, reply.latest_sales_date) == (date(days[0]), date(days[-1]))
+
+
+async def test_customers(purchases_channel: grpc.aio.Channel) -> None:
+    """Customers are registered once, found again and listed by id."""
+    desk: Any = CustomersServiceStub(purchases_channel)
+    given = str(uuid.uuid4())
+    first = (await desk.CreateCustomer(customers.CreateCustomerRequest(customer_id=given.upper()))).customer
+    again = (await desk.CreateCustomer(customers.CreateCustomerRequest(customer_id=given))).customer
+    assert first == again
+    made = (await desk.CreateCustomer(customers.CreateCustomerRequest())).customer
+    assert (await desk.GetCustomer(customers.GetCustomerRequest(customer_id=made.customer_id))).customer == made
+    listed = await pages(desk.ListCustomers, customers.ListCustomersRequest(page_size=1), "customers")
+    assert listed == sorted([first, made], key=lambda c: c.customer_id)
+    refused = await refusal(desk.GetCustomer(customers.GetCustomerRequest(customer_id=str(uuid.uuid4()))))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "CUSTOMER_NOT_FOUND")
+    assert (await refusal(desk.CreateCustomer(customers.CreateCustomerRequest(customer_id="x")))).fields == [
+        "customer_id"
+    ]
+
+
+async def test_methods_to_come_say_so(tills: Any) -> None:
+    """What the contract has and this version does not answer is UNIMPLEMENTED, not an accident."""
+
+    async def first(stream: Any) -> Any:
+        async for reply in stream:
+            return reply
+
+    async def nothing() -> Any:
+        return
+        yield
+
+    for call in (tills.UploadPurchases(nothing()), tills.ExportPurchases(messages.ExportPurchasesRequest())):
+        refused = await refusal(first(call))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
+
+
+async def test_another_time_zone_is_refused(purchases_db: str) -> None:
+    """Neither the migration nor the service works on a database that was set up with another zone."""
+    with pytest.raises(MigrationError, match="BUSINESS_TIME_ZONE is Asia/Tokyo"):
+        purchases.migrate_database(MigrateSettings(purchases_db, "Asia/Tokyo"))
+    config = ServeSettings(purchases_db, "Asia/Tokyo", listen=free_address(), metrics_listen="127.0.0.1:0")
+    with pytest.raises(MigrationError, match="BUSINESS_TIME_ZONE is Asia/Tokyo"):
+        async with running(lambda stop: purchases.serve(config, stop), config.listen):
+            pass
