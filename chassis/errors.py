@@ -58,7 +58,9 @@ class InvalidRequest(ServiceError):
         text = "; ".join(f"{v.field}: {v.description}" for v in violations[:MESSAGE_VIOLATIONS_MAX])
         if len(violations) > MESSAGE_VIOLATIONS_MAX:
             text += f"; and {len(violations) - MESSAGE_VIOLATIONS_MAX} more"
-        super().__init__(text, violations=violations[:VIOLATIONS_MAX])
+        super().__init__(
+            text, metadata={"violation_count": str(len(violations))}, violations=violations[:VIOLATIONS_MAX]
+        )
 
 
 # Statuses travel in HTTP/2 trailers, which clients refuse above 8 KiB by default; details repeat the field names.

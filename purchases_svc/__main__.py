@@ -53,7 +53,13 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         require_time_zone(config.business_time_zone, time_zone)
 
         partitions = Partitions(write_pool)
-        recorder = Recorder(write_pool, partitions, time_zone=time_zone, batch_max=config.batch_max)
+        recorder = Recorder(
+            write_pool,
+            partitions,
+            time_zone=time_zone,
+            batch_max=config.batch_max,
+            waiting_max=config.waiting_max,
+        )
         tokens = PageTokens(page_token_key)
         services = [
             grpc_server.Service(

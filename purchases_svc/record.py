@@ -7,6 +7,7 @@ sales, and each caller gets its own answer after the commit.
 
 import asyncio
 import datetime
+from collections import deque
 from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as json_text  # the C implementation
 from typing import NamedTuple
@@ -17,8 +18,8 @@ from prometheus_client import Counter, Histogram
 from psycopg_pool import PoolTimeout
 from uuid_utils import uuid7
 
-from chassis.errors import ServiceError, TransactionConflict
-from chassis.postgres import Connection, Pool
+from chassis.errors import Overloaded, ServiceError, TransactionConflict
+from chassis.postgres import UNAVAILABLE, Connection, Pool
 from chassis.wire import cents_text
 from purchases_svc import stored
 from purchases_svc.errors import CustomerUnknown, IdempotencyKeyReused, PurchaseTimeOutOfRange, ReceiptExists
@@ -41,53 +42,92 @@ class Recorded(NamedTuple):
     replayed: bool
 
 
+class _Call:
+    """A caller who waits for what becomes of its sales. One future for all of them, however many there are."""
+
+    def __init__(self, sales: int) -> None:
+        self.outcomes: list[Recorded | Exception | None] = [None] * sales
+        self._open = sales
+        self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def settle(self, place: int, outcome: Recorded | Exception) -> None:
+        self.outcomes[place] = outcome
+        self._open -= 1
+        if not self._open and not self.answered.done():  # the caller may have given up
+            self.answered.set_result(None)
+
+
 class _Entry(NamedTuple):
-    """A sale on its way, as the purchase it will be, and the caller who waits for it."""
+    """A sale on its way, as the purchase it will be, and its place among the sales of its caller."""
 
     purchase: Purchase
-    answer: "asyncio.Future[Recorded]"
+    call: _Call
+    place: int
+
+    @property
+    def settled(self) -> bool:
+        return self.call.outcomes[self.place] is not None
+
+    def settle(self, outcome: Recorded | Exception) -> None:
+        self.call.settle(self.place, outcome)
 
 
 class Recorder:
     """Takes in sales and answers each after it is durable."""
 
-    def __init__(self, pool: Pool, partitions: Partitions, *, time_zone: str, batch_max: int) -> None:
-        self._pool, self._partitions = pool, partitions
-        self._time_zone, self._batch_max = time_zone, batch_max
-        self._waiting: list[_Entry] = []
+    def __init__(self, pool: Pool, partitions: Partitions, *, time_zone: str, batch_max: int, waiting_max: int) -> None:
+        """`batch_max` sales go in one flush, `waiting_max` may wait for theirs."""
+        self._pool, self._partitions, self._time_zone = pool, partitions, time_zone
+        self._batch_max, self._waiting_max = batch_max, waiting_max
+        self._waiting: deque[_Entry] = deque()
         self._flusher: asyncio.Task[None] | None = None
 
     async def record(self, sale: Sale) -> Recorded:
-        """Store a sale, or find it stored. A caller may give up; what it sent is stored or refused all the same.
+        """Store one sale, or find it stored; see `record_all`. Raises what `record_all` returns."""
+        (outcome,) = await self.record_all([sale])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def record_all(self, sales: Sequence[Sale]) -> list[Recorded | Exception]:
+        """Store sales, or find them stored: for each what holds it, or why it was refused.
+
+        IdempotencyKeyReused, ReceiptExists, CustomerUnknown and PurchaseTimeOutOfRange mean that nothing is stored.
+        With any other error it is not known: send the sale again with its key. A caller may give up waiting; what it
+        sent is stored or refused all the same.
 
         Raises:
-            IdempotencyKeyReused, ReceiptExists, CustomerUnknown, PurchaseTimeOutOfRange: refused, nothing is stored.
-            TransactionConflict, psycopg.OperationalError: unknown whether it is stored; send it again with its key.
+            Overloaded: too many sales wait already; none of these was taken in.
         """
+        if len(self._waiting) + len(sales) > self._waiting_max:
+            raise Overloaded(f"{len(self._waiting)} sales wait to be stored; try again a little later")
+        call = _Call(len(sales))
         now = datetime.datetime.now(datetime.UTC)
-        if not EARLIEST <= sale.purchase_time <= now + FUTURE_MAX:
-            return await self._known_or_out_of_range(sale, now)
-        entry = _Entry(
-            Purchase(_id(sale.purchase_time), _id(now), now, sale),
-            asyncio.get_running_loop().create_future(),
-        )
-        self._waiting.append(entry)
-        if self._flusher is None:
+        for place, sale in enumerate(sales):
+            if EARLIEST <= sale.purchase_time <= now + FUTURE_MAX:
+                self._waiting.append(_Entry(Purchase(_id(sale.purchase_time), _id(now), now, sale), call, place))
+            else:
+                call.settle(place, await self._known_or_out_of_range(sale, now))
+        if self._waiting and self._flusher is None:
             self._flusher = asyncio.create_task(self._flush_all())
-        return await entry.answer
+        await call.answered
+        return [outcome for outcome in call.outcomes if outcome is not None]
 
     async def close(self) -> None:
         """Wait until everything taken in is answered."""
         if self._flusher is not None:
             await self._flusher
 
-    async def _known_or_out_of_range(self, sale: Sale, now: datetime.datetime) -> Recorded:
+    async def _known_or_out_of_range(self, sale: Sale, now: datetime.datetime) -> Recorded | Exception:
         """A known key is answered before the time is checked: the clock may have been set back since."""
-        async with self._pool.connection() as connection:
-            holders = await stored.by_keys(connection, [sale.idempotency_key])
+        try:
+            async with self._pool.connection() as connection:
+                holders = await stored.by_keys(connection, [sale.idempotency_key])
+        except UNAVAILABLE as error:
+            return error
         if holder := holders.get(sale.idempotency_key):
             return _replay(sale, holder)
-        raise PurchaseTimeOutOfRange(
+        return PurchaseTimeOutOfRange(
             f"purchase.purchase_time {rfc3339(sale.purchase_time)} must not be before {rfc3339(EARLIEST)} or more than"
             f" {FUTURE_MAX.seconds // 60} minutes after the server's time, {rfc3339(now)}",
             metadata={"purchase_time": rfc3339(sale.purchase_time), "server_time": rfc3339(now)},
@@ -96,28 +136,28 @@ class Recorder:
     async def _flush_all(self) -> None:
         try:
             while self._waiting:
-                await self._flush(self._next_batch())
+                if batch := self._next_batch():
+                    await self._flush(batch)
         finally:
             self._flusher = None
 
     def _next_batch(self) -> list[_Entry]:
         """The oldest sales, each key once: the same key again waits for the next flush, and finds its answer there."""
         batch: dict[str, _Entry] = {}
-        later: list[_Entry] = []
-        for entry in self._waiting:
-            key = entry.purchase.sale.idempotency_key
-            if entry.answer.cancelled():
-                continue  # the caller left before it was sent anywhere
-            if len(batch) < self._batch_max and key not in batch:
-                batch[key] = entry
-            else:
-                later.append(entry)
-        self._waiting = later
+        again: list[_Entry] = []
+        while self._waiting and len(batch) < self._batch_max:
+            entry = self._waiting.popleft()
+            if entry.purchase.sale.idempotency_key in batch:
+                again.append(entry)
+            elif not entry.call.answered.cancelled():  # else the caller left before it was sent anywhere
+                batch[entry.purchase.sale.idempotency_key] = entry
+        self._waiting.extendleft(reversed(again))
         return list(batch.values())
 
     async def _flush(self, batch: list[_Entry]) -> None:
         """Store a batch and answer its callers; whatever happens, each gets an answer."""
         for attempt in range(1, ATTEMPTS_MAX + 1):
+            batch = [entry for entry in batch if not entry.settled]
             try:
                 with FLUSH_SECONDS.time():
                     await self._store(batch)
@@ -146,7 +186,7 @@ class Recorder:
                 break
             log.warning("flush failed", attempt=attempt, sales=len(batch), error=str(failure).strip())
         for entry in batch:
-            _fail(entry, failure)
+            entry.settle(failure)
 
     async def _store(self, batch: list[_Entry]) -> None:
         months = {entry.purchase.sale.purchase_time.date().replace(day=1) for entry in batch}
@@ -156,35 +196,26 @@ class Recorder:
             refused = await _insert(connection, [entry.purchase for entry in batch], self._time_zone)  # commits
             for index, entry in enumerate(batch):
                 if index not in refused:
-                    _succeed(entry, Recorded(entry.purchase, replayed=False))
+                    entry.settle(Recorded(entry.purchase, replayed=False))
             if refused:
                 await self._explain(connection, [batch[index] for index in refused])
 
     async def _explain(self, connection: Connection, entries: Sequence[_Entry]) -> None:
         """Answer sales that were not stored: replays first, since a stored sale also holds its receipt number."""
         holders = await stored.by_keys(connection, [entry.purchase.sale.idempotency_key for entry in entries])
+        new = [entry for entry in entries if entry.purchase.sale.idempotency_key not in holders]
+        unknown = await stored.unknown_customers(connection, [entry.purchase.sale for entry in new])
+        receipts = await stored.receipt_holders(connection, [entry.purchase.sale for entry in new], self._time_zone)
         for entry in entries:
             sale = entry.purchase.sale
-            try:
-                holder = holders.get(sale.idempotency_key)
-                if holder is None:
-                    raise await self._refusal(connection, sale)
-                _succeed(entry, _replay(sale, holder))
-            except ServiceError as refusal:
-                _fail(entry, refusal)
-
-    async def _refusal(self, connection: Connection, sale: Sale) -> ServiceError:
-        customer_id = None if sale.register_customer else sale.customer_id
-        if customer_id is not None and await stored.customer(connection, customer_id) is None:
-            return CustomerUnknown(f"customer {customer_id} is not registered", metadata={"customer_id": customer_id})
-        holder_id = await stored.receipt_holder(connection, sale, self._time_zone)
-        if holder_id is not None:
-            return ReceiptExists(
-                f"receipt {sale.receipt_id} of {sale.pos_id} in branch {sale.branch_id} on that business day belongs to"
-                f" purchase {holder_id}",
-                metadata={"receipt_id": sale.receipt_id, "purchase_id": holder_id},
-            )
-        return TransactionConflict("another sale got in the way and is gone; try again")
+            if holder := holders.get(sale.idempotency_key):
+                entry.settle(_replay(sale, holder))
+            elif sale.customer_id in unknown and not sale.register_customer:
+                entry.settle(_customer_unknown(sale.customer_id))
+            elif receipt_holder := receipts.get(sale.idempotency_key):
+                entry.settle(_receipt_exists(sale, receipt_holder))
+            else:
+                entry.settle(TransactionConflict("another sale got in the way and is gone; try again"))
 
 
 def _id(moment: datetime.datetime) -> str:
@@ -192,23 +223,25 @@ def _id(moment: datetime.datetime) -> str:
     return str(uuid7(nanoseconds=nanoseconds(moment)))
 
 
-def _replay(sale: Sale, holder: Purchase) -> Recorded:
-    if holder.sale.content() != sale.content():
-        raise IdempotencyKeyReused(
-            f"idempotency_key {sale.idempotency_key} belongs to purchase {holder.purchase_id}, whose content differs",
-            metadata={"idempotency_key": sale.idempotency_key, "purchase_id": holder.purchase_id},
-        )
-    return Recorded(holder, replayed=True)
+def _replay(sale: Sale, holder: Purchase) -> Recorded | Exception:
+    if holder.sale.content() == sale.content():
+        return Recorded(holder, replayed=True)
+    return IdempotencyKeyReused(
+        f"idempotency_key {sale.idempotency_key} belongs to purchase {holder.purchase_id}, whose content differs",
+        metadata={"idempotency_key": sale.idempotency_key, "purchase_id": holder.purchase_id},
+    )
 
 
-def _succeed(entry: _Entry, recorded: Recorded) -> None:
-    if not entry.answer.done():  # the caller may have given up
-        entry.answer.set_result(recorded)
+def _customer_unknown(customer_id: str) -> ServiceError:
+    return CustomerUnknown(f"customer {customer_id} is not registered", metadata={"customer_id": customer_id})
 
 
-def _fail(entry: _Entry, error: Exception) -> None:
-    if not entry.answer.done():
-        entry.answer.set_exception(error)
+def _receipt_exists(sale: Sale, holder_id: str) -> ServiceError:
+    return ReceiptExists(
+        f"receipt {sale.receipt_id} of {sale.pos_id} in branch {sale.branch_id} on that business day belongs to"
+        f" purchase {holder_id}",
+        metadata={"receipt_id": sale.receipt_id, "purchase_id": holder_id},
+    )
 
 
 # One statement is one transaction. Everything hangs on `new_key`: a row gets in only if its key is new, and only

@@ -18,6 +18,8 @@ class ServeSettings(MigrateSettings):
     metrics_listen: str = setting("PURCHASES_METRICS_LISTEN", address, default="127.0.0.1:9464")
     # Sales per transaction. What arrives while one commits joins the next, so this bounds only a burst.
     batch_max: int = setting("PURCHASES_BATCH_MAX", integer(1, 5_000), default=500)
+    # Sales that may wait for a flush; more are refused with OVERLOADED, rather than let everybody's deadline pass.
+    waiting_max: int = setting("PURCHASES_WAITING_MAX", integer(1, 1_000_000), default=20_000)
     # A flush is everybody's: it has a time of its own, whatever its callers' deadlines are.
     flush_timeout_s: float = setting("PURCHASES_FLUSH_TIMEOUT_S", seconds(0.1, 300), default=10.0)
     read_connections: int = setting("PURCHASES_READ_CONNECTIONS", integer(1, 100), default=4)

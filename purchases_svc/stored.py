@@ -131,15 +131,39 @@ def _cents(amount: str) -> int:
     return int(amount.replace(".", "")) if cents is None else cents
 
 
-async def receipt_holder(connection: Connection, sale: Sale, time_zone: str) -> str | None:
-    """The purchase that has the sale's receipt number on its branch, till and business day."""
+async def unknown_customers(connection: Connection, sales: Sequence[Sale]) -> set[str]:
+    """Which of the sales' customers are not registered."""
+    asked = {sale.customer_id for sale in sales if sale.customer_id is not None}
+    if not asked:
+        return set()
     cursor = await connection.execute(
-        "SELECT purchase_id::text FROM receipts WHERE branch_id = %s AND pos_id = %s AND receipt_id = %s"
-        " AND business_day = (%s AT TIME ZONE %s)::date",
-        [sale.branch_id, sale.pos_id, sale.receipt_id, sale.purchase_time, time_zone],
+        "SELECT customer_id::text FROM customers WHERE customer_id = ANY(%s::uuid[])", [list(asked)]
     )
-    row = await cursor.fetchone()
-    return row[0] if row else None
+    return asked - {customer_id for (customer_id,) in await cursor.fetchall()}
+
+
+async def receipt_holders(connection: Connection, sales: Sequence[Sale], time_zone: str) -> dict[str, str]:
+    """Which purchases have the sales' receipt numbers on their branch, till and business day; by the sale's key."""
+    if not sales:
+        return {}
+    cursor = await connection.execute(
+        """
+        SELECT sale.key, r.purchase_id::text
+        FROM unnest(%(keys)s::text[], %(branches)s::int[], %(tills)s::text[], %(receipts)s::text[],
+                    %(times)s::timestamptz[]) AS sale(key, branch_id, pos_id, receipt_id, purchase_time)
+        JOIN receipts r ON r.branch_id = sale.branch_id AND r.pos_id = sale.pos_id AND r.receipt_id = sale.receipt_id
+                       AND r.business_day = (sale.purchase_time AT TIME ZONE %(zone)s)::date
+        """,
+        {
+            "keys": [sale.idempotency_key for sale in sales],
+            "branches": [sale.branch_id for sale in sales],
+            "tills": [sale.pos_id for sale in sales],
+            "receipts": [sale.receipt_id for sale in sales],
+            "times": [sale.purchase_time for sale in sales],
+            "zone": time_zone,
+        },
+    )
+    return dict(await cursor.fetchall())
 
 
 async def control_totals(

@@ -1,4 +1,4 @@
-"""What the tests share: databases of their own on a real PostgreSQL, and a virtual host of their own on a real RabbitMQ.
+"""What the tests share: databases of their own on a real PostgreSQL, a virtual host of their own on a real RabbitMQ.
 
 `make test` starts both servers and says where they are. A server that is missing fails the tests that need it; none is
 ever skipped for that.
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import analytics_svc.__main__ as analytics
 import pika
 import psycopg
 import pytest
 from psycopg import sql
 
-import analytics_svc.__main__ as analytics
 import purchases_svc.__main__ as purchases
 from analytics_svc.settings import MigrateSettings as AnalyticsMigrateSettings
 from chassis import postgres
@@ -26,6 +26,7 @@ from deploy.local.rabbitmq import RabbitMQ
 from purchases_svc.settings import MigrateSettings as PurchasesMigrateSettings
 
 ROOT = Path(__file__).parent.parent
+POLL_S = 0.02
 WAIT_S = 20.0  # for whatever a test waits for; on an idle machine it takes a small part of it
 
 _numbers = itertools.count(1)
@@ -44,7 +45,7 @@ async def eventually(condition: Callable[[], Awaitable[Any]], what: str, within_
     while not (value := await condition()):
         if asyncio.get_running_loop().time() > deadline:
             pytest.fail(f"not within {within_s:g} s: {what}")
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(POLL_S)
     return value
 
 

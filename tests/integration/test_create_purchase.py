@@ -290,7 +290,7 @@ def stored_sale(**changes: Any) -> Sale:
 async def test_spoiled_sale_spares_its_neighbours(purchases_db: str) -> None:
     """Whatever one row breaks in the database, the others of its batch are stored."""
     async with pool(purchases_db, "purchases_service") as opened:
-        recorder = Recorder(opened, Partitions(opened), time_zone="UTC", batch_max=500)
+        recorder = Recorder(opened, Partitions(opened), time_zone="UTC", batch_max=500, waiting_max=10_000)
         sales = [stored_sale() for _ in range(40)]
         sales[7], sales[23] = stored_sale(branch_id=-1), stored_sale(pos_id="\0")
         outcomes = await asyncio.gather(*map(recorder.record, sales), return_exceptions=True)
@@ -305,7 +305,7 @@ async def test_workers_with_the_same_sales_do_not_deadlock(purchases_db: str) ->
     customers = [str(uuid.UUID(int=chance.getrandbits(128))) for _ in range(20)]
     sales = [stored_sale(customer_id=chance.choice(customers), register_customer=True) for _ in range(300)]
     async with pool(purchases_db, "purchases_service", size=6) as opened:
-        workers = [Recorder(opened, Partitions(opened), time_zone="UTC", batch_max=40) for _ in range(3)]
+        workers = [Recorder(opened, Partitions(opened), time_zone="UTC", batch_max=40, waiting_max=10_000) for _ in range(3)]
         outcomes = await asyncio.gather(
             *(worker.record(s) for worker in workers for s in chance.sample(sales, len(sales)))
         )
@@ -325,7 +325,7 @@ async def test_known_key_is_answered_before_the_time_is_checked(purchases_db: st
         purchase = Purchase(record._id(future), record._id(created), created, late)
         async with opened.connection() as connection:
             assert await record._insert(connection, [purchase], "UTC") == set()
-        recorder = Recorder(opened, partitions, time_zone="UTC", batch_max=10)
+        recorder = Recorder(opened, partitions, time_zone="UTC", batch_max=10, waiting_max=10_000)
         assert (await recorder.record(late)).purchase.purchase_id == purchase.purchase_id
         with pytest.raises(record.IdempotencyKeyReused):
             await recorder.record(late._replace(branch_id=2))

@@ -1,0 +1,80 @@
+"""The rules of a sale, without any server."""
+
+import pytest
+
+from chassis.errors import VIOLATIONS_MAX
+from purchases_svc.errors import InvalidPurchase
+from purchases_svc.messages import parse_sale, parse_uuid, to_purchase
+from purchases_svc.sale import ITEMS_MAX, Item, Purchase
+from tests.integration.sales import sale
+
+
+def fields(**changes: object) -> list[str]:
+    with pytest.raises(InvalidPurchase) as caught:
+        parse_sale(sale(**changes))  # type: ignore[arg-type]
+    return [violation.field for violation in caught.value.violations]
+
+
+def test_sale_is_read_into_whole_cents() -> None:
+    """Amounts become cents, ids canonical, a left-out total is the sum."""
+    parsed = parse_sale(sale(("8.9", "124.70"), customer_id="4F7C2D1E-9B3A-4C58-8E6F-0A1B2C3D4E5F"))
+    assert (parsed.total_cents, parsed.items) == (13_360, (Item(1001, 890), Item(1002, 12_470)))
+    assert parsed.customer_id == "4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\0", "\x7f", "\x85", "", "x" * 65])
+def test_receipt_numbers_that_are_refused(text: str) -> None:
+    """No control characters, nothing empty, nothing too long."""
+    assert fields(receipt_id=text) == ["purchase.receipt_id"]
+
+
+@pytest.mark.parametrize("text", ["x" * 64, "Bon Nr. 7/ä", "レシート", "\U0001f6d2" * 64, "'; DROP TABLE purchases --"])
+def test_receipt_numbers_that_are_taken(text: str) -> None:
+    """Any other text is a receipt number, counted in characters."""
+    assert parse_sale(sale(receipt_id=text)).receipt_id == text
+
+
+def test_number_of_items() -> None:
+    """1 to 2,000 items."""
+    assert fields(prices=()) == ["purchase.items"]
+    assert fields(prices=("1.00",) * (ITEMS_MAX + 1)) == ["purchase.items"]
+    assert len(parse_sale(sale(("999999999999.99",) * ITEMS_MAX)).items) == ITEMS_MAX
+
+
+def test_violations_are_bounded() -> None:
+    """A refusal fits into HTTP/2 trailers, however many items are wrong."""
+    assert len(fields(prices=("x",) * ITEMS_MAX)) == VIOLATIONS_MAX
+
+
+def test_missing_price_and_third_duplicate() -> None:
+    """Each item is told what is wrong with it, in terms of what was sent."""
+    request = sale(("1.00", "1.00", "1.00"))
+    request.purchase.items[0].ClearField("unit_price")
+    for item in request.purchase.items:
+        item.product_id = 7
+    with pytest.raises(InvalidPurchase) as caught:
+        parse_sale(request)
+    assert [(v.field, v.description) for v in caught.value.violations] == [
+        ("purchase.items[0].unit_price", "is required"),
+        ("purchase.items[1].product_id", "must be unique in the purchase; items[0] has the same product"),
+        ("purchase.items[2].product_id", "must be unique in the purchase; items[0] has the same product"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4f7c2d1e9b3a4c588e6f0a1b2c3d4e5f", "urn:uuid:4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"]
+)
+def test_only_the_usual_form_of_a_uuid(text: str) -> None:
+    """Ids have one spelling but for case."""
+    assert parse_uuid(text) is None
+
+
+def test_reply_says_what_was_understood() -> None:
+    """Amounts are printed with two digits, and each line has its total."""
+    parsed = parse_sale(sale(("8.9",)))
+    reply = to_purchase(Purchase("p", "e", parsed.purchase_time, parsed))
+    assert (reply.total_amount.value, reply.items[0].unit_price.value, reply.items[0].line_total.value) == (
+        "8.90",
+        "8.90",
+        "8.90",
+    )
