@@ -242,11 +242,13 @@ class _Guard:
                 self._shared.leave()
 
     def _explain(self, error: BaseException) -> ServiceError:
-        """What to tell the caller. An error that is nobody's answer, such as the caller's own cancelling, goes on."""
-        failure = _failure(error, self._method)
-        if failure is None:
-            raise error
-        return failure
+        if isinstance(error, Exception):
+            return explain(error, self._method)
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and not (task and task.cancelling()):
+            # Not the caller gave up, but something inside was cancelled. Without a status, it would wait for nothing.
+            return errors.ShuttingDown("the call was interrupted; try again")
+        raise error
 
     async def _abort(self, context: Any, error: ServiceError) -> NoReturn:
         HANDLED.labels(self._method, error.code.name).inc()
@@ -268,17 +270,10 @@ async def _parse_stream(deserialize: Callable[[bytes], Any], raw: AsyncIterator[
         yield _parse(deserialize, item)
 
 
-def _failure(error: BaseException, method: str) -> ServiceError | None:
-    """What the caller is told; None when the caller itself cancelled the call."""
+def explain(error: Exception, method: str) -> ServiceError:
+    """What a caller is told about an error; what it is not told is logged."""
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, asyncio.CancelledError):
-        # A task that was asked to cancel: the caller gave up. Otherwise something inside was cancelled, and gRPC
-        # would leave the caller without any status until its deadline.
-        task = asyncio.current_task()
-        return None if task and task.cancelling() else errors.ShuttingDown("the call was interrupted; try again")
-    if not isinstance(error, Exception):
-        return None
     if isinstance(error, TimeoutError):
         return errors.DeadlineExceeded("the call took longer than the server allows")
     if (known := postgres.meaning(error)) is not None:

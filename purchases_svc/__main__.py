@@ -14,6 +14,7 @@ from purchases_svc import server, stored
 from purchases_svc.partitions import Partitions
 from purchases_svc.record import Recorder
 from purchases_svc.settings import MigrateSettings, ServeSettings
+from purchases_svc.upload import Uploads
 from retail.purchases.v1 import customers_service_pb2_grpc as customers_grpc
 from retail.purchases.v1 import purchases_service_pb2_grpc as purchases_grpc
 
@@ -64,7 +65,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         services = [
             grpc_server.Service(
                 purchases_grpc.add_PurchasesServiceServicer_to_server,
-                server.PurchasesServicer(recorder, read_pool, tokens, time_zone),
+                server.PurchasesServicer(recorder, Uploads(recorder, host), read_pool, tokens, time_zone),
                 "retail.purchases.v1.PurchasesService",
             ),
             grpc_server.Service(

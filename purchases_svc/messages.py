@@ -11,6 +11,7 @@ from google.type import decimal_pb2
 from chassis import wire
 from chassis.errors import Violation
 from purchases_svc.errors import InvalidPurchase
+from purchases_svc.record import Recorded
 from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 
@@ -150,6 +151,12 @@ def _check_text(text: str, length_max: int, path: str, violations: list[Violatio
         violations.append(Violation(path, f"must have at most {length_max} characters"))
     elif any(unicodedata.category(character) == "Cc" for character in text):
         violations.append(Violation(path, "must not contain control characters"))
+
+
+def to_response(recorded: Recorded) -> purchases_service_pb2.CreatePurchaseResponse:
+    return purchases_service_pb2.CreatePurchaseResponse(
+        purchase=to_purchase(recorded.purchase), replayed=recorded.replayed
+    )
 
 
 def to_purchase(stored: Purchase) -> purchase_pb2.Purchase:

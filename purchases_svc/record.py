@@ -26,6 +26,7 @@ from purchases_svc.errors import CustomerUnknown, IdempotencyKeyReused, Purchase
 from purchases_svc.partitions import Partitions
 from purchases_svc.sale import EARLIEST, FUTURE_MAX, Purchase, Sale, nanoseconds, rfc3339
 
+BATCH_ITEMS_MAX = 4_000  # of a flush: everybody waits for it, so the biggest sales must not make it take seconds
 ATTEMPTS_MAX = 4  # of a flush that meets a conflict or a lost connection
 
 FLUSHES = Counter("purchases_flushes_total", "Group commits.")
@@ -145,12 +146,14 @@ class Recorder:
         """The oldest sales, each key once: the same key again waits for the next flush, and finds its answer there."""
         batch: dict[str, _Entry] = {}
         again: list[_Entry] = []
-        while self._waiting and len(batch) < self._batch_max:
+        items = 0
+        while self._waiting and len(batch) < self._batch_max and items < BATCH_ITEMS_MAX:
             entry = self._waiting.popleft()
             if entry.purchase.sale.idempotency_key in batch:
                 again.append(entry)
             elif not entry.call.answered.cancelled():  # else the caller left before it was sent anywhere
                 batch[entry.purchase.sale.idempotency_key] = entry
+                items += len(entry.purchase.sale.items)
         self._waiting.extendleft(reversed(again))
         return list(batch.values())
 

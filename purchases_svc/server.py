@@ -9,12 +9,13 @@ from google.protobuf import message
 from uuid_utils import uuid7
 
 from chassis import wire
-from chassis.errors import InvalidRequest, NotImplementedYet, Violation
+from chassis.errors import InvalidRequest, Violation
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool
 from purchases_svc import messages, stored
 from purchases_svc.errors import CustomerNotFound, PurchaseNotFound
 from purchases_svc.record import Recorder
+from purchases_svc.upload import Uploads
 from retail.purchases.v1 import customers_service_pb2 as customers_pb2
 from retail.purchases.v1 import (
     customers_service_pb2_grpc,
@@ -32,16 +33,16 @@ BRANCH_IDS_MAX = 1_000
 class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     """`retail.purchases.v1.PurchasesService`."""
 
-    def __init__(self, recorder: Recorder, pool: Pool, tokens: wire.PageTokens, time_zone: str) -> None:
-        self._recorder, self._pool, self._tokens, self._time_zone = recorder, pool, tokens, time_zone
+    def __init__(
+        self, recorder: Recorder, uploads: Uploads, pool: Pool, tokens: wire.PageTokens, time_zone: str
+    ) -> None:
+        self._recorder, self._uploads = recorder, uploads
+        self._pool, self._tokens, self._time_zone = pool, tokens, time_zone
 
     async def CreatePurchase(
         self, request: purchases_service_pb2.CreatePurchaseRequest, context: Any
     ) -> purchases_service_pb2.CreatePurchaseResponse:
-        recorded = await self._recorder.record(messages.parse_sale(request))
-        return purchases_service_pb2.CreatePurchaseResponse(
-            purchase=messages.to_purchase(recorded.purchase), replayed=recorded.replayed
-        )
+        return messages.to_response(await self._recorder.record(messages.parse_sale(request)))
 
     async def GetPurchase(
         self, request: purchases_service_pb2.GetPurchaseRequest, context: Any
@@ -128,14 +129,30 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     async def UploadPurchases(
         self, request_iterator: Any, context: Any
     ) -> AsyncIterator[purchases_service_pb2.UploadPurchasesResponse]:
-        raise NotImplementedYet("UploadPurchases is not available yet; use CreatePurchase")
-        yield
+        async for response in self._uploads.answer(request_iterator):
+            yield response
 
     async def ExportPurchases(
         self, request: purchases_service_pb2.ExportPurchasesRequest, context: Any
     ) -> AsyncIterator[purchases_service_pb2.ExportPurchasesResponse]:
-        raise NotImplementedYet("ExportPurchases is not available yet; use ListPurchases")
-        yield
+        violations: list[Violation] = []
+        first, last = (_required_date(request, field, violations) for field in ("first_date", "last_date"))
+        if first and last and last < first:
+            violations.append(Violation("last_date", "must not be before first_date"))
+        _raise_if(violations)
+        assert first and last
+        async with self._pool.connection() as connection:
+            bounds = await stored.stored_range(connection, self._time_zone)
+        if bounds is None:
+            return
+        day = max(first, bounds[0])  # a range may be as long as the calendar; only what is stored takes time
+        while day <= min(last, bounds[1]):
+            async with self._pool.connection() as connection:
+                async for purchase in stored.export_day(connection, day, self._time_zone):
+                    yield purchases_service_pb2.ExportPurchasesResponse(
+                        event_id=purchase.event_id, purchase=messages.to_purchase(purchase)
+                    )
+            day += datetime.timedelta(days=1)
 
 
 class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):

@@ -1,7 +1,7 @@
 """What is stored, read back. Every function takes the connection and commits nothing."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from chassis.postgres import Connection
@@ -9,6 +9,8 @@ from chassis.wire import parse_cents
 from purchases_svc.sale import Item, Purchase, Sale
 
 ITEMS_PER_PAGE_MAX = 50_000  # a page of the biggest purchases would not fit into a message
+
+EXPORT_CHUNK = 200  # purchases fetched at a time; their items come with them
 
 _COLUMNS: LiteralString = """
     p.purchase_id::text, p.event_id::text, p.created_at, p.idempotency_key::text, p.receipt_id, p.branch_id,
@@ -99,6 +101,23 @@ async def page(
             break
         fitting += 1
     return await _with_items(connection, rows[:fitting]), len(rows) > fitting
+
+
+async def export_day(connection: Connection, day: datetime.date, time_zone: str) -> AsyncIterator[Purchase]:
+    """The purchases of one business day by time, all from one snapshot."""
+    async with connection.transaction():
+        await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        async with connection.cursor(name="export") as cursor:
+            await cursor.execute(
+                f"SELECT {_COLUMNS} FROM purchases p"
+                " WHERE p.purchase_time >= %(day)s::date::timestamp AT TIME ZONE %(zone)s"
+                "   AND p.purchase_time < (%(day)s::date + 1)::timestamp AT TIME ZONE %(zone)s"
+                " ORDER BY p.purchase_time, p.purchase_id",
+                {"day": day, "zone": time_zone},
+            )
+            while rows := await cursor.fetchmany(EXPORT_CHUNK):
+                for purchase in await _with_items(connection, rows):
+                    yield purchase
 
 
 async def _with_items(connection: Connection, rows: Sequence[tuple[Any, ...]]) -> list[Purchase]:

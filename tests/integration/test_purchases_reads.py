@@ -202,20 +202,32 @@ async def test_customers(purchases_channel: grpc.aio.Channel) -> None:
     ]
 
 
-async def test_methods_to_come_say_so(tills: Any) -> None:
-    """What the contract has and this version does not answer is UNIMPLEMENTED, not an accident."""
+async def test_export_streams_each_day(tills: Any) -> None:
+    """Every purchase of the days asked for, once, as stored, with the id of its event; nothing of other days."""
+    sent = [
+        (await tills.CreatePurchase(sale(seconds=NOON + day * DAY_S + second))).purchase
+        for day in range(4)
+        for second in range(5)
+    ]
+    request = messages.ExportPurchasesRequest(first_date=date("2026-03-02"), last_date=date("2026-03-03"))
+    exported = [reply async for reply in tills.ExportPurchases(request)]
+    assert [reply.purchase for reply in exported] == sent[5:15]
+    assert len({reply.event_id for reply in exported}) == 10
+    everything = messages.ExportPurchasesRequest(first_date=date("0001-01-01"), last_date=date("9999-12-31"))
+    assert len([reply async for reply in tills.ExportPurchases(everything)]) == 20
 
-    async def first(stream: Any) -> Any:
-        async for reply in stream:
-            return reply
 
-    async def nothing() -> Any:
-        return
-        yield
+async def test_export_refuses_a_range_that_is_none(tills: Any) -> None:
+    """Both dates are required, in their order."""
+    assert (await refusal(_first(tills.ExportPurchases(messages.ExportPurchasesRequest())))).fields == [
+        "first_date",
+        "last_date",
+    ]
 
-    for call in (tills.UploadPurchases(nothing()), tills.ExportPurchases(messages.ExportPurchasesRequest())):
-        refused = await refusal(first(call))
-        assert (refused.code, refused.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
+
+async def _first(stream: Any) -> Any:
+    async for reply in stream:
+        return reply
 
 
 async def test_another_time_zone_is_refused(purchases_db: str) -> None:
