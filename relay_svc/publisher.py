@@ -44,6 +44,14 @@ class Publisher:
         self._settled = asyncio.Event()
         self._blocked = False
 
+    async def connect(self) -> str | None:
+        """Connect, unless we are; returns why the broker does not let us. The exchange is there from then on."""
+        try:
+            await self._open_channel()
+        except (amqp.BrokerUnavailable, AMQPError) as error:
+            return amqp.describe(error)
+        return None
+
     async def publish(self, events: Sequence[OutboxEvent]) -> Outcome:
         """Publish a window and wait until the broker has spoken on every message, or the deadline passes.
 
@@ -61,9 +69,7 @@ class Publisher:
                     self._send(channel, event)
             if self._in_flight:
                 await asyncio.wait_for(self._settled.wait(), self._confirm_timeout_s)
-        except amqp.BrokerUnavailable as error:
-            self._trouble = str(error)
-        except AMQPError as error:
+        except (amqp.BrokerUnavailable, AMQPError) as error:
             self._trouble = amqp.describe(error)
         except TimeoutError:
             why = "it blocks publishers: out of memory or disk space" if self._blocked else "it does not answer"

@@ -70,7 +70,7 @@ class Relay:
             await connection.execute("SET LOCAL synchronous_commit = off")
             events = await outbox.claim(connection, limit, self._next_floor())
             if not events:
-                return Step(0, None)
+                return Step(0, await self._publisher.connect())  # an outage shows before the first event does
             outcome = await self._publisher.publish(events)
             await outbox.mark_sent(connection, outcome.confirmed)
             await outbox.mark_faulty(connection, outcome.faulty, self._attempts_max)
@@ -92,12 +92,9 @@ class Relay:
     def _set_breaker(self, step: Step) -> None:
         if step.outage and not self.breaker_reason:
             log.warning("breaker open: the broker does not take events", reason=step.outage)
-        if self.breaker_reason and step.claimed and not step.outage:
+        if self.breaker_reason and not step.outage:
             log.info("breaker closed: the broker takes events again")
-        if step.outage:
-            self.breaker_reason = step.outage
-        elif step.claimed:
-            self.breaker_reason = None
+        self.breaker_reason = step.outage
         BREAKER_OPEN.set(1 if self.breaker_reason else 0)
 
 

@@ -12,9 +12,10 @@ import psycopg
 import pytest
 
 from purchases_svc import record
+from purchases_svc.errors import IdempotencyKeyReused, PurchaseTimeOutOfRange
 from purchases_svc.partitions import Partitions
 from purchases_svc.record import Recorder
-from purchases_svc.sale import Item, Purchase, Sale
+from purchases_svc.sale import EARLIEST, Item, Purchase, Sale
 from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest, GetPurchaseRequest
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.conftest import eventually, pool
@@ -29,7 +30,7 @@ def tills(purchases_channel: grpc.aio.Channel) -> Any:
 
 def count(url: str, table: str) -> int:
     with psycopg.connect(url) as connection:
-        row = connection.execute(f"SELECT count(*) FROM {table}").fetchone()  # type: ignore[call-overload]
+        row = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
         assert row
         return int(row[0])
 
@@ -220,7 +221,7 @@ async def test_times_out_of_range(tills: Any, seconds: int) -> None:
 @pytest.mark.parametrize("raw", [b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x12\x02\x12\x05", b"\x0a\x02\xc3\x28"])
 async def test_bytes_that_are_no_message(purchases_channel: grpc.aio.Channel, raw: bytes) -> None:
     """Garbage is refused as such."""
-    call = purchases_channel.unary_unary("/retail.purchases.v1.PurchasesService/CreatePurchase")
+    call: Any = purchases_channel.unary_unary("/retail.purchases.v1.PurchasesService/CreatePurchase")
     refused = await refusal(call(raw))
     assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
 
@@ -279,7 +280,7 @@ def stored_sale(**changes: Any) -> Sale:
         cashier_id=1,
         pos_id="POS-1",
         customer_id=None,
-        purchase_time=record.EARLIEST.replace(year=2026),
+        purchase_time=EARLIEST.replace(year=2026),
         total_cents=100,
         items=(Item(1, 100),),
         register_customer=False,
@@ -305,7 +306,9 @@ async def test_workers_with_the_same_sales_do_not_deadlock(purchases_db: str) ->
     customers = [str(uuid.UUID(int=chance.getrandbits(128))) for _ in range(20)]
     sales = [stored_sale(customer_id=chance.choice(customers), register_customer=True) for _ in range(300)]
     async with pool(purchases_db, "purchases_service", size=6) as opened:
-        workers = [Recorder(opened, Partitions(opened), time_zone="UTC", batch_max=40, waiting_max=10_000) for _ in range(3)]
+        workers = [
+            Recorder(opened, Partitions(opened), time_zone="UTC", batch_max=40, waiting_max=10_000) for _ in range(3)
+        ]
         outcomes = await asyncio.gather(
             *(worker.record(s) for worker in workers for s in chance.sample(sales, len(sales)))
         )
@@ -316,20 +319,20 @@ async def test_workers_with_the_same_sales_do_not_deadlock(purchases_db: str) ->
 
 async def test_known_key_is_answered_before_the_time_is_checked(purchases_db: str) -> None:
     """A sale that was in time when it was recorded is replayed even after the server's clock was set back."""
-    future = record.EARLIEST.replace(year=2027, month=1)
+    future = EARLIEST.replace(year=2027, month=1)
     late = stored_sale(purchase_time=future)
     async with pool(purchases_db, "purchases_service") as opened:
         partitions = Partitions(opened)
-        await partitions.ensure([future.date()], [record.EARLIEST.replace(year=2026).date()])
-        created = record.EARLIEST.replace(year=2026)
+        await partitions.ensure([future.date()], [EARLIEST.replace(year=2026).date()])
+        created = EARLIEST.replace(year=2026)
         purchase = Purchase(record._id(future), record._id(created), created, late)
         async with opened.connection() as connection:
             assert await record._insert(connection, [purchase], "UTC") == set()
         recorder = Recorder(opened, partitions, time_zone="UTC", batch_max=10, waiting_max=10_000)
         assert (await recorder.record(late)).purchase.purchase_id == purchase.purchase_id
-        with pytest.raises(record.IdempotencyKeyReused):
+        with pytest.raises(IdempotencyKeyReused):
             await recorder.record(late._replace(branch_id=2))
-        with pytest.raises(record.PurchaseTimeOutOfRange):
+        with pytest.raises(PurchaseTimeOutOfRange):
             await recorder.record(late._replace(idempotency_key=str(uuid.uuid4())))
 
 
@@ -349,12 +352,12 @@ async def test_database_away_and_back(postgres_url: str, tills: Any, purchases_d
     """Without the database sales get UNAVAILABLE with a pause to keep; when it is back, they are taken again."""
     name = purchases_db.rsplit("/", 1)[1]
     with psycopg.connect(postgres_url, autocommit=True) as admin:
-        admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')  # type: ignore[call-overload]
+        admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
         admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
         refused = await refusal(tills.CreatePurchase(sale()))
         assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
         assert refused.retry.retry_delay.seconds == 1
-        admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')  # type: ignore[call-overload]
+        admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
 
     async def taken() -> bool:
         try:

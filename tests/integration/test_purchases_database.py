@@ -56,7 +56,7 @@ async def test_roles_may_do_their_job_only(purchases_db: str, role: str, stateme
     """No process has a right that its job does not need; none may run DDL."""
     async with pool(purchases_db, role) as opened, opened.connection() as connection:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            await connection.execute(statement)  # type: ignore[call-overload]
+            await connection.execute(statement)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ async def test_partitions_keep_within_limits(purchases_db: str, statement: str) 
     """The functions that may create tables do so only for months and days that can be."""
     async with pool(purchases_db, "purchases_service") as opened, opened.connection() as connection:
         with pytest.raises(psycopg.errors.DatetimeFieldOverflow):
-            await connection.execute(statement)  # type: ignore[call-overload]
+            await connection.execute(statement)
 
 
 async def test_partitions_from_several_places_at_once(purchases_db: str) -> None:

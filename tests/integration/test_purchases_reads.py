@@ -68,9 +68,9 @@ async def test_list_purchases_is_complete_and_ordered(tills: Any) -> None:
         assert await pages(tills.ListPurchases, messages.ListPurchasesRequest(page_size=size), "purchases") == (
             newest_first
         )
-    request = messages.ListPurchasesRequest(page_size=2, branch_id=2, customer_id=customer.upper())
-    request.start_time.seconds, request.end_time.seconds = NOON - 80 * DAY_S, NOON
-    assert await pages(tills.ListPurchases, request, "purchases") == [
+    some = messages.ListPurchasesRequest(page_size=2, branch_id=2, customer_id=customer.upper())
+    some.start_time.seconds, some.end_time.seconds = NOON - 80 * DAY_S, NOON
+    assert await pages(tills.ListPurchases, some, "purchases") == [
         p
         for p in newest_first
         if p.branch_id == 2 and p.customer_id == customer and NOON - 80 * DAY_S <= p.purchase_time.seconds < NOON

@@ -113,7 +113,7 @@ async def test_too_many_sales_or_none_in_a_message(tills: Any) -> None:
 
 async def test_garbage_in_the_stream(purchases_channel: grpc.aio.Channel) -> None:
     """Bytes that are no message end the stream as such."""
-    call = purchases_channel.stream_stream("/retail.purchases.v1.PurchasesService/UploadPurchases")()
+    call: Any = purchases_channel.stream_stream("/retail.purchases.v1.PurchasesService/UploadPurchases")()
     await call.write(b"\xff\xff")
     refused = await refusal(call.read())
     assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")

@@ -1,0 +1,87 @@
+"""The four processes as an operator runs them, each with a port of its own; to be killed and started again."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deploy.healthcheck import is_serving
+from deploy.local.machine import wait_until
+from tests.integration.conftest import free_address
+
+ROOT = Path(__file__).parent.parent.parent
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
+
+COMMANDS = {
+    "purchases": ("purchases_svc", "serve"),
+    "relay": ("relay_svc", "serve"),
+    "consumer": ("analytics_svc", "consume"),
+    "analytics": ("analytics_svc", "serve"),
+}
+
+
+class Processes:
+    """The system on given databases and a given broker."""
+
+    def __init__(self, purchases_url: str, analytics_url: str, amqp_url: str, logs: Path) -> None:
+        self.address = {name: free_address() for name in COMMANDS}
+        self._logs = logs
+        self._environ = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}",
+            "PURCHASES_DATABASE_URL": purchases_url,
+            "ANALYTICS_DATABASE_URL": analytics_url,
+            "AMQP_URL": amqp_url,
+            "PURCHASES_TARGET": self.address["purchases"],
+            "ANALYTICS_TARGET": self.address["analytics"],
+            "RELAY_TARGET": self.address["relay"],
+            **{f"{name.upper()}_LISTEN": address for name, address in self.address.items()},
+            **{f"{name.upper()}_METRICS_LISTEN": "127.0.0.1:0" for name in COMMANDS},
+        }
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str) -> None:
+        with (self._logs / f"{name}.log").open("ab") as log:
+            self._running[name] = subprocess.Popen(
+                [sys.executable, "-m", *COMMANDS[name]], cwd=ROOT, env=self._environ, stdout=log, stderr=log
+            )
+
+    def wait_ready(self, name: str) -> None:
+        ready = wait_until(lambda: is_serving(self.address[name]), START_TIMEOUT_S)
+        assert ready, f"{name} is not up: {self.log(name)[-2000:]}"
+
+    def kill(self, name: str) -> None:
+        """kill -9."""
+        process = self._running.pop(name)
+        process.kill()
+        process.wait(STOP_TIMEOUT_S)
+
+    def stop(self, name: str) -> int:
+        """SIGTERM; the exit code."""
+        process = self._running.pop(name)
+        process.send_signal(signal.SIGTERM)
+        return process.wait(STOP_TIMEOUT_S)
+
+    def log(self, name: str) -> str:
+        return (self._logs / f"{name}.log").read_text()
+
+    def end_all(self) -> None:
+        for name in list(self._running):
+            self.kill(name)
+
+
+@contextmanager
+def all_processes(purchases_url: str, analytics_url: str, amqp_url: str, logs: Path) -> Iterator[Processes]:
+    processes = Processes(purchases_url, analytics_url, amqp_url, logs)
+    try:
+        for name in COMMANDS:
+            processes.start(name)
+        for name in COMMANDS:
+            processes.wait_ready(name)
+        yield processes
+    finally:
+        processes.end_all()
