@@ -1,7 +1,7 @@
 """Connection pools with explicit limits, and what PostgreSQL's errors mean to a caller."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -31,21 +31,31 @@ log = structlog.get_logger()
 
 @asynccontextmanager
 async def open_pool(
-    url: str, *, role: str, application_name: str, size: int, statement_timeout_s: float
+    url: str,
+    *,
+    role: str,
+    application_name: str,
+    size: int,
+    statement_timeout_s: float,
+    settings: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Pool]:
     """A pool of `size` autocommit connections: a transaction is opened where it is visible, or there is none.
 
     Every connection takes on `role`, so that a process has no more rights than its job needs, whoever logs in.
-    Opening does not wait for the server; use `wait_until_up`.
+    `settings` are PostgreSQL's own, for each connection. Opening does not wait for the server; use `wait_until_up`.
     """
 
+    wanted = {
+        "role": role,
+        "timezone": "UTC",
+        "statement_timeout": str(int(statement_timeout_s * 1000)),
+        "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
+        **(settings or {}),
+    }
+    prepare = sql.SQL("; ").join(sql.SQL("SET {} = {}").format(sql.Identifier(n), v) for n, v in wanted.items())
+
     async def configure(connection: Connection) -> None:
-        await connection.execute(
-            sql.SQL(
-                "SET ROLE {}; SET TIME ZONE 'UTC'; SET statement_timeout = {};"
-                " SET idle_in_transaction_session_timeout = {}"
-            ).format(sql.Identifier(role), int(statement_timeout_s * 1000), IDLE_IN_TRANSACTION_MS)
-        )
+        await connection.execute(prepare)
 
     kwargs: dict[str, Any] = {
         "autocommit": True,

@@ -37,6 +37,8 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             application_name="purchases write",
             size=WRITE_CONNECTIONS,
             statement_timeout_s=config.flush_timeout_s,
+            # A plan made while the tables were empty would read them whole, and be kept until the next ANALYZE.
+            settings={"enable_seqscan": "off"},
         ) as write_pool,
         postgres.open_pool(
             config.database_url,

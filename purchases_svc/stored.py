@@ -32,10 +32,18 @@ class ControlTotals(NamedTuple):
 async def by_keys(connection: Connection, keys: Sequence[str]) -> dict[str, Purchase]:
     """The purchases that hold these idempotency keys, by key."""
     cursor = await connection.execute(
-        f"SELECT {_COLUMNS} FROM idempotency_keys k"
-        " JOIN purchases p ON p.purchase_id = k.purchase_id AND p.purchase_time = k.purchase_time"
-        " WHERE k.idempotency_key = ANY(%s::uuid[])",
+        "SELECT purchase_id::text, purchase_time FROM idempotency_keys WHERE idempotency_key = ANY(%s::uuid[])",
         [list(keys)],
+    )
+    held = await cursor.fetchall()
+    if not held:
+        return {}
+    # Not as a join: that looks into all partitions for each key. The range of times prunes them once.
+    times = [time for _, time in held]
+    cursor = await connection.execute(
+        f"SELECT {_COLUMNS} FROM purchases p"
+        " WHERE p.purchase_id = ANY(%s::uuid[]) AND p.purchase_time BETWEEN %s AND %s",
+        [[purchase_id for purchase_id, _ in held], min(times), max(times)],
     )
     found = await _with_items(connection, await cursor.fetchall())
     return {purchase.sale.idempotency_key: purchase for purchase in found}

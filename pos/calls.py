@@ -1,0 +1,100 @@
+"""How the till's side calls a service: a well-set-up channel, a deadline on everything, patient retries."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+
+from pos import errors
+from pos.errors import PosError, Status
+
+ATTEMPT_TIMEOUT_S = 5.0  # a healthy service answers within milliseconds
+TOTAL_TIMEOUT_S = 30.0  # as long as a customer may be kept waiting for a receipt
+FIRST_BACKOFF_S = 0.1
+MOST_BACKOFF_S = 2.0  # a service that is back is found again this soon
+
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
+    ("grpc.service_config_disable_resolution", 1),  # DNS must not replace the line above
+    ("grpc.enable_retries", 0),  # retries are ours, so that their number and timing are known
+    ("grpc.enable_http_proxy", 0),  # http_proxy is meant for the web, not for the chain's own network
+    ("grpc.use_local_subchannel_pool", 1),  # a connection per channel, or all channels would share one
+    ("grpc.keepalive_time_ms", 30_000),  # a dead peer is noticed; servers allow a ping every 20 s
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),  # time given to one attempt to connect
+    ("grpc.max_reconnect_backoff_ms", 2_000),  # the default of 120 s would outlast most outages
+    ("grpc.max_receive_message_length", 16 << 20),  # what servers send at most; gRPC's default is 4 MiB
+]
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+Pause = Callable[[float, PosError], object]
+
+
+def connect(target: str) -> grpc.Channel:
+    """A channel to `host:port`: every address that DNS knows for the name gets its share of the calls."""
+    return grpc.insecure_channel(target if ":///" in target else f"dns:///{target}", options=_OPTIONS)
+
+
+def sleep(pause_s: float, _: PosError) -> None:
+    time.sleep(pause_s)
+
+
+class Calls:
+    """Makes unary calls and repeats those that meet passing troubles."""
+
+    def __init__(
+        self,
+        *,
+        attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
+        total_timeout_s: float = TOTAL_TIMEOUT_S,
+        pause: Pause = sleep,
+    ) -> None:
+        """`pause(seconds, why)` waits between two attempts; what it raises ends the call."""
+        self._attempt_timeout_s = attempt_timeout_s
+        self._total_timeout_s = total_timeout_s
+        self._pause = pause
+
+    def __call__(
+        self,
+        method: "grpc.UnaryUnaryMultiCallable[Request, Reply]",  # no generic at run time
+        request: Request,
+        meaning: Callable[[Status], PosError] = errors.of_call,
+    ) -> Reply:
+        """Call `method` until it answers, within the total timeout.
+
+        Raises:
+            PosError: as `meaning` translates the last status.
+        """
+        deadline = time.monotonic() + self._total_timeout_s
+        timeout_s = self._total_timeout_s
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            try:
+                return method(request, timeout=min(self._attempt_timeout_s, timeout_s))
+            except grpc.RpcError as error:
+                status = errors.read_status(error)
+            failure = meaning(status)
+            # Full jitter: tills that failed together must not come back together.
+            pause_s = (status.retry_delay_s or 0.0) + random.uniform(0, backoff_s)
+            if status.code not in errors.RETRYABLE or time.monotonic() + pause_s >= deadline:
+                raise failure
+            self._pause(pause_s, failure)
+            timeout_s = deadline - time.monotonic()
+            if timeout_s <= 0:  # the pause took longer than asked for
+                raise failure
+            backoff_s = min(2 * backoff_s, MOST_BACKOFF_S)
+
+    def pages(self, method: "grpc.UnaryUnaryMultiCallable[Any, Reply]", request: Any) -> Iterator[Reply]:
+        """The pages of a listing, each fetched when it is asked for, each within the total timeout."""
+        while True:
+            page: Any = self(method, request)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token

@@ -1,0 +1,298 @@
+"""The client library for till software.
+
+    with connect("purchases.example:50051") as channel:
+        client = PosClient(channel)
+        sale = Sale(receipt_id="4711", branch_id=1, cashier_id=17, pos_id="POS-3", items=[Item(1001, 890)])
+        recorded = client.create_purchase(sale)
+
+Amounts are whole cents (`int`): exact, and quick to handle. Ids of purchases and customers are UUIDs as text.
+Times are aware datetimes. Calls retry by themselves and raise `pos.errors.PosError`.
+"""
+
+import datetime
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import grpc
+from google.protobuf import timestamp_pb2
+from google.type import date_pb2
+
+from chassis import wire
+from pos import errors
+from pos.calls import ATTEMPT_TIMEOUT_S, TOTAL_TIMEOUT_S, Calls, Pause, connect, sleep
+from retail.analytics.v1 import analytics_service_pb2
+from retail.purchases.v1 import customers_service_pb2, purchase_pb2, purchases_service_pb2
+from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
+from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+
+__all__ = [
+    "BusinessDays",
+    "Customer",
+    "DayTotals",
+    "Item",
+    "PosClient",
+    "Purchase",
+    "Recorded",
+    "Sale",
+    "connect",
+]
+
+WINDOW_DAYS = 31  # ListControlTotals sums up at most this many days a call
+TOTALS_PAGE_ROWS = 1_000  # the most that the service gives
+
+
+class Item(NamedTuple):
+    """One unit of a product; the chain sells at most one per sale. A tuple: big sales have a thousand."""
+
+    product_id: int
+    price_cents: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sale:
+    """A completed sale, ready to be sent. Its key is made once, here; every attempt to send it carries it."""
+
+    receipt_id: str
+    branch_id: int
+    cashier_id: int
+    pos_id: str
+    items: Sequence[Item]
+    customer_id: str | None = None
+    purchase_time: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+    idempotency_key: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    @property
+    def total_cents(self) -> int:
+        return sum(item.price_cents for item in self.items)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Purchase:
+    """A sale as the chain has stored it."""
+
+    purchase_id: str
+    receipt_id: str
+    branch_id: int
+    cashier_id: int
+    pos_id: str
+    items: tuple[Item, ...]
+    customer_id: str | None
+    purchase_time: datetime.datetime
+    create_time: datetime.datetime
+    total_cents: int
+
+
+class Recorded(NamedTuple):
+    """The answer to a sale: it is durable."""
+
+    purchase: Purchase
+    replayed: bool  # an earlier attempt had stored it already
+    consistency_token: str  # given to an analytics call, that call's answer includes this purchase
+
+
+class Customer(NamedTuple):
+    customer_id: str
+    create_time: datetime.datetime
+
+
+class DayTotals(NamedTuple):
+    """What one branch sold on one business day."""
+
+    day: datetime.date
+    branch_id: int
+    purchase_count: int
+    purchase_with_customer_count: int
+    item_count: int
+    revenue_cents: int
+
+
+class BusinessDays(NamedTuple):
+    """The business days that have purchases, `first` to `last`; None when nothing is stored."""
+
+    first: datetime.date | None
+    last: datetime.date | None
+    time_zone: str  # IANA name; it cuts the days
+
+
+class PosClient:
+    """Calls the purchases service. Safe to share between threads."""
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        *,
+        attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
+        total_timeout_s: float = TOTAL_TIMEOUT_S,
+        pause: Pause = sleep,
+    ) -> None:
+        """`pause(seconds, why)` waits between two attempts; what it raises ends the call."""
+        self._purchases = PurchasesServiceStub(channel)
+        self._customers = CustomersServiceStub(channel)
+        self._call = Calls(attempt_timeout_s=attempt_timeout_s, total_timeout_s=total_timeout_s, pause=pause)
+
+    def create_purchase(self, sale: Sale, *, register_customer: bool = False) -> Recorded:
+        """Send a sale; when this returns, it is stored for good. Sending it again changes nothing.
+
+        `register_customer` registers the sale's customer with it, if it is a new one.
+
+        Raises:
+            SaleRefused: it is not stored and never will be as it is; the subclass tells why.
+            OutcomeUnknown: no clear answer in time; send the same `Sale` again.
+            CallFailed: the service does not let this client send sales.
+        """
+        request = _create_request(sale, register_customer)
+        reply = self._call(self._purchases.CreatePurchase, request, errors.of_sale)
+        return Recorded(_purchase(reply.purchase), reply.replayed, reply.consistency_token)
+
+    def get_purchase(self, purchase_id: str) -> Purchase:
+        """Read one purchase.
+
+        Raises:
+            NotFound: there is none with this id.
+        """
+        request = purchases_service_pb2.GetPurchaseRequest(purchase_id=purchase_id)
+        return _purchase(self._call(self._purchases.GetPurchase, request).purchase)
+
+    def list_purchases(
+        self,
+        *,
+        customer_id: str | None = None,
+        branch_id: int | None = None,
+        start_time: datetime.datetime | None = None,
+        end_time: datetime.datetime | None = None,
+    ) -> Iterator[Purchase]:
+        """Purchases from `start_time` until before `end_time`, the latest first; fetched page by page."""
+        request = purchases_service_pb2.ListPurchasesRequest(
+            customer_id=customer_id,
+            branch_id=branch_id,
+            start_time=wire.timestamp(start_time) if start_time else None,
+            end_time=wire.timestamp(end_time) if end_time else None,
+        )
+        for page in self._call.pages(self._purchases.ListPurchases, request):
+            yield from map(_purchase, page.purchases)
+
+    def list_control_totals(
+        self,
+        first: datetime.date | None = None,
+        last: datetime.date | None = None,
+        *,
+        branch_ids: Iterable[int] = (),
+    ) -> Iterator[DayTotals]:
+        """Sums by business day, then branch; of every day that has purchases unless told.
+
+        Computed from the recorded purchases themselves: the truth that read models are checked against.
+        """
+        if first is None or last is None:
+            stored = self.business_days()
+            first, last = first or stored.first, last or stored.last
+            if first is None or last is None:
+                return
+        branch_ids = list(branch_ids)
+        while first <= last:
+            window_end = min(last, first + datetime.timedelta(days=WINDOW_DAYS - 1))
+            request = purchases_service_pb2.ListControlTotalsRequest(
+                page_size=TOTALS_PAGE_ROWS,
+                first_date=wire.date(first),
+                last_date=wire.date(window_end),
+                branch_ids=branch_ids,
+            )
+            for page in self._call.pages(self._purchases.ListControlTotals, request):
+                yield from map(day_totals, page.control_totals)
+            first = window_end + datetime.timedelta(days=1)
+
+    def business_days(self) -> BusinessDays:
+        """The range of business days that have purchases, and the time zone that cuts them."""
+        any_day = wire.date(datetime.date(2000, 1, 1))  # the range is told whatever day is asked for
+        request = purchases_service_pb2.ListControlTotalsRequest(first_date=any_day, last_date=any_day)
+        reply = self._call(self._purchases.ListControlTotals, request)
+        return BusinessDays(
+            _date(reply.earliest_sales_date) if reply.HasField("earliest_sales_date") else None,
+            _date(reply.latest_sales_date) if reply.HasField("latest_sales_date") else None,
+            reply.time_zone,
+        )
+
+    def create_customer(self, customer_id: str | None = None) -> Customer:
+        """Register a customer; one that exists is returned as stored. Without an id, one is made here."""
+        request = customers_service_pb2.CreateCustomerRequest(customer_id=customer_id or str(uuid.uuid4()))
+        return _customer(self._call(self._customers.CreateCustomer, request).customer)
+
+    def get_customer(self, customer_id: str) -> Customer:
+        """Read one customer.
+
+        Raises:
+            NotFound: there is none with this id.
+        """
+        request = customers_service_pb2.GetCustomerRequest(customer_id=customer_id)
+        return _customer(self._call(self._customers.GetCustomer, request).customer)
+
+    def list_customers(self) -> Iterator[Customer]:
+        """All customers by id; fetched page by page."""
+        request = customers_service_pb2.ListCustomersRequest()
+        for page in self._call.pages(self._customers.ListCustomers, request):
+            yield from map(_customer, page.customers)
+
+
+def _create_request(sale: Sale, register_customer: bool) -> purchases_service_pb2.CreatePurchaseRequest:
+    request = purchases_service_pb2.CreatePurchaseRequest(
+        idempotency_key=sale.idempotency_key,
+        register_customer=register_customer,
+        purchase=purchase_pb2.Purchase(
+            receipt_id=sale.receipt_id,
+            branch_id=sale.branch_id,
+            cashier_id=sale.cashier_id,
+            pos_id=sale.pos_id,
+            customer_id=sale.customer_id,
+            purchase_time=wire.timestamp(sale.purchase_time),
+            # The total on the customer's receipt: the service refuses a sale whose items add up to another.
+            total_amount=wire.decimal(wire.cents_text(sale.total_cents)),
+        ),
+    )
+    add = request.purchase.items.add  # filling items in place takes half the time of building them apart
+    for product_id, price_cents in sale.items:
+        add(product_id=product_id, quantity=1).unit_price.value = wire.cents_text(price_cents)
+    return request
+
+
+def _purchase(message: purchase_pb2.Purchase) -> Purchase:
+    return Purchase(
+        purchase_id=message.purchase_id,
+        receipt_id=message.receipt_id,
+        branch_id=message.branch_id,
+        cashier_id=message.cashier_id,
+        pos_id=message.pos_id,
+        items=tuple([Item(item.product_id, cents(item.unit_price.value)) for item in message.items]),
+        customer_id=message.customer_id if message.HasField("customer_id") else None,
+        purchase_time=_moment(message.purchase_time),
+        create_time=_moment(message.create_time),
+        total_cents=cents(message.total_amount.value),
+    )
+
+
+def _customer(message: customers_service_pb2.Customer) -> Customer:
+    return Customer(message.customer_id, _moment(message.create_time))
+
+
+def day_totals(row: purchases_service_pb2.ControlTotals | analytics_service_pb2.DailySales) -> DayTotals:
+    return DayTotals(
+        _date(row.sales_date),
+        row.branch_id,
+        row.purchase_count,
+        row.purchase_with_customer_count,
+        row.item_count,
+        cents(row.revenue.value),
+    )
+
+
+def cents(amount: str) -> int:
+    """`142.50` → 14250. The services print two fraction digits always; sums may be of any length."""
+    return int(amount.replace(".", ""))
+
+
+def _date(value: date_pb2.Date) -> datetime.date:
+    return datetime.date(value.year, value.month, value.day)
+
+
+def _moment(value: timestamp_pb2.Timestamp) -> datetime.datetime:
+    return value.ToDatetime(datetime.UTC)

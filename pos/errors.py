@@ -1,0 +1,176 @@
+"""Everything that can go wrong for a till, on one screen; gRPC statuses are read here and nowhere else.
+
+PosError
+├── SaleRefused                the sale is not stored and, sent again as it is, never will be
+│   ├── InvalidSale            fields break the rules: `violations` names every one
+│   ├── ReceiptTaken           another sale of that till and day has the number: `purchase_id` names it
+│   ├── IdempotencyKeyReused   the key belongs to another sale: `purchase_id` names it
+│   ├── CustomerUnknown        register the customer first, or with the sale
+│   └── PurchaseTimeOutOfRange
+├── OutcomeUnknown             the sale may or may not be stored: send it again with the same key
+├── NotFound
+├── InvalidRequest             fields of another call than a sale break the rules: `violations`
+├── Unavailable                gave up on such a call: trying later may help
+└── CallFailed                 any other status: not allowed, not implemented, a fault inside the service
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc import StatusCode
+
+from chassis.errors import Violation
+
+
+class Status(NamedTuple):
+    """A gRPC status with its rich details, as far as it has any."""
+
+    code: StatusCode
+    message: str
+    reason: str = ""  # of ErrorInfo, UPPER_SNAKE
+    metadata: Mapping[str, str] = {}
+    violations: tuple[Violation, ...] = ()
+    retry_delay_s: float | None = None  # the service asks to wait at least this long
+
+
+class PosError(Exception):
+    """An answer other than OK."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(f"{status.reason or status.code.name}: {status.message}")
+        self.status = status
+
+    @property
+    def violations(self) -> tuple[Violation, ...]:
+        return self.status.violations
+
+
+class SaleRefused(PosError):
+    pass
+
+
+class InvalidSale(SaleRefused):
+    pass
+
+
+class _TakenBySale(SaleRefused):
+    @property
+    def purchase_id(self) -> str:
+        """The stored sale that is in the way; empty when the service did not say."""
+        return self.status.metadata.get("purchase_id", "")
+
+
+class ReceiptTaken(_TakenBySale):
+    pass
+
+
+class IdempotencyKeyReused(_TakenBySale):
+    pass
+
+
+class CustomerUnknown(SaleRefused):
+    pass
+
+
+class PurchaseTimeOutOfRange(SaleRefused):
+    pass
+
+
+class OutcomeUnknown(PosError):
+    pass
+
+
+class NotFound(PosError):
+    pass
+
+
+class InvalidRequest(PosError):
+    pass
+
+
+class Unavailable(PosError):
+    pass
+
+
+class CallFailed(PosError):
+    pass
+
+
+# Passing troubles. Trying again is safe whatever the call: sales carry their key, customers their id.
+RETRYABLE = frozenset(
+    {
+        StatusCode.UNAVAILABLE,
+        StatusCode.DEADLINE_EXCEEDED,
+        StatusCode.ABORTED,
+        StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+
+# After these, too, nobody knows whether the sale was committed before the trouble came.
+_UNCLEAR = RETRYABLE | {
+    StatusCode.CANCELLED,
+    StatusCode.UNKNOWN,
+    StatusCode.INTERNAL,
+    StatusCode.DATA_LOSS,
+}
+
+_REFUSALS: Mapping[str, type[SaleRefused]] = {
+    "INVALID_PURCHASE": InvalidSale,
+    "RECEIPT_EXISTS": ReceiptTaken,
+    "IDEMPOTENCY_KEY_REUSED": IdempotencyKeyReused,
+    "CUSTOMER_NOT_FOUND": CustomerUnknown,
+    "PURCHASE_TIME_OUT_OF_RANGE": PurchaseTimeOutOfRange,
+}
+_REFUSING_CODES: Mapping[StatusCode, type[SaleRefused]] = {
+    StatusCode.INVALID_ARGUMENT: InvalidSale,
+    StatusCode.FAILED_PRECONDITION: SaleRefused,
+    StatusCode.ALREADY_EXISTS: SaleRefused,
+    StatusCode.OUT_OF_RANGE: SaleRefused,
+}
+
+
+def of_sale(status: Status) -> PosError:
+    """What a status means for a sale that was sent."""
+    if status.code in _UNCLEAR:
+        return OutcomeUnknown(status)
+    refusal = _REFUSALS.get(status.reason) or _REFUSING_CODES.get(status.code)
+    return refusal(status) if refusal else CallFailed(status)
+
+
+def of_call(status: Status) -> PosError:
+    """What a status means for any other call."""
+    if status.code in RETRYABLE:
+        return Unavailable(status)
+    if status.code is StatusCode.NOT_FOUND:
+        return NotFound(status)
+    if status.code in (StatusCode.INVALID_ARGUMENT, StatusCode.OUT_OF_RANGE):
+        return InvalidRequest(status)
+    return CallFailed(status)
+
+
+def read_status(error: grpc.RpcError) -> Status:
+    """The status of a failed call. gRPC's own statuses have no details; broken details count as none."""
+    status = Status(error.code(), error.details() or "")
+    rich = status_pb2.Status()
+    metadata: Iterable[Any] = error.trailing_metadata() or ()  # the stubs do not know that these are pairs
+    for key, value in metadata:
+        if key == "grpc-status-details-bin":
+            try:
+                rich.ParseFromString(value)
+            except DecodeError:
+                return status
+    for detail in rich.details:
+        info = error_details_pb2.ErrorInfo()
+        broken_fields = error_details_pb2.BadRequest()
+        retry = error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            status = status._replace(reason=info.reason, metadata=dict(info.metadata))
+        elif detail.Unpack(broken_fields):
+            named = tuple(Violation(v.field, v.description) for v in broken_fields.field_violations)
+            status = status._replace(violations=named)
+        elif detail.Unpack(retry):
+            status = status._replace(retry_delay_s=retry.retry_delay.ToNanoseconds() / 1e9)
+    return status

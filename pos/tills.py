@@ -1,0 +1,128 @@
+"""Many tills at work at once: sends a list of sales as fast as the service takes them, some of them twice."""
+
+import threading
+import zlib
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Self
+
+from pos.client import PosClient, Recorded, Sale, connect
+from pos.errors import PosError
+
+# The service commits what arrives together in one transaction, so it wants many sales in flight; beyond some
+# dozens the threads only wait for each other, since Python runs one at a time.
+TILLS = 32
+TILLS_PER_CHANNEL = 8  # a connection each: the service's workers share connections, not calls
+ATTEMPT_TIMEOUT_S = 10.0
+TOTAL_TIMEOUT_S = 180.0  # rides out an outage of two minutes, and the rush after it
+
+# Real tills repeat themselves when an answer is late. Of 1,000 sales, this many are sent twice on purpose:
+AGAIN_PER_MILLE = 25  # once more after the answer
+AT_ONCE_PER_MILLE = 25  # two at the same time
+
+
+class SaleFailed(Exception):
+    """A sale was refused, or its outcome is unknown after all patience; no till goes on."""
+
+    def __init__(self, sale: Sale, reason: str) -> None:
+        super().__init__(
+            f"sale {sale.receipt_id} (branch {sale.branch_id}, till {sale.pos_id}, "
+            f"{sale.purchase_time:%Y-%m-%d %H:%M}): {reason}"
+        )
+
+
+class Tills:
+    """Threads that send sales while the block runs; leaving it early stops them at once.
+
+    The counters may be read at any time.
+    """
+
+    def __init__(self, sales: Iterable[Sale], target: str, *, seed: int) -> None:
+        """`seed` decides which sales are sent twice."""
+        self.recorded = 0  # sales answered, each counted once
+        self.replayed = 0  # of those, sales that had been stored before
+        self.duplicates_sent = 0
+        self.trouble: PosError | None = None  # why the tills wait; None while sales get through
+        self._seed = seed & 0xFFFFFFFF
+        self._waiting = deque(sales)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._channels = [connect(target) for _ in range(TILLS // TILLS_PER_CHANNEL)]
+        self._clients = [
+            PosClient(
+                channel,
+                attempt_timeout_s=ATTEMPT_TIMEOUT_S,
+                total_timeout_s=TOTAL_TIMEOUT_S,
+                pause=self._pause,
+            )
+            for channel in self._channels
+        ]
+        self._threads = ThreadPoolExecutor(TILLS, "till")
+        self._twins = ThreadPoolExecutor(TILLS, "twin")  # at most one sale's twin for each till
+        self._futures: set[Future[None]] = set()
+
+    def __enter__(self) -> Self:
+        clients = self._clients
+        self._futures = {self._threads.submit(self._work, clients[i % len(clients)]) for i in range(TILLS)}
+        return self
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all sales are sent, `timeout_s` at most; True when they are.
+
+        Raises:
+            SaleFailed: one of them was not stored, or nobody knows.
+        """
+        done, pending = wait(self._futures, timeout_s, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        return not pending
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        for channel in self._channels:
+            channel.close()  # ends the calls in flight
+        self._threads.shutdown(cancel_futures=True)
+        self._twins.shutdown(cancel_futures=True)
+
+    def _work(self, client: PosClient) -> None:
+        while not self._stop.is_set():
+            try:
+                sale = self._waiting.popleft()
+            except IndexError:
+                return
+            try:
+                self._sell(client, sale)
+            except PosError as error:
+                raise SaleFailed(sale, str(error)) from error
+
+    def _sell(self, client: PosClient, sale: Sale) -> None:
+        def send() -> Recorded:
+            return client.create_purchase(sale, register_customer=True)
+
+        lot = zlib.crc32(sale.idempotency_key.encode(), self._seed) % 1000
+        twin: Recorded | None = None
+        if lot < AT_ONCE_PER_MILLE:
+            concurrent = self._twins.submit(send)
+            first, twin = send(), concurrent.result()
+        else:
+            first = send()
+            if lot < AT_ONCE_PER_MILLE + AGAIN_PER_MILLE:
+                twin = send()
+        if twin:
+            same = twin.purchase.purchase_id == first.purchase.purchase_id
+            if not same or not (twin.replayed or first.replayed):
+                raise SaleFailed(sale, "it was sent twice, and stored twice")
+        self.trouble = None
+        with self._lock:
+            self.recorded += 1
+            self.replayed += first.replayed and (twin is None or twin.replayed)
+            self.duplicates_sent += twin is not None
+
+    def _pause(self, pause_s: float, why: PosError) -> None:
+        self.trouble = why
+        if self._stop.wait(pause_s):
+            raise why

@@ -1,0 +1,222 @@
+"""The local stack, without its servers: processes, ports, environments, and a stack of two stand-in services."""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from deploy.local import machine, services
+from deploy.local.machine import Notebook, Process, StackError
+from deploy.local.services import PURCHASES, SERVICES, Service
+from deploy.local.stack import Stack, how_it_ended
+
+STAND_IN = """
+import os, signal, sys
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+
+name = sys.argv[1]
+if name == "migrate":
+    sys.exit(0)
+if os.environ.get("LOG_REFUSE") == name:
+    sys.exit("I refuse")
+server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
+health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
+server.add_insecure_port(os.environ[name.upper() + "_LISTEN"])
+server.start()
+signal.sigwait({signal.SIGTERM})
+server.stop(None).wait()
+"""
+
+DATABASE = services.Database("purchases", "owner", ("stand_in", "migrate"))
+
+
+@pytest.fixture
+def sleeper() -> Iterator[Process]:
+    process = machine.spawn(["sleep", "60"], os.environ, Path.cwd(), Path(os.devnull))
+    yield process
+    process.end()
+
+
+@pytest.fixture
+def table() -> tuple[Service, ...]:
+    return tuple(
+        Service(name, ("stand_in", name), machine.pick_port(), machine.pick_port(), DATABASE, role="none")
+        for name in ("purchases", "relay")
+    )
+
+
+@pytest.fixture
+def caller() -> dict[str, str]:
+    """The environment of somebody who has servers already, so that none is started here."""
+    return {**os.environ, "PURCHASES_DATABASE_URL": "postgresql://elsewhere/purchases", "AMQP_URL": "amqp://elsewhere"}
+
+
+@pytest.fixture
+def stack(tmp_path: Path, table: tuple[Service, ...], caller: dict[str, str]) -> Iterator[Stack]:
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    stack = Stack(tmp_path, table, caller)
+    yield stack
+    stack.stop()
+
+
+def test_a_recycled_pid_is_another_process(sleeper: Process) -> None:
+    """Nothing that merely has the pid of a process of ours is ever signalled."""
+    former = Process(sleeper.pid, sleeper.started - 1)
+    former.send(signal.SIGKILL)
+    assert not former.alive
+    assert not former.end()
+    assert sleeper.alive
+
+
+def test_a_dead_process_tells_how_it_ended(sleeper: Process) -> None:
+    """Dead but not yet reaped counts as dead; its signal is named."""
+    assert not sleeper.end(signal.SIGTERM)
+    assert not sleeper.alive
+    assert how_it_ended(sleeper) == "was killed by SIGTERM"
+
+
+def test_a_process_that_does_not_heed_is_killed() -> None:
+    """Everything that waits has a deadline."""
+    deaf = machine.spawn(["sh", "-c", "trap '' TERM; sleep 60"], os.environ, Path.cwd(), Path(os.devnull))
+    assert machine.wait_until(lambda: "trap" in " ".join(deaf.argv), 5)
+    deaf.send(signal.SIGSTOP)
+    assert deaf.end(signal.SIGTERM, patience_s=0.1)
+
+
+def test_a_service_gets_what_it_needs_and_no_more() -> None:
+    """Each has its own login; only those that use the broker know its URL; the caller's settings reach all."""
+    urls = {"AMQP_URL": "amqp://b", "purchases": "p", "relay": "r", "consumer": "c", "analytics": "a"}
+    settings = {"BUSINESS_TIME_ZONE": "UTC", "RELAY_LISTEN": "0.0.0.0:7000", "ANALYTICS_DATABASE_URL": "a"}
+    purchases, relay, consumer, _ = (services.service_environ(it, SERVICES, settings, urls) for it in SERVICES)
+    assert purchases["PURCHASES_DATABASE_URL"] == "p"
+    assert not {"AMQP_URL", "ANALYTICS_DATABASE_URL", "RELAY_TARGET"} & purchases.keys()
+    assert relay["RELAY_LISTEN"] == "0.0.0.0:7000"
+    assert consumer["RELAY_TARGET"] == "127.0.0.1:7000"
+    assert consumer["CONSUMER_METRICS_LISTEN"] == "127.0.0.1:9467"
+    assert {it["BUSINESS_TIME_ZONE"] for it in (purchases, relay, consumer)} == {"UTC"}
+
+
+def test_an_empty_setting_is_no_setting() -> None:
+    assert services.settings_of({"AMQP_URL": "", "LOG_LEVEL": "debug", "HOME": "/"}) == {"LOG_LEVEL": "debug"}
+
+
+def test_a_wrong_address_names_its_setting() -> None:
+    with pytest.raises(StackError, match="RELAY_LISTEN=here: must be host:port"):
+        SERVICES[1].addresses({"RELAY_LISTEN": "here"})
+
+
+def test_the_env_file_survives_a_shell(tmp_path: Path) -> None:
+    """Whatever a value holds, `. FILE` brings it back."""
+    file = tmp_path / "x.env"
+    file.write_text(services.export_lines({"X": 'it\'s $HOME `id` \\ "x"'}))
+    read = subprocess.run(["sh", "-c", '. "$0"; printf %s "$X"', file], capture_output=True, text=True, check=True)
+    assert read.stdout == 'it\'s $HOME `id` \\ "x"'
+
+
+def test_a_private_port_moves_when_it_is_taken_and_stays_moved(tmp_path: Path) -> None:
+    notes = Notebook(tmp_path / "notes.json")
+    first = notes.port("x", None, in_use=False)
+    with socket.create_server(("127.0.0.1", first)):
+        assert notes.port("x", None, in_use=True) == first
+        second = notes.port("x", None, in_use=False)
+    assert second != first
+    assert notes.port("x", None, in_use=False) == second
+    assert (tmp_path / "notes.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_all_taken_ports_are_named_at_once(stack: Stack, table: tuple[Service, ...]) -> None:
+    """With the setting that moves each, and who has it."""
+    first, second = table
+    taken = [socket.create_server(("127.0.0.1", port)) for port in (first.port, second.metrics_port)]
+    with taken[0], taken[1], pytest.raises(StackError) as caught:
+        stack.start()
+    message = str(caught.value)
+    assert f"port {first.port} (purchases, PURCHASES_LISTEN) is taken by pid {os.getpid()}" in message
+    assert f"port {second.metrics_port} (relay, RELAY_METRICS_LISTEN) is taken by pid {os.getpid()}" in message
+
+
+def test_a_reserved_port_is_still_there_for_a_server() -> None:
+    port = machine.pick_port()
+    with machine.reserve_port(port) or pytest.fail("it was free"), socket.create_server(("127.0.0.1", port)):
+        assert not machine.port_is_free(port)
+
+
+def test_what_is_missing_is_started_and_nothing_else(stack: Stack) -> None:
+    """Twice in a row, after kill -9 of one, and with one restarted by hand."""
+    assert stack.start() == ["purchases", "relay"]
+    assert stack.start() == []
+    relay = stack.processes()["relay"]
+    assert relay
+    relay.end(signal.SIGKILL)
+    assert stack.start() == ["relay"]
+
+    stack.stop(["relay"])
+    by_hand = [". .local/run/relay.env && exec", sys.executable, "-m stand_in relay"]
+    with subprocess.Popen(["sh", "-c", " ".join(by_hand)], cwd=stack.root, env={}):
+        assert machine.wait_until(lambda: stack.processes()["relay"] is not None, 10)
+        assert stack.start() == []
+        stack.stop()
+    assert not any(stack.processes().values())
+
+
+def test_one_that_cannot_start_takes_down_what_was_started_with_it(
+    tmp_path: Path, stack: Stack, table: tuple[Service, ...], caller: dict[str, str]
+) -> None:
+    """And the end of its log is in the message."""
+    refusing = Stack(tmp_path, table, {**caller, "LOG_REFUSE": "relay"})
+    with pytest.raises(StackError, match=r"relay ended with exit code 1(?s:.*)I refuse"):
+        refusing.start()
+    assert not any(refusing.processes().values())
+
+
+def test_a_restart_from_another_shell_keeps_the_settings(
+    tmp_path: Path, stack: Stack, table: tuple[Service, ...]
+) -> None:
+    """Somebody types `make start` in a shell that knows nothing of the servers and ports in use."""
+    stack.start()
+    assert Stack(tmp_path, table, {"LOG_LEVEL": "debug"}).settings == {**stack.settings, "LOG_LEVEL": "debug"}
+    stack.stop()
+    assert Stack(tmp_path, table, {}).settings == {}
+
+
+def test_the_last_user_stops_what_was_started_for_a_while(
+    tmp_path: Path, table: tuple[Service, ...], caller: dict[str, str], stack: Stack
+) -> None:
+    """Two demos at once: the first one to end leaves the stack to the other."""
+    other = Stack(tmp_path, table, caller)
+    with other.used(temporary=True) as borrowed:
+        with stack.used(temporary=True) as started:
+            assert (borrowed, started) == (["purchases", "relay"], [])
+        assert all(stack.processes().values())
+    assert not any(stack.processes().values())
+
+
+def test_what_somebody_wants_to_keep_is_kept(stack: Stack) -> None:
+    """`make start` while a demo runs: the demo then stops nothing."""
+    with stack.used(temporary=True), stack.used(temporary=False):
+        pass
+    assert all(stack.processes().values())
+
+
+def test_one_command_at_a_time(tmp_path: Path) -> None:
+    waited: list[bool] = []
+    with machine.locked(tmp_path / "lock"), closing((tmp_path / "lock").open("w")) as second:
+        assert not machine.try_lock(second.fileno(), fcntl.LOCK_EX)
+    with machine.locked(tmp_path / "lock", lambda: waited.append(True)):
+        assert waited == []
+
+
+def test_the_table_is_complete() -> None:
+    """No port is given out twice, and each database has an owner."""
+    ports = [port for service in SERVICES for port in (service.port, service.metrics_port)]
+    assert len(set(ports)) == len(ports)
+    assert PURCHASES.setting == "PURCHASES_DATABASE_URL"
