@@ -37,7 +37,6 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),  # clients may ping every 30 s
-    ("grpc.so_reuseport", 0),  # on by default on Linux: two servers would silently share one port
 ]
 
 HANDLED = Counter("grpc_server_handled_total", "Calls answered.", ["grpc_method", "grpc_code"])
@@ -83,15 +82,20 @@ class Server:
             await self._health.set(name, status)
 
     @asynccontextmanager
-    async def listening(self, address: str, services: list[Service]) -> AsyncIterator[None]:
+    async def listening(
+        self, address: str, services: list[Service], *, share_port: bool = False
+    ) -> AsyncIterator[None]:
         """Listen until the block ends, then drain. Health is NOT_SERVING until `set_serving`.
+
+        `share_port` lets several processes listen there; see that no stranger does.
 
         Raises:
             PortTaken: the address is in use.
         """
         self._names = ["", *(service.name for service in services)]
         await self.set_serving(False)
-        server = grpc.aio.server(options=OPTIONS)
+        # Shared by default on Linux: then two servers would have one port without noticing.
+        server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", int(share_port))])
         for service in services:
             service.add(service.servicer, _WrappingServer(server, self, CALL_TIMEOUT_S))
         # Health and reflection answer while draining and count as nothing in flight: a health watch never ends.

@@ -1,16 +1,20 @@
-"""`python -m purchases_svc serve | migrate`: the wiring."""
+"""`python -m purchases_svc serve | migrate | partitions [--drop]`: the wiring."""
 
 import asyncio
+import datetime
 import sys
 from pathlib import Path
 
 import psycopg
 import structlog
 from psycopg import sql
+from rich.console import Console
+from rich.table import Column, Table
 
 from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
 from chassis.wire import PageTokens
-from purchases_svc import server, stored
+from purchases_svc import retention, server, stored, workers
+from purchases_svc.backlog import Backlog
 from purchases_svc.partitions import Partitions
 from purchases_svc.record import Recorder
 from purchases_svc.settings import MigrateSettings, ServeSettings
@@ -28,9 +32,14 @@ log = structlog.get_logger()
 
 async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     """Serve until `stop`, then finish what is in flight."""
+    worker = workers.number()
+    if config.workers > 1 and worker is None:
+        await workers.supervise(config.workers, config.listen, stop)
+        return
     host = grpc_server.Server("purchases.retail.example")
+    metrics_listen = workers.metrics_address(config.metrics_listen, worker)
     async with (
-        grpc_server.serving_metrics(config.metrics_listen),
+        grpc_server.serving_metrics(metrics_listen),
         postgres.open_pool(
             config.database_url,
             role=ROLE,
@@ -56,12 +65,15 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         require_time_zone(config.business_time_zone, time_zone)
 
         partitions = Partitions(write_pool)
+        backlog = Backlog(read_pool, config.outbox_max)
         recorder = Recorder(
             write_pool,
             partitions,
+            backlog,
             time_zone=time_zone,
             batch_max=config.batch_max,
             waiting_max=config.waiting_max,
+            retention_months=config.retention_months,
         )
         tokens = PageTokens(page_token_key)
         services = [
@@ -77,13 +89,14 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             ),
         ]
         async with asyncio.TaskGroup() as tasks:
-            upkeep = tasks.create_task(partitions.keep_ahead(stop))
-            async with host.listening(config.listen, services):
+            upkeep = tasks.create_task(partitions.keep(stop, config.retention_months))
+            watch = tasks.create_task(backlog.watch(stop))
+            async with host.listening(config.listen, services, share_port=worker is not None):
                 await host.set_serving(True)
-                log.info("serving", listen=config.listen, metrics=config.metrics_listen, time_zone=time_zone)
+                log.info("serving", listen=config.listen, metrics=metrics_listen, time_zone=time_zone)
                 await stop.wait()
             await recorder.close()
-            await upkeep
+            await asyncio.gather(upkeep, watch)
         log.info("stopped")
 
 
@@ -111,20 +124,45 @@ def migrate_database(config: MigrateSettings) -> None:
         require_time_zone(config.business_time_zone, row[0])
 
 
+async def show_partitions(config: ServeSettings, drop: bool) -> None:
+    """Print the months, their sizes and what retention does with each; with `drop`, let it do so."""
+    async with postgres.open_pool(
+        config.database_url, role=ROLE, application_name="partitions", size=1, statement_timeout_s=READ_TIMEOUT_S
+    ) as pool:
+        today = datetime.datetime.now(datetime.UTC).date()
+        if drop:
+            await retention.drop_old_months(pool, config.retention_months, today)
+        horizon = retention.horizon(config.retention_months, today)
+        table = Table(
+            "month", *(Column(name, justify="right") for name in ("purchases", "size", "unsent")), "retention"
+        )
+        for month in await retention.months(pool):
+            size = f"{month.bytes / 2**20:,.1f} MiB"
+            row = (f"{month.month:%Y-%m}", f"~{month.purchases:,}", size, f"{month.unsent:,}", month.verdict(horizon))
+            table.add_row(*row)
+        console = Console(highlight=False)
+        console.print(table)
+        keeps = f"months before {horizon:%Y-%m} may go" if horizon else "off: PURCHASES_RETENTION_MONTHS is not set"
+        console.print(f"Retention: {keeps}. `--drop` drops now; a service that has the setting does so every hour.")
+
+
 def main() -> None:
-    command = sys.argv[1] if len(sys.argv) == 2 else ""
     try:
-        match command:
-            case "serve":
+        match sys.argv[1:]:
+            case ["serve"]:
                 config = settings.load(ServeSettings)
                 logs.configure("purchases", config.log_level)
                 lifecycle.run(lambda stop: serve(config, stop))
-            case "migrate":
+            case ["partitions", *options] if options in ([], ["--drop"]):
+                config = settings.load(ServeSettings)
+                logs.configure("purchases-partitions", config.log_level)
+                asyncio.run(show_partitions(config, drop=bool(options)))
+            case ["migrate"]:
                 migration = settings.load(MigrateSettings)
                 logs.configure("purchases-migrate", migration.log_level)
                 migrate_database(migration)
             case _:
-                raise SystemExit("usage: python -m purchases_svc serve | migrate")
+                raise SystemExit("usage: python -m purchases_svc serve | migrate | partitions [--drop]")
     except settings.SettingsError as error:
         lifecycle.exit_with_settings_problems("purchases", error)
     except (migrate.MigrationError, grpc_server.PortTaken, psycopg.Error) as error:

@@ -39,6 +39,12 @@ class CustomerUnknown(ServiceError):
     reason = "CUSTOMER_NOT_FOUND"
 
 
+class OutboxFull(ServiceError):
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "OUTBOX_FULL"
+    retry_after_s = 5.0
+
+
 class PurchaseNotFound(ServiceError):
     code = StatusCode.NOT_FOUND
     reason = "PURCHASE_NOT_FOUND"

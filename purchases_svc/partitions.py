@@ -9,6 +9,7 @@ import structlog
 
 from chassis.lifecycle import Backoff, wait_set
 from chassis.postgres import UNAVAILABLE, Pool
+from purchases_svc.retention import drop_old_months
 
 MONTHS_AHEAD = 2  # besides the current one
 DAYS_AHEAD = 3
@@ -62,13 +63,16 @@ class Partitions:
                     raise
                 await asyncio.sleep(backoff.next_s())
 
-    async def keep_ahead(self, stop: asyncio.Event) -> None:
-        """Create the months and days to come, now and every hour, until `stop`."""
+    async def keep(self, stop: asyncio.Event, retention_months: int) -> None:
+        """Create the months and days to come, and drop those past their retention, now and every hour."""
         while not stop.is_set():
+            today = datetime.datetime.now(datetime.UTC).date()
             try:
-                await self.ensure(*_upcoming(datetime.datetime.now(datetime.UTC).date()))
+                await self.ensure(*_upcoming(today))
+                if retention_months and await drop_old_months(self._pool, retention_months, today):
+                    self.forget()
             except UNAVAILABLE as error:
-                log.warning("partitions were not created ahead", error=str(error).strip())
+                log.warning("partitions are not taken care of", error=str(error).strip())
                 await wait_set(stop, 5.0)
             else:
                 await wait_set(stop, CHECK_EVERY_S)

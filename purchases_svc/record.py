@@ -22,8 +22,16 @@ from chassis.errors import Overloaded, ServiceError, TransactionConflict
 from chassis.postgres import UNAVAILABLE, Connection, Pool
 from chassis.wire import cents_text
 from purchases_svc import stored
-from purchases_svc.errors import CustomerUnknown, IdempotencyKeyReused, PurchaseTimeOutOfRange, ReceiptExists
+from purchases_svc.backlog import Backlog
+from purchases_svc.errors import (
+    CustomerUnknown,
+    IdempotencyKeyReused,
+    OutboxFull,
+    PurchaseTimeOutOfRange,
+    ReceiptExists,
+)
 from purchases_svc.partitions import Partitions
+from purchases_svc.retention import horizon
 from purchases_svc.sale import EARLIEST, FUTURE_MAX, Purchase, Sale, nanoseconds, rfc3339
 
 BATCH_ITEMS_MAX = 4_000  # of a flush: everybody waits for it, so the biggest sales must not make it take seconds
@@ -76,9 +84,20 @@ class _Entry(NamedTuple):
 class Recorder:
     """Takes in sales and answers each after it is durable."""
 
-    def __init__(self, pool: Pool, partitions: Partitions, *, time_zone: str, batch_max: int, waiting_max: int) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        partitions: Partitions,
+        backlog: Backlog,
+        *,
+        time_zone: str,
+        batch_max: int,
+        waiting_max: int,
+        retention_months: int = 0,
+    ) -> None:
         """`batch_max` sales go in one flush, `waiting_max` may wait for theirs."""
-        self._pool, self._partitions, self._time_zone = pool, partitions, time_zone
+        self._pool, self._partitions, self._backlog = pool, partitions, backlog
+        self._time_zone, self._retention_months = time_zone, retention_months
         self._batch_max, self._waiting_max = batch_max, waiting_max
         self._waiting: deque[_Entry] = deque()
         self._flusher: asyncio.Task[None] | None = None
@@ -98,19 +117,25 @@ class Recorder:
         sent is stored or refused all the same.
 
         Raises:
-            Overloaded: too many sales wait already; none of these was taken in.
+            Overloaded, OutboxFull: too many sales, or too many events, wait already; none of these was taken in.
         """
+        if self._backlog.full:
+            raise OutboxFull("too many events wait for the broker; try again later")
         if len(self._waiting) + len(sales) > self._waiting_max:
             raise Overloaded(f"{len(self._waiting)} sales wait to be stored; try again a little later")
         call = _Call(len(sales))
         now = datetime.datetime.now(datetime.UTC)
+        earliest, latest = self._earliest(now), now + FUTURE_MAX
+        out_of_range = []
         for place, sale in enumerate(sales):
-            if EARLIEST <= sale.purchase_time <= now + FUTURE_MAX:
+            if earliest <= sale.purchase_time <= latest:
                 self._waiting.append(_Entry(Purchase(_id(sale.purchase_time), _id(now), now, sale), call, place))
             else:
-                call.settle(place, await self._known_or_out_of_range(sale, now))
+                out_of_range.append(place)
         if self._waiting and self._flusher is None:
             self._flusher = asyncio.create_task(self._flush_all())
+        for place in out_of_range:
+            call.settle(place, await self._known_or_out_of_range(sales[place], now))
         await call.answered
         return [outcome for outcome in call.outcomes if outcome is not None]
 
@@ -118,6 +143,11 @@ class Recorder:
         """Wait until everything taken in is answered."""
         if self._flusher is not None:
             await self._flusher
+
+    def _earliest(self, now: datetime.datetime) -> datetime.datetime:
+        """Months that retention may drop, and their keys with them, take in no sales: one could come in twice."""
+        kept = horizon(self._retention_months, now.date())
+        return max(EARLIEST, datetime.datetime.combine(kept, datetime.time(), datetime.UTC)) if kept else EARLIEST
 
     async def _known_or_out_of_range(self, sale: Sale, now: datetime.datetime) -> Recorded | Exception:
         """A known key is answered before the time is checked: the clock may have been set back since."""
@@ -129,8 +159,8 @@ class Recorder:
         if holder := holders.get(sale.idempotency_key):
             return _replay(sale, holder)
         return PurchaseTimeOutOfRange(
-            f"purchase.purchase_time {rfc3339(sale.purchase_time)} must not be before {rfc3339(EARLIEST)} or more than"
-            f" {FUTURE_MAX.seconds // 60} minutes after the server's time, {rfc3339(now)}",
+            f"purchase.purchase_time {rfc3339(sale.purchase_time)} must not be before {rfc3339(self._earliest(now))}"
+            f" or more than {FUTURE_MAX.seconds // 60} minutes after the server's time, {rfc3339(now)}",
             metadata={"purchase_time": rfc3339(sale.purchase_time), "server_time": rfc3339(now)},
         )
 
@@ -247,10 +277,10 @@ def _receipt_exists(sale: Sale, holder_id: str) -> ServiceError:
     )
 
 
-# One statement is one transaction. Everything hangs on `new_receipt` and `new_key`: what gets in has both, and what does
-# not leaves nothing behind. Of the sales whose key and customer allow it, those get in whose receipt number is free.
+# One statement is one transaction. Everything hangs on `new_receipt` and `new_key`: what gets in has both, what does
+# not leaves nothing behind. Of sales whose key and customer allow it, those with a free receipt number get in.
 # (The same sale on its way twice has the same receipt number, so the second waits for the first and is not accepted.
-# Should another sale take its key at this very moment, the whole statement fails; `_flush` sorts that out.)
+# Should another sale take its key at this very moment, the statement fails as a whole; `_flush` sorts it out.)
 # Receipts, keys and customers are inserted in sorted order, tables always in the same one: two flushes that share some
 # wait for each other, but never in a circle.
 # LIMIT 1 makes each look-up a probe of the index, whatever the statistics say; nothing looks into all partitions.

@@ -22,4 +22,11 @@ class ServeSettings(MigrateSettings):
     waiting_max: int = setting("PURCHASES_WAITING_MAX", integer(1, 1_000_000), default=20_000)
     # A flush is everybody's: it has a time of its own, whatever its callers' deadlines are.
     flush_timeout_s: float = setting("PURCHASES_FLUSH_TIMEOUT_S", seconds(0.1, 300), default=10.0)
+    # Events that may wait in the outbox; with more, sales are refused with OUTBOX_FULL. 0: no limit.
+    outbox_max: int = setting("PURCHASES_OUTBOX_MAX", integer(0, 1_000_000_000), default=1_000_000)
+    # Full months that are kept besides the current one; older ones are dropped once all their events are sent, and
+    # sales of that age are refused. 0: everything is kept.
+    retention_months: int = setting("PURCHASES_RETENTION_MONTHS", integer(0, 1_200), default=0)
+    # Processes that share the port.
+    workers: int = setting("PURCHASES_WORKERS", integer(1, 64), default=1)
     read_connections: int = setting("PURCHASES_READ_CONNECTIONS", integer(1, 100), default=4)

@@ -11,7 +11,9 @@ import grpc
 import psycopg
 import pytest
 
+from chassis.postgres import Pool
 from purchases_svc import record
+from purchases_svc.backlog import Backlog
 from purchases_svc.errors import IdempotencyKeyReused, PurchaseTimeOutOfRange
 from purchases_svc.partitions import Partitions
 from purchases_svc.record import Recorder
@@ -271,6 +273,11 @@ async def _answer(call: Any) -> None:
             raise
 
 
+def make_recorder(opened: Pool, partitions: Partitions, batch_max: int = 500, **more: Any) -> Recorder:
+    backlog = more.pop("backlog", Backlog(opened, 0))
+    return Recorder(opened, partitions, backlog, time_zone="UTC", batch_max=batch_max, waiting_max=10_000, **more)
+
+
 def stored_sale(**changes: Any) -> Sale:
     """A sale past the checks of the API, which may break the database's own rules."""
     known = Sale(
@@ -291,7 +298,7 @@ def stored_sale(**changes: Any) -> Sale:
 async def test_spoiled_sale_spares_its_neighbours(purchases_db: str) -> None:
     """Whatever one row breaks in the database, the others of its batch are stored."""
     async with pool(purchases_db, "purchases_service") as opened:
-        recorder = Recorder(opened, Partitions(opened), time_zone="UTC", batch_max=500, waiting_max=10_000)
+        recorder = make_recorder(opened, Partitions(opened))
         sales = [stored_sale() for _ in range(40)]
         sales[7], sales[23] = stored_sale(branch_id=-1), stored_sale(pos_id="\0")
         outcomes = await asyncio.gather(*map(recorder.record, sales), return_exceptions=True)
@@ -306,9 +313,7 @@ async def test_workers_with_the_same_sales_do_not_deadlock(purchases_db: str) ->
     customers = [str(uuid.UUID(int=chance.getrandbits(128))) for _ in range(20)]
     sales = [stored_sale(customer_id=chance.choice(customers), register_customer=True) for _ in range(300)]
     async with pool(purchases_db, "purchases_service", size=6) as opened:
-        workers = [
-            Recorder(opened, Partitions(opened), time_zone="UTC", batch_max=40, waiting_max=10_000) for _ in range(3)
-        ]
+        workers = [make_recorder(opened, Partitions(opened), batch_max=40) for _ in range(3)]
         outcomes = await asyncio.gather(
             *(worker.record(s) for worker in workers for s in chance.sample(sales, len(sales)))
         )
@@ -328,7 +333,7 @@ async def test_known_key_is_answered_before_the_time_is_checked(purchases_db: st
         purchase = Purchase(record._id(future), record._id(created), created, late)
         async with opened.connection() as connection:
             assert await record._insert(connection, [purchase], "UTC") == set()
-        recorder = Recorder(opened, partitions, time_zone="UTC", batch_max=10, waiting_max=10_000)
+        recorder = make_recorder(opened, partitions, batch_max=10)
         assert (await recorder.record(late)).purchase.purchase_id == purchase.purchase_id
         with pytest.raises(IdempotencyKeyReused):
             await recorder.record(late._replace(branch_id=2))

@@ -1,0 +1,44 @@
+"""The outbox's backlog limit: when nobody takes the events away, sales are refused before the disk is full."""
+
+import asyncio
+
+import structlog
+from prometheus_client import Gauge
+
+from chassis.lifecycle import wait_set
+from chassis.postgres import UNAVAILABLE, Pool
+
+LOOK_EVERY_S = 2.0
+
+BACKLOG = Gauge("purchases_outbox_backlog", "Events that wait to be published, counted up to the limit.")
+
+log = structlog.get_logger()
+
+
+class Backlog:
+    """Knows whether more events wait in the outbox than may."""
+
+    def __init__(self, pool: Pool, most: int) -> None:
+        """`most` events may wait; 0 means any number."""
+        self._pool, self._most = pool, most
+        self.full = False
+
+    async def watch(self, stop: asyncio.Event) -> None:
+        """Look every two seconds, until `stop`. The count ends at the limit, so it costs what the backlog is worth."""
+        while self._most and not stop.is_set():
+            try:
+                async with self._pool.connection() as connection:
+                    cursor = await connection.execute(
+                        "SELECT count(*) FROM (SELECT FROM outbox_events WHERE status = 'NEW' LIMIT %s) AS waiting",
+                        [self._most],
+                    )
+                    row = await cursor.fetchone()
+            except UNAVAILABLE as error:
+                log.warning("the outbox's backlog is not known", error=str(error).strip())
+            else:
+                waiting = int(row[0]) if row else 0
+                BACKLOG.set(waiting)
+                if self.full != (waiting >= self._most):
+                    self.full = not self.full
+                    log.warning("the outbox is full" if self.full else "the outbox has room again", waiting=waiting)
+            await wait_set(stop, LOOK_EVERY_S)

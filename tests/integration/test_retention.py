@@ -1,0 +1,172 @@
+"""Months past their retention: dropped whole, and never with an event that is not sent."""
+
+import asyncio
+import datetime
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator
+
+import psycopg
+import pytest
+
+from chassis.postgres import Pool
+from purchases_svc import retention
+from purchases_svc.backlog import Backlog
+from purchases_svc.errors import OutboxFull, PurchaseTimeOutOfRange
+from purchases_svc.partitions import Partitions
+from purchases_svc.sale import Sale
+from tests.conftest import ROOT, eventually, pool
+from tests.integration.test_create_purchase import assert_whole, count, make_recorder, stored_sale
+
+TODAY = datetime.datetime.now(datetime.UTC).date()
+
+
+def month_ago(months: int) -> datetime.datetime:
+    """Noon on the second day of a month in the past: far from its edges."""
+    first = retention.horizon(months, TODAY) if months else TODAY.replace(day=1)
+    assert first
+    return datetime.datetime.combine(first.replace(day=2), datetime.time(12), datetime.UTC)
+
+
+def old_sale(months: int) -> Sale:
+    return stored_sale(purchase_time=month_ago(months))
+
+
+@pytest.fixture
+async def opened(purchases_db: str) -> AsyncIterator[Pool]:
+    async with pool(purchases_db, "purchases_service", size=4) as service:
+        yield service
+
+
+async def record(opened: Pool, *sales: Sale) -> None:
+    recorder = make_recorder(opened, Partitions(opened))
+    for outcome in await recorder.record_all(sales):
+        assert not isinstance(outcome, Exception), outcome
+
+
+def mark_sent(url: str) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("UPDATE outbox_events SET status = 'SENT'")
+
+
+async def drop(opened: Pool, keep_months: int) -> list[datetime.date]:
+    return await retention.drop_old_months(opened, keep_months, TODAY)
+
+
+async def test_old_months_go_and_young_ones_stay(opened: Pool, purchases_db: str) -> None:
+    """Of a month past its retention nothing is left, of the others everything; a second run finds nothing to do."""
+    await record(opened, *(old_sale(months) for months in (0, 1, 3, 4, 4)))
+    mark_sent(purchases_db)
+    assert await drop(opened, 3) == [month_ago(4).date().replace(day=1)]
+    assert await drop(opened, 3) == []
+    for table in ("purchases", "idempotency_keys", "purchase_items"):
+        assert count(purchases_db, table) == 3, table
+    assert await drop(opened, 1) == [month_ago(3).date().replace(day=1)]
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute("DELETE FROM outbox_events WHERE aggregate_id NOT IN (SELECT purchase_id FROM purchases)")
+        connection.execute("DELETE FROM receipts WHERE purchase_id NOT IN (SELECT purchase_id FROM purchases)")
+    assert_whole(purchases_db, 2)
+
+
+async def test_unsent_events_keep_their_month(opened: Pool, purchases_db: str) -> None:
+    """A month with an event that is NEW or FAILED stays, whole, however old it is."""
+    await record(opened, old_sale(5), old_sale(6))
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute("UPDATE outbox_events SET status = 'FAILED'"
+                           " WHERE event_id = (SELECT min(event_id::text)::uuid FROM outbox_events)")  # fmt: skip
+    assert await drop(opened, 3) == []
+    assert_whole(purchases_db, 2)
+
+
+async def test_sale_that_commits_while_retention_looks(opened: Pool, purchases_db: str) -> None:
+    """The month is locked before it is looked at: an open transaction with a new sale in it keeps it."""
+    await record(opened, old_sale(5))
+    mark_sent(purchases_db)
+    old = month_ago(5)
+    with psycopg.connect(purchases_db) as writer:
+        writer.execute(
+            "INSERT INTO purchases (purchase_id, purchase_time, receipt_id, idempotency_key, branch_id, cashier_id,"
+            " pos_id, total_amount, item_count, event_id)"
+            " VALUES (gen_random_uuid(), %s, 'R', gen_random_uuid(), 1, 1, 'P', 5, 1, gen_random_uuid())",
+            [old],
+        )
+        assert await drop(opened, 3) == []  # it waits a second for the lock, not longer
+        writer.commit()
+    assert count(purchases_db, "purchases") == 2
+
+
+async def test_sales_past_the_retention_are_refused(opened: Pool) -> None:
+    """What retention may drop takes in no sales: with its key gone, one could come in twice. A known one is replayed."""
+    known = old_sale(5)
+    await record(opened, known)
+    recorder = make_recorder(opened, Partitions(opened), retention_months=3)
+    assert (await recorder.record(known)).replayed
+    with pytest.raises(PurchaseTimeOutOfRange):
+        await recorder.record(old_sale(4))
+    assert not (await recorder.record(old_sale(3))).replayed
+
+
+@pytest.mark.parametrize("keep_months", [0, -1, 3])
+async def test_functions_refuse_months_that_are_kept(opened: Pool, keep_months: int) -> None:
+    """The service's role cannot destroy more than the retention allows, whatever it asks for."""
+    young = month_ago(2).date().replace(day=1)
+    async with opened.connection() as connection:
+        for statement in ("SELECT drop_purchases_month(%s, %s)", "SELECT delete_keys_of_month(%s, %s, 10)"):
+            with pytest.raises(psycopg.errors.InvalidParameterValue):
+                await connection.execute(statement, [young, keep_months])
+
+
+async def test_full_outbox_refuses_sales(opened: Pool, purchases_db: str) -> None:
+    """With too many events waiting, sales are refused with a pause to keep; when they are gone, sales are taken."""
+    await record(opened, *(stored_sale(idempotency_key=str(uuid.uuid4())) for _ in range(5)))
+    backlog, stop = Backlog(opened, 5), asyncio.Event()
+    watching = asyncio.ensure_future(backlog.watch(stop))
+    recorder = make_recorder(opened, Partitions(opened), backlog=backlog)
+    await eventually(lambda: _is(backlog, full=True), "the outbox is full")
+    with pytest.raises(OutboxFull):
+        await recorder.record(stored_sale())
+    mark_sent(purchases_db)
+    await eventually(lambda: _is(backlog, full=False), "the outbox has room")
+    assert not (await recorder.record(stored_sale())).replayed
+    stop.set()
+    await watching
+
+
+async def _is(backlog: Backlog, *, full: bool) -> bool:
+    return backlog.full is full
+
+
+async def test_operator_sees_the_months(opened: Pool, purchases_db: str) -> None:
+    """`partitions` prints each month and what retention would do, and drops nothing unless told."""
+    await record(opened, old_sale(0), old_sale(5), old_sale(6))
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute(
+            "UPDATE outbox_events SET status = 'SENT' WHERE aggregate_id IN (SELECT purchase_id FROM purchases"
+            " WHERE purchase_time < %s)",
+            [month_ago(5) - datetime.timedelta(days=10)],
+        )
+
+    def partitions(*options: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "purchases_svc", "partitions", *options],
+            env={
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}",
+                "PURCHASES_DATABASE_URL": purchases_db,
+                "PURCHASES_RETENTION_MONTHS": "3",
+                "COLUMNS": "120",
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        ).stdout
+
+    shown = await asyncio.to_thread(partitions)
+    lines = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│")}
+    assert "drop" in lines[f"{month_ago(6):%Y-%m}"]
+    assert "keep: 1 events are not sent" in lines[f"{month_ago(5):%Y-%m}"]
+    assert lines[f"{month_ago(0):%Y-%m}"].rstrip(" │").endswith("keep")
+    assert count(purchases_db, "purchases") == 3
+    await asyncio.to_thread(partitions, "--drop")
+    assert count(purchases_db, "purchases") == 2
