@@ -200,6 +200,6 @@ REFUSED = {
 def test_roles_may_do_their_job_only(analytics_db: str, role: str, statement: str) -> None:
     """The consumer runs no DDL and deletes nothing, the server writes nothing, and only the server reads the key."""
     with psycopg.connect(analytics_db) as connection:
-        connection.execute("SET ROLE " + role)  # type: ignore[arg-type]
+        connection.execute(f"SET ROLE {role}".encode())
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(statement.encode())

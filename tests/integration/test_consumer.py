@@ -4,19 +4,22 @@ import asyncio
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from zoneinfo import ZoneInfo
 
 import grpc
 import pika
 import psycopg
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pika.adapters.blocking_connection import BlockingChannel
 
 import analytics_svc.__main__ as analytics
@@ -102,10 +105,12 @@ async def test_golden_example_ten_times_over(analytics_db: str, amqp_url: str, c
 async def test_many_events_by_two_consumers(analytics_db: str, amqp_url: str, channel: BlockingChannel) -> None:
     """Two consumers share a queue full of shuffled and repeated events; the sums are those computed by other means."""
     sales = some_sales(1_500, seed=11)
-    async with consuming(analytics_db, amqp_url, batch_max=40, prefetch=100):
-        async with consuming(analytics_db, amqp_url, batch_max=30, prefetch=100):
-            publish(channel, *[sale.body() for sale in sales[::2] + sales[::-1]])
-            await counts(analytics_db, COUNTED, 1_500)
+    async with (
+        consuming(analytics_db, amqp_url, batch_max=40, prefetch=100),
+        consuming(analytics_db, amqp_url, batch_max=30, prefetch=100),
+    ):
+        publish(channel, *[sale.body() for sale in sales[::2] + sales[::-1]])
+        await counts(analytics_db, COUNTED, 1_500)
     assert read_models(analytics_db) == expected(sales)
     assert depth(channel) == 0
 
@@ -208,6 +213,29 @@ async def test_poison_keeps_its_properties(analytics_db: str, amqp_url: str, cha
     }
 
 
+class FarFuture(pika.BasicProperties):  # type: ignore[misc] # pika has no types
+    """A header with a date beyond the calendar, as a producer sends it that mistakes milliseconds for seconds."""
+
+    def encode(self) -> list[bytes]:
+        self.headers = {"sent_at": datetime(2026, 1, 6, tzinfo=UTC)}
+        seconds = int(self.headers["sent_at"].timestamp())
+        wrong = struct.pack(">Q", seconds * 1_000)
+        return [b"".join(super().encode()).replace(struct.pack(">Q", seconds), wrong)]
+
+
+async def test_headers_that_cannot_be_read(analytics_db: str, amqp_url: str, channel: BlockingChannel) -> None:
+    """A message whose very headers break the library blocks nothing: it is quarantined, too."""
+    async with consuming(analytics_db, amqp_url):
+        channel.basic_publish("purchases", "purchases.created", GOLDEN, FarFuture(), mandatory=True)
+        publish(channel, sold("1.00").body())
+        await counts(analytics_db, COUNTED, 1)
+        await counts(analytics_db, QUARANTINED, 1)
+    assert query(analytics_db, "SELECT reason, body FROM quarantined_events") == [
+        ("UNSUPPORTED_SCHEMA_VERSION", GOLDEN)
+    ]
+    assert depth(channel) == 0
+
+
 async def test_same_poison_again_and_again(analytics_db: str, amqp_url: str, channel: BlockingChannel) -> None:
     """A producer that repeats its mistake fills no disk: the same message is kept once."""
     async with consuming(analytics_db, amqp_url):
@@ -274,6 +302,39 @@ async def test_database_outage(analytics_db: str, postgres_url: str, amqp_url: s
     assert depth(channel) == 0
 
 
+async def is_not_serving(channel: grpc.aio.Channel) -> bool:
+    """Whether it says so, as opposed to saying nothing."""
+    try:
+        reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)  # type: ignore[attr-defined]
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(reply.status == health_pb2.HealthCheckResponse.NOT_SERVING)
+
+
+async def test_servers_that_are_not_up_yet(analytics_db: str, postgres_url: str, amqp_url: str) -> None:
+    """Started before its database and its broker, it answers that it does not serve, waits, and then serves."""
+    name = urlsplit(analytics_db).path[1:]
+    settings = config(analytics_db, amqp_url)
+    nowhere = config(analytics_db, f"amqp://guest:guest@{free_address()}/%2F")
+    stop = asyncio.Event()
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
+        admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false'.encode())
+        tasks = [asyncio.ensure_future(analytics.consume(each, stop)) for each in (settings, nowhere)]
+        async with (
+            grpc.aio.insecure_channel(settings.listen) as health,
+            grpc.aio.insecure_channel(nowhere.listen) as health_nowhere,
+        ):
+            await eventually(lambda: is_not_serving(health), "it answers that it does not serve")
+            await eventually(lambda: is_not_serving(health_nowhere), "it answers that it does not serve")
+            admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true'.encode())
+            with pika.BlockingConnection(pika.URLParameters(amqp_url)) as publisher:
+                publisher.channel().exchange_declare("purchases", "topic", durable=True)
+            await eventually(lambda: is_serving(health), "it serves")
+            assert not await is_serving(health_nowhere)
+        stop.set()
+        await asyncio.wait_for(asyncio.gather(*tasks), 20)
+
+
 async def test_stop_during_a_database_outage(
     analytics_db: str, postgres_url: str, amqp_url: str, channel: BlockingChannel
 ) -> None:
@@ -302,21 +363,21 @@ async def test_lost_database_connections(analytics_db: str, amqp_url: str, chann
 
 
 async def test_lost_broker_connections(
-    analytics_db: str, amqp_url: str, channel: BlockingChannel, broker: RabbitMQ, _virtual_host: str
+    analytics_db: str, amqp_url: str, channel: BlockingChannel, broker: RabbitMQ
 ) -> None:
     """After a loss it connects again; what was under way comes again and counts once."""
     sales = some_sales(400, seed=10)
     async with consuming(analytics_db, amqp_url, batch_max=10) as health:
         for start in (0, 200):
             publish(channel, *[sale.body() for sale in sales[start : start + 200]])
-            await asyncio.to_thread(_close_consumers, broker, _virtual_host)
+            await asyncio.to_thread(close_consumers, broker, unquote(urlsplit(amqp_url).path[1:]))
         await counts(analytics_db, COUNTED, 400)
         await eventually(lambda: is_serving(health), "it serves again")
     assert read_models(analytics_db) == expected(sales)
     assert depth(channel) == 0
 
 
-def _close_consumers(broker: RabbitMQ, virtual_host: str) -> None:
+def close_consumers(broker: RabbitMQ, virtual_host: str) -> None:
     """End the consumers' connections, and no one else's, as the broker's operator would."""
     for line in broker.ctl("list_connections", "pid", "vhost", "client_properties").splitlines():
         if f"\t{virtual_host}\t" in line and "analytics consumer" in line:

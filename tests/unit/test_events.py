@@ -154,7 +154,7 @@ LONG_AGO = "0001-01-01T00:00:00+14:00"  # before the calendar begins, in UTC
         ("purchase", [None, [], "x", 1]),
         ("purchase_id", ["", 1, None]),
         ("idempotency_key", ["", 1, None, "٤f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"]),
-        ("customer_id", ["", 1, None, "nobody"]),
+        ("customer_id", ["", 1, False, "nobody"]),
         ("receipt_id", ["", 123456, None, "x" * 65, "a\0b"]),
         ("pos_id", ["", 3, None, "x" * 65, "\0"]),
         ("branch_id", [0, -1, 2**31, "1", None, True, Raw("1.5"), Raw("1e400"), [], {}]),
@@ -303,6 +303,11 @@ def test_the_body_has_the_events_id(message_id: object) -> None:
     """The message's own id does not matter where the body has one: tools that move messages give them new ones."""
     assert decode(GOLDEN, UTC_ZONE, message_id=message_id).event_id == EVENT_ID
     assert refusal(golden(branch_id=0), message_id=message_id).event_id == EVENT_ID
+
+
+def test_null_customer_is_an_anonymous_sale() -> None:
+    """Null for the one optional field is taken for absent, since it can mean nothing else."""
+    assert decode(golden(customer_id=None), UTC_ZONE) == decode(GOLDEN, UTC_ZONE)
 
 
 def test_ids_are_compared_in_one_spelling() -> None:

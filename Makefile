@@ -1,0 +1,44 @@
+# The commands of the project; `make help` lists them. Everything a command needs, it installs and starts itself.
+
+PYTHON := .venv/bin/python
+LOCAL := exec $(PYTHON) -m deploy.local
+
+.DEFAULT_GOAL := help
+.PHONY: help ready run start stop status demo test lint proto bench faults
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
+	  printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+ready: # the virtual environment, as requirements-dev.txt has it; quick when nothing changed
+	@sh deploy/bootstrap.sh
+
+run: ready ## everything, in the foreground: prints the endpoints; Ctrl-C stops it all
+	@$(LOCAL) run
+
+start: ready ## start what is not running, in the background
+	@$(LOCAL) start
+
+stop: ready ## stop everything of this checkout
+	@$(LOCAL) stop
+
+status: ready ## what is running
+	@$(LOCAL) status
+
+demo: ready ## a day of sales and the owner's numbers; [FILE=sales.csv.gz] [LIMIT=n] [REPORT=out.json]
+	@$(LOCAL) demo $(if $(FILE),--file "$$FILE") $(if $(LIMIT),--limit "$$LIMIT") $(if $(REPORT),--report "$$REPORT")
+
+test: ready ## all tests, against real servers; [ARGS='-k name -x']
+	@$(LOCAL) test $(ARGS)
+
+lint: ready ## formatting, types, layers, contracts
+	@PYTHON=$(PYTHON) deploy/lint.sh
+
+proto: ready ## generate the Python code from proto/
+	@PYTHON=$(PYTHON) deploy/proto.sh
+
+bench: ready ## measure; [ONLY=write|pipeline|analytics] [REPORT=out.json]
+	@exec $(PYTHON) -m tests.bench
+
+faults: ready ## break things while sales go on, and count; [FAULTS=n] [SEED=n] [REPORT=out.json]
+	@exec $(PYTHON) -m tests.faults

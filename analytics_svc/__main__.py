@@ -1,0 +1,161 @@
+"""`python -m analytics_svc consume | serve | migrate`: the wiring."""
+
+import asyncio
+import sys
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import psycopg
+import structlog
+
+from analytics_svc import queries
+from analytics_svc.consumer import Consumer
+from analytics_svc.server import AnalyticsServicer
+from analytics_svc.settings import ConsumeSettings, MigrateSettings, ServeSettings
+from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
+from chassis.wire import PageTokens
+from retail.analytics.v1 import analytics_service_pb2_grpc as analytics_grpc
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+DOMAIN = "analytics.retail.example"
+CONSUMER_CONNECTIONS = 2  # one batch at a time; the other is there when one breaks
+APPLY_TIMEOUT_S = 10.0  # for each statement of a batch; the slowest takes some tens of milliseconds
+STOP_TIMEOUT_S = 15.0  # for the batch in flight; what is not applied by then is delivered again
+
+log = structlog.get_logger()
+
+
+async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
+    """Keep the read models until `stop`, then finish the batch in flight."""
+    host = grpc_server.Server(DOMAIN)
+    async with (
+        grpc_server.serving_metrics(config.metrics_listen),
+        host.listening(config.listen, []),
+        postgres.open_pool(
+            config.database_url,
+            role="analytics_consumer",
+            application_name="analytics consume",
+            size=CONSUMER_CONNECTIONS,
+            statement_timeout_s=APPLY_TIMEOUT_S,
+        ) as pool,
+    ):
+        if not await wait_until_ready(pool, config.business_time_zone, stop):
+            return
+        consumer = Consumer(
+            config.amqp_url,
+            pool,
+            ZoneInfo(config.business_time_zone),
+            batch_max=config.batch_max,
+            prefetch=config.prefetch,
+            set_serving=host.set_serving,
+        )
+        log.info("ready", listen=config.listen, metrics=config.metrics_listen, time_zone=config.business_time_zone)
+        consuming, stopping = asyncio.create_task(consumer.run(stop)), asyncio.create_task(stop.wait())
+        await asyncio.wait({consuming, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        await host.set_serving(False)
+        try:
+            await asyncio.wait_for(consuming, STOP_TIMEOUT_S)
+        except TimeoutError:
+            log.warning("the batch in flight was given up; it will be delivered again")
+    log.info("stopped")
+
+
+async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
+    """Answer until `stop`, then finish what is in flight."""
+    host = grpc_server.Server(DOMAIN)
+    async with postgres.open_pool(
+        config.database_url,
+        role="analytics_server",
+        application_name="analytics serve",
+        size=config.read_connections,
+        statement_timeout_s=grpc_server.CALL_TIMEOUT_S,
+    ) as pool:
+        servicer = AnalyticsServicer(pool)
+        service = grpc_server.Service(
+            analytics_grpc.add_AnalyticsServiceServicer_to_server, servicer, "retail.analytics.v1.AnalyticsService"
+        )
+        async with grpc_server.serving_metrics(config.metrics_listen), host.listening(config.listen, [service]):
+            if not await wait_until_ready(pool, config.business_time_zone, stop):
+                return
+            async with pool.connection() as connection:
+                servicer.tokens = PageTokens(await queries.page_token_key(connection))
+            await host.set_serving(True)
+            log.info("serving", listen=config.listen, metrics=config.metrics_listen)
+            await stop.wait()
+    log.info("stopped")
+
+
+async def wait_until_ready(pool: postgres.Pool, time_zone: str, stop: asyncio.Event) -> bool:
+    """Wait until the database is up; False when `stop` came first.
+
+    Raises:
+        MigrationError: it is not the database that this process was made for.
+    """
+    while await postgres.wait_until_up(pool, stop):
+        try:
+            async with pool.connection() as connection:
+                await migrate.require_current(connection, MIGRATIONS)
+                row = await (await connection.execute("SELECT time_zone FROM analytics_settings")).fetchone()
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege) as error:
+            raise migrate.MigrationError(f"{error.diag.message_primary}: run `migrate` first") from error
+        except postgres.UNAVAILABLE:
+            continue
+        if row is None:
+            raise migrate.MigrationError("the database has no time zone: run `migrate` first")
+        require_time_zone(time_zone, row[0])
+        return True
+    return False
+
+
+def require_time_zone(asked: str, stored_zone: str) -> None:
+    """Business days are cut already: another zone would move sales to other days.
+
+    Raises:
+        MigrationError: the zones differ.
+    """
+    if asked != stored_zone:
+        raise migrate.MigrationError(
+            f"BUSINESS_TIME_ZONE is {asked}, but the database was set up with {stored_zone}; it cannot be changed"
+        )
+
+
+def migrate_database(config: MigrateSettings) -> None:
+    """Bring the database up to date, and fix the chain's time zone the first time."""
+    migrate.migrate(config.database_url, MIGRATIONS)
+    with psycopg.connect(config.database_url) as connection:
+        connection.execute(
+            "INSERT INTO analytics_settings (time_zone) VALUES (%s) ON CONFLICT DO NOTHING", [config.business_time_zone]
+        )
+        row = connection.execute("SELECT time_zone FROM analytics_settings").fetchone()
+        assert row is not None  # inserted above, if not before
+        require_time_zone(config.business_time_zone, row[0])
+
+
+def main() -> None:
+    command = sys.argv[1] if len(sys.argv) == 2 else ""
+    try:
+        match command:
+            case "consume":
+                consuming = settings.load(ConsumeSettings)
+                logs.configure("analytics-consume", consuming.log_level)
+                lifecycle.run(lambda stop: consume(consuming, stop))
+            case "serve":
+                serving = settings.load(ServeSettings)
+                logs.configure("analytics-serve", serving.log_level)
+                lifecycle.run(lambda stop: serve(serving, stop))
+            case "migrate":
+                migration = settings.load(MigrateSettings)
+                logs.configure("analytics-migrate", migration.log_level)
+                migrate_database(migration)
+            case _:
+                print("usage: python -m analytics_svc consume | serve | migrate", file=sys.stderr)
+                raise SystemExit(2)
+    except settings.SettingsError as error:
+        lifecycle.exit_with_settings_problems(f"analytics {command}", error)
+    except (migrate.MigrationError, grpc_server.PortTaken, psycopg.Error) as error:
+        raise SystemExit(f"analytics {command}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The gRPC face: requests to questions, rows to responses. Errors are raised; `chassis.grpc_server` maps them."""
+
+import datetime
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from analytics_svc import queries
+from analytics_svc.errors import CustomerNotFound
+from analytics_svc.queries import ALL_DAYS, Days, Freshness, Reader
+from chassis import wire
+from chassis.errors import DatabaseUnavailable, InvalidRequest, InvalidToken, NotImplementedYet, Violation
+from chassis.grpc_server import CALL_TIMEOUT_S
+from chassis.postgres import POOL_WAIT_S, Pool
+from retail.analytics.v1 import analytics_service_pb2 as pb
+from retail.analytics.v1 import analytics_service_pb2_grpc
+
+SALES_PER_PAGE = (500, 1_000)  # by default, at most
+CUSTOMERS_PER_PAGE = (50, 500)
+TOP_PRODUCTS = 10
+LOYAL_PURCHASES_MIN = 3
+IDS_MAX = 1_000  # in one filter
+
+UUID_RULE = "must be a UUID, such as 4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
+class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
+    """`retail.analytics.v1.AnalyticsService`."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.tokens: wire.PageTokens | None = None  # comes when the database is up and proven to be ours
+
+    async def ListDailySales(self, request: pb.ListDailySalesRequest, context: Any) -> pb.ListDailySalesResponse:
+        violations: list[Violation] = []
+        limit = wire.page_size(request.page_size, *SALES_PER_PAGE, violations)
+        days = _days(request, violations) or ALL_DAYS
+        _check_ids("branch_ids", request.branch_ids, violations)
+        tokens = self._admit(request, violations)
+        position = tokens.read(request)
+        after = (datetime.date.fromisoformat(position[0]), position[1]) if position else None
+        async with self._reading(context) as reader:
+            rows, freshness = await queries.daily_sales(reader, days, request.branch_ids, after=after, limit=limit + 1)
+        page = rows[:limit]
+        return pb.ListDailySalesResponse(
+            daily_sales=[
+                pb.DailySales(
+                    sales_date=wire.date(day),
+                    branch_id=branch_id,
+                    revenue=wire.decimal(revenue),
+                    item_count=items,
+                    purchase_count=purchases,
+                    purchase_with_customer_count=with_customer,
+                )
+                for day, branch_id, revenue, items, purchases, with_customer in page
+            ],
+            next_page_token=tokens.issue(request, [str(page[-1][0]), page[-1][1]]) if len(rows) > limit else "",
+            **_marks(freshness),
+        )
+
+    async def ListProductSales(self, request: pb.ListProductSalesRequest, context: Any) -> pb.ListProductSalesResponse:
+        violations: list[Violation] = []
+        limit = wire.page_size(request.page_size, *SALES_PER_PAGE, violations)
+        days = _days(request, violations) or ALL_DAYS
+        _check_ids("branch_ids", request.branch_ids, violations)
+        _check_ids("product_ids", request.product_ids, violations)
+        tokens = self._admit(request, violations)
+        position = tokens.read(request)
+        after = (datetime.date.fromisoformat(position[0]), position[1], position[2]) if position else None
+        async with self._reading(context) as reader:
+            rows, freshness = await queries.product_sales(
+                reader, days, request.branch_ids, request.product_ids, after=after, limit=limit + 1
+            )
+        page = rows[:limit]
+        return pb.ListProductSalesResponse(
+            product_sales=[
+                pb.ProductSales(
+                    sales_date=wire.date(day),
+                    branch_id=branch_id,
+                    product_id=product_id,
+                    quantity=quantity,
+                    revenue=wire.decimal(revenue),
+                )
+                for day, branch_id, product_id, quantity, revenue in page
+            ],
+            next_page_token=tokens.issue(request, [str(page[-1][0]), *page[-1][1:3]]) if len(rows) > limit else "",
+            **_marks(freshness),
+        )
+
+    async def ListTopProducts(self, request: pb.ListTopProductsRequest, context: Any) -> pb.ListTopProductsResponse:
+        violations: list[Violation] = []
+        if request.limit < 0:
+            violations.append(Violation("limit", "must not be negative"))
+        limit = min(request.limit or TOP_PRODUCTS, queries.TOP_PRODUCTS_MAX)
+        branch_id = _branch_id(request, violations)
+        days = _days(request, violations) or ALL_DAYS
+        if request.order not in pb.TopProductsOrder.values():
+            violations.append(Violation("order", "must be one of TopProductsOrder"))
+        self._admit(request, violations)
+        async with self._reading(context) as reader:
+            rows, freshness = await queries.top_products(
+                reader,
+                days,
+                branch_id,
+                limit=limit,
+                by_revenue=request.order == pb.TOP_PRODUCTS_ORDER_REVENUE,
+                include_ties=request.include_ties,
+            )
+        return pb.ListTopProductsResponse(
+            top_products=[
+                pb.TopProduct(product_id=product_id, quantity=quantity, revenue=wire.decimal(revenue))
+                for product_id, quantity, revenue in rows[: queries.TOP_PRODUCTS_MAX]
+            ],
+            truncated=len(rows) > queries.TOP_PRODUCTS_MAX,
+            **_marks(freshness),
+        )
+
+    async def ListLoyalCustomers(
+        self, request: pb.ListLoyalCustomersRequest, context: Any
+    ) -> pb.ListLoyalCustomersResponse:
+        violations: list[Violation] = []
+        limit = wire.page_size(request.page_size, *CUSTOMERS_PER_PAGE, violations)
+        if request.min_purchase_count < 0:
+            violations.append(Violation("min_purchase_count", "must not be negative"))
+        branch_id = _branch_id(request, violations)
+        tokens = self._admit(request, violations)
+        position = tokens.read(request)
+        async with self._reading(context) as reader:
+            rows, freshness = await queries.loyal_customers(
+                reader,
+                request.min_purchase_count or LOYAL_PURCHASES_MIN,
+                branch_id,
+                after=(position[0], position[1]) if position else None,
+                limit=limit + 1,
+            )
+        page = rows[:limit]
+        return pb.ListLoyalCustomersResponse(
+            loyal_customers=[
+                pb.LoyalCustomer(
+                    customer_id=customer_id, purchase_count=purchases, last_purchase_time=wire.timestamp(last_at)
+                )
+                for customer_id, purchases, last_at in page
+            ],
+            next_page_token=tokens.issue(request, [page[-1][1], page[-1][0]]) if len(rows) > limit else "",
+            **_marks(freshness),
+        )
+
+    async def GetCustomerLoyalty(
+        self, request: pb.GetCustomerLoyaltyRequest, context: Any
+    ) -> pb.GetCustomerLoyaltyResponse:
+        known_form = _UUID.fullmatch(request.customer_id)
+        self._admit(request, [] if known_form else [Violation("customer_id", UUID_RULE)])
+        customer_id = request.customer_id.lower()
+        async with self._reading(context) as reader:
+            rows, freshness = await queries.customer_loyalty(reader, customer_id)
+        if not rows:
+            raise CustomerNotFound(
+                f"no purchase of the customer {customer_id} is counted", metadata={"customer_id": customer_id}
+            )
+        return pb.GetCustomerLoyaltyResponse(
+            loyal_customer=pb.LoyalCustomer(
+                customer_id=customer_id,
+                purchase_count=sum(purchases for _, purchases, _ in rows),
+                last_purchase_time=wire.timestamp(max(last_at for _, _, last_at in rows)),
+            ),
+            branches=[
+                pb.BranchLoyalty(
+                    branch_id=branch_id, purchase_count=purchases, last_purchase_time=wire.timestamp(last_at)
+                )
+                for branch_id, purchases, last_at in rows
+            ],
+            **_marks(freshness),
+        )
+
+    async def GetSalesSummary(self, request: pb.GetSalesSummaryRequest, context: Any) -> pb.GetSalesSummaryResponse:
+        violations: list[Violation] = []
+        branch_id = _branch_id(request, violations)
+        days = _days(request, violations)
+        self._admit(request, violations)
+        async with self._reading(context) as reader:
+            ((revenue, items, purchases, customers),), freshness = await queries.sales_summary(reader, days, branch_id)
+        return pb.GetSalesSummaryResponse(
+            revenue=wire.decimal(revenue),
+            item_count=items,
+            purchase_count=purchases,
+            unique_customer_count=customers,
+            **_marks(freshness),
+        )
+
+    async def WatchDailySales(
+        self, request: pb.WatchDailySalesRequest, context: Any
+    ) -> AsyncIterator[pb.WatchDailySalesResponse]:
+        raise NotImplementedYet("WatchDailySales is not available yet; use ListDailySales")
+        yield
+
+    def _admit(self, request: Any, violations: list[Violation]) -> wire.PageTokens:
+        """Refuse a request that is wrong, or comes too early; returns what reads and makes its page tokens."""
+        if violations:
+            raise InvalidRequest(violations)
+        if request.consistency_token:
+            raise InvalidToken("consistency_token was not made by this system")
+        if self.tokens is None:
+            raise DatabaseUnavailable("the database is not available")
+        return self.tokens
+
+    @asynccontextmanager
+    async def _reading(self, context: Any) -> AsyncIterator[Reader]:
+        """A connection, and what is left of the caller's time, so that nobody's query lingers."""
+        remaining = context.time_remaining()
+        timeout_s = CALL_TIMEOUT_S if remaining is None else min(max(remaining, 0.001), CALL_TIMEOUT_S)
+        async with self._pool.connection(timeout=min(timeout_s, POOL_WAIT_S)) as connection:
+            yield Reader(connection, int(timeout_s * 1000))
+
+
+def _marks(freshness: Freshness) -> dict[str, Any]:
+    """What every response says about itself."""
+    return {
+        "data_as_of_time": freshness.applied_at and wire.timestamp(freshness.applied_at),
+        "complete_through_time": freshness.complete_through_at and wire.timestamp(freshness.complete_through_at),
+        "quarantined_count": freshness.quarantined_count,
+    }
+
+
+def _days(request: Any, violations: list[Violation]) -> Days | None:
+    """The range asked for; None when neither end is given."""
+    found = len(violations)
+    first = wire.parse_date(request, "first_date", violations) or ALL_DAYS.first
+    last = wire.parse_date(request, "last_date", violations) or ALL_DAYS.last
+    if len(violations) == found and last < first:
+        violations.append(Violation("last_date", "must not be before first_date"))
+    return Days(first, last) if request.HasField("first_date") or request.HasField("last_date") else None
+
+
+def _branch_id(request: Any, violations: list[Violation]) -> int | None:
+    if not request.HasField("branch_id"):
+        return None
+    _check_id("branch_id", request.branch_id, violations)
+    return int(request.branch_id)
+
+
+def _check_ids(field: str, ids: Sequence[int], violations: list[Violation]) -> None:
+    if len(ids) > IDS_MAX:
+        violations.append(Violation(field, f"must have at most {IDS_MAX:,} ids"))
+    for index, number in enumerate(ids):
+        _check_id(f"{field}[{index}]", number, violations)
+
+
+def _check_id(field: str, number: int, violations: list[Violation]) -> None:
+    if number <= 0:
+        violations.append(Violation(field, "must be positive"))

@@ -1,0 +1,37 @@
+"""What can be set from outside; see `chassis.settings`."""
+
+from dataclasses import dataclass
+
+from chassis.settings import address, amqp_url, choice, integer, postgres_url, setting, text, time_zone
+
+
+@dataclass(frozen=True)
+class MigrateSettings:
+    database_url: str = setting("ANALYTICS_DATABASE_URL", postgres_url)
+    business_time_zone: str = setting("BUSINESS_TIME_ZONE", time_zone, default="UTC")
+    log_level: str = setting("LOG_LEVEL", choice("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsumeSettings(MigrateSettings):
+    amqp_url: str = setting("AMQP_URL", amqp_url)
+    listen: str = setting("CONSUMER_LISTEN", address, default="127.0.0.1:50054")
+    metrics_listen: str = setting("CONSUMER_METRICS_LISTEN", address, default="127.0.0.1:9467")
+    # Events per transaction. Larger ones are hardly faster, but keep other consumers waiting for the hot rows.
+    batch_max: int = setting("CONSUMER_BATCH_MAX", integer(1, 10_000), default=500)
+    # Deliveries not yet acknowledged: the batch in flight and twice as many gathering, so that neither side waits.
+    prefetch: int = setting("CONSUMER_PREFETCH", integer(1, 65_535), default=1_500)
+    # For repairs, which ask the other services.
+    purchases_target: str = setting("PURCHASES_TARGET", text, default="127.0.0.1:50051")
+    relay_target: str = setting("RELAY_TARGET", text, default="127.0.0.1:50053")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(MigrateSettings):
+    listen: str = setting("ANALYTICS_LISTEN", address, default="127.0.0.1:50052")
+    metrics_listen: str = setting("ANALYTICS_METRICS_LISTEN", address, default="127.0.0.1:9465")
+    # Queries at once: as many as keep the database's cores busy.
+    read_connections: int = setting("ANALYTICS_READ_CONNECTIONS", integer(1, 100), default=4)
+    # For audits, which ask the other services.
+    purchases_target: str = setting("PURCHASES_TARGET", text, default="127.0.0.1:50051")
+    relay_target: str = setting("RELAY_TARGET", text, default="127.0.0.1:50053")

@@ -1,0 +1,191 @@
+"""`python -m deploy.local COMMAND`: what `make run`, `start`, `stop`, `status`, `demo` and `test` do."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from deploy.local import terminal
+from deploy.local.machine import Process, StackError
+from deploy.local.stack import Stack, how_it_ended
+
+ROOT = Path(__file__).resolve().parents[2]
+WATCH_S = 0.5
+PATIENCE_S = 20.0  # for the demo or the tests to wind up after Ctrl-C
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+
+
+class Interrupted(BaseException):
+    """Somebody wants us to end; like KeyboardInterrupt, nothing that `except Exception` should catch."""
+
+
+def main() -> int:
+    commands: dict[str, Callable[[Stack, list[str]], int]] = {
+        "run": run,
+        "start": start,
+        "stop": stop,
+        "status": status,
+        "demo": demo,
+        "test": test,
+    }
+    parser = argparse.ArgumentParser(prog="python -m deploy.local", description=__doc__)
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for the demo or for pytest")
+    chosen = parser.parse_args()
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    try:
+        if sys.platform != "linux":
+            raise StackError("the local stack needs Linux; elsewhere use the compose file in deploy/")
+        return commands[chosen.command](Stack(ROOT), chosen.arguments)
+    except StackError as error:
+        terminal.fail(str(error))
+        return 1
+    except Interrupted:
+        return INTERRUPTED
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    """The first signal ends what we do; none after it may end the cleaning up, which is bounded anyway."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(number)
+
+
+def run(stack: Stack, _: Sequence[str]) -> int:
+    with stack.used(temporary=False) as started:
+        terminal.say("" if started else "Everything is running already; this command watches it now.\n")
+        show_endpoints(stack)
+        terminal.say("\nCtrl-C stops it all.")
+        try:
+            return watch(stack)
+        except Interrupted:
+            terminal.say("")
+            with stack.changing():
+                stack.stop()
+            return 0
+
+
+def start(stack: Stack, _: Sequence[str]) -> int:
+    with stack.used(temporary=False) as started:
+        terminal.say("" if started else "Everything is running already.\n")
+        show_endpoints(stack)
+    terminal.say("\n`make stop` stops it, `make status` shows it.")
+    return 0
+
+
+def stop(stack: Stack, _: Sequence[str]) -> int:
+    with stack.changing():
+        stack.stop()
+    terminal.done("nothing of this checkout is running")
+    return 0
+
+
+def status(stack: Stack, _: Sequence[str]) -> int:
+    processes = stack.processes().items()
+    terminal.table([(name, f"pid {it.pid}" if it else "-", _log(stack, name)) for name, it in processes])
+    return 0
+
+
+def demo(stack: Stack, arguments: Sequence[str]) -> int:
+    with stack.used(temporary=True):
+        return _in_foreground(["-m", "pos.demo", *arguments], stack.client_environ())
+
+
+def test(stack: Stack, arguments: Sequence[str]) -> int:
+    names = ("TEST_POSTGRES_URL", "TEST_AMQP_URL")
+    if all(os.environ.get(name) for name in names):
+        return _in_foreground(["-m", "pytest", *arguments], stack.client_environ())
+    with stack.used(temporary=True, servers_only=True):
+        urls = dict(zip(names, (stack.postgres.url(), stack.rabbitmq.url), strict=True))
+        return _in_foreground(["-m", "pytest", *arguments], stack.client_environ() | urls)
+
+
+def _in_foreground(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run Python on our terminal; its exit code. When we are interrupted, it is too, and gets time to wind up."""
+    child = subprocess.Popen([sys.executable, *arguments], env=environ, cwd=ROOT)
+    try:
+        code = child.wait()
+    except Interrupted as interrupted:
+        if interrupted.args[0] != signal.SIGINT:  # a Ctrl-C in the terminal reaches the child by itself
+            child.send_signal(signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGKILL):
+            if _ended(child):
+                break
+            child.send_signal(number)
+        raise
+    return code if code >= 0 else 128 - code
+
+
+def _ended(child: "subprocess.Popen[bytes]") -> bool:
+    try:
+        child.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def watch(stack: Stack) -> int:
+    """Say what ends and what comes back, until nothing is left; 1 if anything has failed."""
+    everything = stack.processes()
+    alive = {name: process for name, process in everything.items() if process}
+    code = 0
+    while alive:
+        time.sleep(WATCH_S)
+        for name, process in list(alive.items()):
+            if not process.alive:
+                del alive[name]
+                code |= _report_end(stack, name, process)
+        if len(alive) < len(everything):  # only then is it worth searching all processes of the machine
+            for name, found in stack.processes().items():
+                if found and name not in alive:
+                    alive[name] = found
+                    terminal.done(f"{name} runs again, as pid {found.pid}")
+    terminal.say("Nothing is left running.")
+    return code
+
+
+def _report_end(stack: Stack, name: str, process: Process) -> int:
+    failed = process.exit_code() not in (0, None)
+    tell = terminal.fail if failed else terminal.say
+    tell(f"{name} {how_it_ended(process)} (log: {_log(stack, name)}); `make start` starts it again")
+    return int(failed)
+
+
+def show_endpoints(stack: Stack) -> None:
+    endpoints = stack.endpoints()
+    rows = [(name, address, metrics, _log(stack, name)) for name, (address, metrics) in endpoints.items()]
+    terminal.table([("", "address", "metrics", "log"), *rows])
+    terminal.say(_example_calls(endpoints["purchases"][0], endpoints["analytics"][0]))
+
+
+def _log(stack: Stack, name: str) -> str:
+    return str(stack.log_of(name).relative_to(stack.root))
+
+
+def _example_calls(purchases: str, analytics: str) -> str:
+    now = datetime.now(UTC)
+    sale = (
+        f'{{"idempotency_key": "{uuid.uuid4()}", "purchase": {{"receipt_id": "{now:%H%M%S}", "branch_id": 1, '
+        f'"cashier_id": 17, "pos_id": "POS-3", "purchase_time": "{now:%Y-%m-%dT%H:%M:%SZ}", '
+        '"items": [{"product_id": 1001, "quantity": 1, "unit_price": {"value": "8.90"}}]}}'
+    )
+    summary = f"http://{analytics}/retail.analytics.v1.AnalyticsService/GetSalesSummary"
+    return f"""
+Record a sale, then ask for the sum:
+
+  grpcurl -plaintext -d '{sale}' {purchases} retail.purchases.v1.PurchasesService/CreatePurchase
+
+  .venv/bin/buf curl --protocol grpc --http2-prior-knowledge -d '{{}}' {summary}"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

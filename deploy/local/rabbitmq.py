@@ -1,0 +1,216 @@
+"""A private RabbitMQ node in a directory of its own, run from the machine's RabbitMQ whatever its packaging.
+
+    broker = RabbitMQ(directory)
+    broker.start()
+    broker.ctl("list_queues")
+    broker.stop()
+
+Private: its ports, node name, cookie, data, configuration, plugins and Erlang port mapper (epmd) are its own and
+bound to 127.0.0.1. A system-wide broker is neither used nor disturbed, and any number of these may run at once.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+from deploy.local.machine import MARK, Notebook, Process, StackError, find, spawn, tail, wait_until, write_private
+
+USER = "local"
+START_TIMEOUT_S = 90.0  # 4 s on an idle machine
+STOP_TIMEOUT_S = 30.0
+STARTING_STOP_TIMEOUT_S = 3.0
+CTL_TIMEOUT_S = 60.0
+
+# Debian's own /usr/sbin/rabbitmq-server is passed over: it changes user and directory. The others are Homebrew's.
+PLACES = ("/usr/lib/rabbitmq/bin", "/opt/homebrew/sbin", "/usr/local/sbin", "/home/linuxbrew/.linuxbrew/sbin")
+
+CONFIGURATION = """\
+listeners.tcp.1 = 127.0.0.1:{port}
+default_user = {user}
+default_pass = {password}
+# Absolute, since the default (40 % of the machine) would be too much for a guest beside a database.
+vm_memory_high_watermark.absolute = 2GiB
+disk_free_limit.absolute = 256MiB
+# One log, together with what the runtime prints.
+log.console = true
+log.console.use_colors = off
+log.file = false
+"""
+
+# Two schedulers, as the machine is shared; distribution on the loopback only; epmd is started by us, to be stopped
+# with the node. No paths in here: the start script splits this at spaces, and a checkout's path may hold some.
+ERLANG_OPTIONS = "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"
+
+
+class RabbitMQ:
+    """One node. `preferred_port` is taken for AMQP, and the next two for Erlang, if they are free."""
+
+    def __init__(self, directory: Path, *, log: Path | None = None, preferred_port: int | None = None) -> None:
+        self.directory = directory.resolve()
+        self.log = log or self.directory / "rabbitmq.log"
+        self.notes = Notebook(self.directory / "notes.json")
+        self._complete = self.directory / "complete"  # exists once the first start has succeeded
+        self._preferred_port = preferred_port
+        self._launched: Process | None = None
+
+    @property
+    def process(self) -> Process | None:
+        """The node while it runs; just launched, it is its start script still."""
+        launched = self._launched if self._launched and self._launched.alive else None
+        return launched or self._find("beam.smp")
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self._port('amqp', True)}"
+
+    def start(self) -> bool:
+        """Start it unless it runs, and wait until it takes connections; False when it was running."""
+        started = self.launch()
+        self.wait()
+        return started
+
+    def launch(self) -> bool:
+        """The first half of `start`, for those who have something to do in the meantime."""
+        node = self.process
+        running = node is not None and self._settled(node)
+        environ = self._environ(running)
+        if not self._find("epmd"):
+            mapper = [_epmd(), "-port", environ["ERL_EPMD_PORT"], "-address", environ["ERL_EPMD_ADDRESS"]]
+            spawn(mapper, environ, self.directory, self.log)
+        if running:
+            return False
+        if not self._complete.exists():  # a first start that was interrupted: half a database is no database
+            shutil.rmtree(self.directory / "mnesia", ignore_errors=True)
+        port, password = self._port("amqp", False), self.notes.password(USER)
+        write_private(self.directory / "rabbitmq.conf", CONFIGURATION.format(port=port, user=USER, password=password))
+        write_private(self.directory / "enabled_plugins", "[].\n")
+        if not (cookie := self.directory / ".erlang.cookie").exists():
+            write_private(cookie, secrets.token_hex(32))
+        self._launched = spawn([programs() / "rabbitmq-server"], environ, self.directory, self.log)
+        return True
+
+    def wait(self) -> None:
+        """The second half of `start`."""
+        node = self.process
+        if not (node and self._settled(node)):
+            raise StackError(f"RabbitMQ did not start; the end of {self.log}:\n{tail(self.log)}")
+        self._complete.touch()
+
+    def stop(self) -> bool:
+        """Orderly shutdown, with the port mapper. True when a node that served had to be forced."""
+        node, mapper, serves = self.process, self._find("epmd"), self._answers()
+        # Asked to stop while it is starting, a node may never do so; but then it holds nothing either.
+        patience_s = STOP_TIMEOUT_S if serves else STARTING_STOP_TIMEOUT_S
+        forced = node.end(signal.SIGTERM, patience_s) if node else False
+        if mapper:
+            mapper.end()
+        return forced and serves
+
+    def kill(self) -> None:
+        """SIGKILL to the node and its port mapper, as if the machine had lost power."""
+        for process in (self.process, self._find("epmd")):
+            if process:
+                process.end(signal.SIGKILL)
+
+    @property
+    def url(self) -> str:
+        return f"amqp://{USER}:{self.notes.password(USER)}@{self.address}/%2F"
+
+    def ctl(self, *arguments: str) -> str:
+        """What `rabbitmqctl` answers: list_queues, close_all_connections, set_vm_memory_high_watermark, …"""
+        done = subprocess.run(
+            [programs() / "rabbitmqctl", "--quiet", *arguments],
+            env=self._environ(True),
+            capture_output=True,
+            text=True,
+            timeout=CTL_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode:
+            raise StackError(f"rabbitmqctl {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def _port(self, name: str, in_use: bool) -> int:
+        offset = ("amqp", "erlang", "epmd").index(name)
+        preferred = self._preferred_port + offset if self._preferred_port else None
+        return self.notes.port(name, preferred, in_use=in_use)
+
+    def _environ(self, running: bool) -> dict[str, str]:
+        """The node's whole world; what the caller may have set for another node is taken out."""
+        caller = {name: value for name, value in os.environ.items() if not name.startswith(("RABBITMQ_", "ERL_"))}
+        epmd_port = self._port("epmd", running or self._find("epmd") is not None)
+        here = self.directory
+        return caller | {
+            MARK: str(here),
+            "HOME": str(here),  # Erlang's cookie lies there
+            "LANG": "C.UTF-8",
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(epmd_port),
+            "ERL_CRASH_DUMP_SECONDS": "0",  # none: it takes long, and the log says enough
+            "RABBITMQ_NODENAME": "local@localhost",  # no other name is sure to resolve
+            "RABBITMQ_DIST_PORT": str(self._port("erlang", running)),
+            "RABBITMQ_CONF_ENV_FILE": str(here / "none"),  # or the machine's own in /etc would be read
+            "RABBITMQ_CONFIG_FILE": str(here / "rabbitmq.conf"),
+            "RABBITMQ_CONFIG_FILES": str(here / "none"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(here / "none"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(here / "enabled_plugins"),
+            "RABBITMQ_FEATURE_FLAGS_FILE": str(here / "feature_flags"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(here / "generated"),
+            "RABBITMQ_MNESIA_BASE": str(here / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(here / "log"),
+            "RABBITMQ_PID_FILE": str(here / "pid"),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": ERLANG_OPTIONS,
+            "RABBITMQ_CTL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RUNNING_UNDER_SYSTEMD": "true",  # the script then becomes the node instead of waiting for it as a child
+        }
+
+    def _find(self, program: str) -> Process | None:
+        """Our process of that program. Marked ones are ours; the node's own helpers carry the mark too."""
+        mark = str(self.directory)
+        found = find(lambda process: process.program == program and process.environ.get(MARK) == mark)
+        return found[0] if found else None
+
+    def _settled(self, node: Process) -> bool:
+        """Whether it serves, once it is known: it may be starting still, or already on its way out."""
+        if not wait_until(lambda: not node.alive or self._answers(), START_TIMEOUT_S):
+            raise StackError(f"RabbitMQ does not answer after {START_TIMEOUT_S:.0f} s; see {self.log}")
+        return node.alive
+
+    def _answers(self) -> bool:
+        """Whether it greets a client: the listener opens last, when everything behind it works."""
+        try:
+            with socket.create_connection(("127.0.0.1", self._port("amqp", True)), timeout=5) as connection:
+                connection.sendall(b"AMQP\x00\x00\x09\x01")
+                return connection.recv(1) == b"\x01"  # a method frame: Connection.Start
+        except OSError:
+            return False
+
+
+def installed() -> bool:
+    return any(Path(place, "rabbitmq-server").exists() for place in _places())
+
+
+def programs() -> Path:
+    """Where rabbitmq-server and rabbitmqctl are."""
+    for place in _places():
+        if Path(place, "rabbitmq-server").exists():
+            return Path(place)
+    raise StackError("RabbitMQ is not installed")
+
+
+def _places() -> list[str]:
+    on_path = shutil.which("rabbitmq-server")
+    return [*PLACES, *([str(Path(on_path).parent)] if on_path else [])]
+
+
+def _epmd() -> str:
+    """The port mapper; generic packages have it beside `erl` only."""
+    erl = shutil.which("erl")
+    path = shutil.which("epmd") or (str(Path(erl).resolve().parent / "epmd") if erl else None)
+    if not path:
+        raise StackError("neither `epmd` nor `erl` is on the PATH, though RabbitMQ is installed")
+    return path

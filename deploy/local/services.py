@@ -1,0 +1,141 @@
+"""The processes of the system and what each of them is told: a table, and the environments made from it."""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.local.machine import MARK, StackError
+
+BROKER_SETTING = "AMQP_URL"
+
+# The caller's variables that configure us, so that whoever restarts one process must give it the same ones.
+SETTING_PREFIXES = ("PURCHASES_", "RELAY_", "CONSUMER_", "ANALYTICS_", "AMQP_", "BUSINESS_", "LOG_")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a process listens."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, setting: str, text: str) -> "Address":
+        host, _, port = text.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise StackError(f"{setting}={text}: must be host:port, such as 127.0.0.1:50051")
+        return cls(host.strip("[]"), int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def target(self) -> str:
+        """Where clients on this machine reach it."""
+        return str(Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host), self.port))
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database, its owner, and the command (after `python -m`) that brings it to the newest schema."""
+
+    name: str
+    owner: str
+    migrate: tuple[str, ...]
+
+    @property
+    def setting(self) -> str:
+        return f"{self.name.upper()}_DATABASE_URL"
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process that answers gRPC health checks; `command` follows `python -m`, `calls` names other services."""
+
+    name: str
+    command: tuple[str, ...]
+    port: int
+    metrics_port: int
+    database: Database
+    role: str  # made by the migrations; the process logs in as a member of it
+    uses_broker: bool = False
+    calls: tuple[str, ...] = ()
+
+    @property
+    def login(self) -> str:
+        return f"local_{self.name}"
+
+    def addresses(self, settings: Mapping[str, str]) -> dict[str, Address]:
+        """The settings that name an address to listen on, and their values: gRPC first, then metrics."""
+        name = self.name.upper()
+        ports = {f"{name}_LISTEN": self.port, f"{name}_METRICS_LISTEN": self.metrics_port}
+        return {key: Address.parse(key, settings.get(key) or f"127.0.0.1:{ports[key]}") for key in ports}
+
+    def target(self, settings: Mapping[str, str]) -> str:
+        return self.addresses(settings)[f"{self.name.upper()}_LISTEN"].target
+
+
+PURCHASES = Database("purchases", "purchases_owner", ("purchases_svc", "migrate"))
+ANALYTICS = Database("analytics", "analytics_owner", ("analytics_svc", "migrate"))
+
+SERVICES = (
+    Service("purchases", ("purchases_svc", "serve"), 50051, 9464, PURCHASES, "purchases_service"),
+    Service("relay", ("relay_svc", "serve"), 50053, 9466, PURCHASES, "purchases_relay", uses_broker=True),
+    Service(
+        "consumer",
+        ("analytics_svc", "consume"),
+        50054,
+        9467,
+        ANALYTICS,
+        "analytics_consumer",
+        uses_broker=True,
+        calls=("purchases", "relay"),
+    ),
+    Service(
+        "analytics",
+        ("analytics_svc", "serve"),
+        50052,
+        9465,
+        ANALYTICS,
+        "analytics_server",
+        calls=("purchases", "relay"),
+    ),
+)
+
+
+def settings_of(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of a caller's environment configures us. As in the services, empty means not set."""
+    return {name: value for name, value in environ.items() if name.startswith(SETTING_PREFIXES) and value}
+
+
+def targets(services: Sequence[Service], settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings that say where each service is found."""
+    found = {f"{service.name.upper()}_TARGET": service.target(settings) for service in services}
+    return {name: settings.get(name, target) for name, target in found.items()}
+
+
+def common_environ(root: Path, home: Path) -> dict[str, str]:
+    """What every process of the stack that lives in `home` gets."""
+    paths = [str(root), str(root / "generated"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {MARK: str(home), "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def service_environ(
+    service: Service, services: Sequence[Service], settings: Mapping[str, str], urls: Mapping[str, str]
+) -> dict[str, str]:
+    """The settings of one service: the caller's, and of URLs and targets only those that it needs."""
+    needed = {service.database.setting: urls[service.name]}
+    if service.uses_broker:
+        needed[BROKER_SETTING] = urls[BROKER_SETTING]
+    found = targets(services, settings)
+    needed |= {name: found[name] for name in (f"{called.upper()}_TARGET" for called in service.calls)}
+    needed |= {name: str(address) for name, address in service.addresses(settings).items()}
+    secrets = {BROKER_SETTING, *(other.database.setting for other in services)}
+    return {name: value for name, value in settings.items() if name not in secrets} | needed
+
+
+def export_lines(environ: Mapping[str, str]) -> str:
+    """A file for `. FILE` in any shell."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(environ.items()))

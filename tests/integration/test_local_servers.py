@@ -1,0 +1,138 @@
+"""The local PostgreSQL and RabbitMQ come back from whatever happens to them; each test has its own."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pika
+import psycopg
+import pytest
+
+from deploy.local import machine
+from deploy.local.postgres import Postgres
+from deploy.local.rabbitmq import RabbitMQ
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[Postgres]:
+    server = Postgres(tmp_path / "a directory" / "postgres")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def rabbitmq(tmp_path: Path) -> Iterator[RabbitMQ]:
+    broker = RabbitMQ(tmp_path / "a directory" / "rabbitmq")
+    yield broker
+    broker.stop()
+
+
+def _count(server: Postgres) -> int:
+    with server.connect() as connection:
+        return len(connection.execute("SELECT * FROM kept").fetchall())
+
+
+def test_postgres_keeps_what_was_committed(postgres: Postgres) -> None:
+    """Through a kill -9 of all of it, of its first process alone, and a pid file whose pid has gone to another."""
+    assert postgres.start()
+    assert not postgres.start()
+    with postgres.connect() as connection:
+        connection.execute("CREATE TABLE kept AS SELECT 1")
+
+    postgres.kill()
+    assert postgres.process is None
+    assert postgres.start()
+    assert _count(postgres) == 1
+
+    first = postgres.process
+    assert first
+    first.send(signal.SIGKILL)
+    assert first.ended(5)
+    assert postgres.start()
+    assert _count(postgres) == 1
+
+    assert not postgres.stop()
+    (postgres.directory / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n")
+    assert postgres.start()
+    assert _count(postgres) == 1
+
+
+def test_postgres_moves_when_its_port_was_taken(postgres: Postgres) -> None:
+    postgres.start()
+    before = postgres.address
+    postgres.stop()
+    with socket.create_server(("127.0.0.1", int(before.rpartition(":")[2]))):
+        postgres.start()
+    assert postgres.address != before
+    assert postgres.address in postgres.url()
+
+
+def test_postgres_forgets_an_interrupted_creation(postgres: Postgres) -> None:
+    (postgres.directory / "data.new" / "base").mkdir(parents=True)
+    assert postgres.start()
+
+
+def test_postgres_is_durable_and_checks_what_it_reads(postgres: Postgres) -> None:
+    postgres.start()
+    with postgres.connect() as connection:
+        for name in ("fsync", "synchronous_commit", "data_checksums"):
+            assert connection.execute("SELECT current_setting(%s)", [name]).fetchone() == ("on",)
+
+
+def test_logins_are_made_once_and_hold_one_role(postgres: Postgres) -> None:
+    postgres.start()
+    postgres.ensure_login("an_owner", creates_roles=True)
+    postgres.ensure_database("a_database", "an_owner")
+    with psycopg.connect(postgres.url("a_database", "an_owner"), autocommit=True) as connection:
+        connection.execute("CREATE ROLE a_group NOLOGIN")
+    for _ in range(2):
+        postgres.ensure_database("a_database", "an_owner")
+        postgres.ensure_login("a_member", member_of="a_group")
+    with psycopg.connect(postgres.url("a_database", "a_member")) as connection:
+        groups = connection.execute(
+            "SELECT roleid::regrole::text FROM pg_auth_members WHERE member = to_regrole('a_member')"
+        )
+        assert groups.fetchall() == [("a_group",)]
+
+
+def test_a_wrong_password_is_refused(postgres: Postgres) -> None:
+    postgres.start()
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        psycopg.connect(f"postgresql://postgres:guess@{postgres.address}/postgres")
+
+
+def test_two_servers_at_once_know_nothing_of_each_other(postgres: Postgres, tmp_path: Path) -> None:
+    other = Postgres(tmp_path / "other")
+    try:
+        assert postgres.start()
+        assert other.start()
+        postgres.kill()
+        assert other.process
+        assert other.address != postgres.address
+    finally:
+        other.stop()
+
+
+def test_rabbitmq_keeps_what_was_confirmed(rabbitmq: RabbitMQ) -> None:
+    """Through a kill -9 of the node and its port mapper; and nothing of it is left when it has stopped."""
+    assert rabbitmq.start()
+    assert not rabbitmq.start()
+    with pika.BlockingConnection(pika.URLParameters(rabbitmq.url)) as connection:
+        channel = connection.channel()
+        channel.queue_declare("kept", durable=True, arguments={"x-queue-type": "quorum"})
+        channel.confirm_delivery()
+        channel.basic_publish("", "kept", b"a message", pika.BasicProperties(delivery_mode=2))
+
+    rabbitmq.kill()
+    assert rabbitmq.process is None
+    assert rabbitmq.start()
+    assert rabbitmq.ctl("list_queues", "--silent").split()[0] == "kept"
+    with pika.BlockingConnection(pika.URLParameters(rabbitmq.url)) as connection:
+        received = connection.channel().consume("kept", inactivity_timeout=10)
+        assert next(received)[2] == b"a message"
+
+    assert not rabbitmq.stop()
+    ours = machine.find(lambda process: process.environ.get(machine.MARK) == str(rabbitmq.directory))
+    assert ours == []
