@@ -21,6 +21,7 @@ LOCK_TIMEOUT_S = 180.0  # longer than any start or stop lasts
 POLL_S = 0.05
 LOG_BYTES_MAX = 10 << 20  # a larger log is set aside when its process is started
 LOG_LINES_SHOWN = 20
+PORT_ATTEMPTS = 3  # a free port may be taken by another program before our server listens on it
 PRIVATE_PORTS = range(20_000, 30_000)  # below those the kernel hands out to outgoing connections
 
 _children: dict[int, subprocess.Popen[bytes]] = {}  # what this very process has spawned, for the exit codes
@@ -41,7 +42,11 @@ class Process:
     def of(cls, pid: int) -> "Process | None":
         """The process that has this pid now; None when there is none, or it is dead and merely not yet reaped."""
         fields = _stat(pid)
-        return cls(pid, int(fields[19])) if fields and fields[0] not in "ZX" else None
+        if not fields:
+            return None
+        state, threads, started = fields[0], int(fields[17]), int(fields[19])
+        # The first thread may be gone while others still are about to end, and hold the ports until then.
+        return None if state in "ZX" and threads <= 1 else cls(pid, started)
 
     @property
     def alive(self) -> bool:
@@ -49,6 +54,12 @@ class Process:
             return True
         self.exit_code()  # reaps a child of ours
         return False
+
+    @property
+    def parent(self) -> int:
+        """The pid that started it; another's when that one has ended."""
+        fields = _stat(self.pid)
+        return int(fields[1]) if fields else 0
 
     @property
     def argv(self) -> list[str]:

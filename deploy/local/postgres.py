@@ -21,7 +21,19 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
-from deploy.local.machine import MARK, Notebook, Process, StackError, find, spawn, tail, wait_until, write_private
+from deploy.local.machine import (
+    MARK,
+    PORT_ATTEMPTS,
+    Notebook,
+    Process,
+    StackError,
+    find,
+    port_is_free,
+    spawn,
+    tail,
+    wait_until,
+    write_private,
+)
 
 SUPERUSER = "postgres"
 START_TIMEOUT_S = 120.0  # crash recovery replays up to max_wal_size first
@@ -88,14 +100,13 @@ class Postgres:
         if not self._data.exists():
             self._create()
         self._forget_the_dead()
-        port = self.notes.port("postgres", self._preferred_port, in_use=False)
-        options = [f"-c{name}={value}" for name, value in {**self._settings, "port": str(port)}.items()]
-        command = [*_as_ordinary_user(), str(binaries() / "postgres"), "-D", str(self._data), *options]
-        environ = {**os.environ, MARK: str(self.directory)}
-        self._launched = spawn(command, environ, self.directory, self.log)
-        if not self._settled(self._launched):
-            raise StackError(f"PostgreSQL did not start; the end of {self.log}:\n{tail(self.log)}")
-        return True
+        for _ in range(PORT_ATTEMPTS):
+            port = self.notes.port("postgres", self._preferred_port, in_use=False)
+            if self._settled(self._launch(port)):
+                return True
+            if port_is_free(port):
+                break
+        raise StackError(f"PostgreSQL did not start; the end of {self.log}:\n{tail(self.log)}")
 
     def stop(self) -> bool:
         """Fast shutdown: open transactions are rolled back, everything is written. True when force was needed."""
@@ -134,6 +145,12 @@ class Postgres:
             if not connection.execute("SELECT FROM pg_database WHERE datname = %s", [name]).rowcount:
                 statement = sql.SQL("CREATE DATABASE {} OWNER {}")
                 connection.execute(statement.format(sql.Identifier(name), sql.Identifier(owner)))
+
+    def _launch(self, port: int) -> Process:
+        options = [f"-c{name}={value}" for name, value in {**self._settings, "port": str(port)}.items()]
+        command = [*_as_ordinary_user(), str(binaries() / "postgres"), "-D", str(self._data), *options]
+        self._launched = spawn(command, {**os.environ, MARK: str(self.directory)}, self.directory, self.log)
+        return self._launched
 
     def _create(self) -> None:
         """initdb beside the final place, so that an interrupted one leaves nothing that looks like data."""
@@ -174,8 +191,8 @@ class Postgres:
         return True
 
     def _processes(self) -> list[Process]:
-        """All of the server's processes: they work in its data directory, and nothing else does."""
-        return find(lambda process: process.directory == str(self._data))
+        """All of the server's processes: whatever may become of the first one, they work in its data directory."""
+        return find(lambda it: it.directory == str(self._data) and it.program.startswith("postgres"))
 
 
 def binaries() -> Path:

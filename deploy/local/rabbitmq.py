@@ -17,7 +17,20 @@ import socket
 import subprocess
 from pathlib import Path
 
-from deploy.local.machine import MARK, Notebook, Process, StackError, find, spawn, tail, wait_until, write_private
+from deploy.local.machine import (
+    MARK,
+    PORT_ATTEMPTS,
+    Notebook,
+    Process,
+    StackError,
+    find,
+    port_holder,
+    port_is_free,
+    spawn,
+    tail,
+    wait_until,
+    write_private,
+)
 
 USER = "local"
 START_TIMEOUT_S = 90.0  # 4 s on an idle machine
@@ -47,7 +60,7 @@ ERLANG_OPTIONS = "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,
 
 
 class RabbitMQ:
-    """One node. `preferred_port` is taken for AMQP, and the next two for Erlang, if they are free."""
+    """One node. `preferred_port` is taken for AMQP if it is free."""
 
     def __init__(self, directory: Path, *, log: Path | None = None, preferred_port: int | None = None) -> None:
         self.directory = directory.resolve()
@@ -95,10 +108,15 @@ class RabbitMQ:
 
     def wait(self) -> None:
         """The second half of `start`."""
-        node = self.process
-        if not (node and self._settled(node)):
-            raise StackError(f"RabbitMQ did not start; the end of {self.log}:\n{tail(self.log)}")
-        self._complete.touch()
+        for _ in range(PORT_ATTEMPTS):
+            node = self.process
+            if node and self._settled(node):
+                self._complete.touch()
+                return
+            if port_is_free(self._port("amqp", True)):
+                break
+            self.launch()  # another program was faster: with another port, then
+        raise StackError(f"RabbitMQ did not start; the end of {self.log}:\n{tail(self.log)}")
 
     def stop(self) -> bool:
         """Orderly shutdown, with the port mapper. True when a node that served had to be forced."""
@@ -135,9 +153,7 @@ class RabbitMQ:
         return done.stdout
 
     def _port(self, name: str, in_use: bool) -> int:
-        offset = ("amqp", "erlang", "epmd").index(name)
-        preferred = self._preferred_port + offset if self._preferred_port else None
-        return self.notes.port(name, preferred, in_use=in_use)
+        return self.notes.port(name, self._preferred_port if name == "amqp" else None, in_use=in_use)
 
     def _environ(self, running: bool) -> dict[str, str]:
         """The node's whole world; what the caller may have set for another node is taken out."""
@@ -181,13 +197,15 @@ class RabbitMQ:
         return node.alive
 
     def _answers(self) -> bool:
-        """Whether it greets a client: the listener opens last, when everything behind it works."""
+        """Whether it, and no other, greets a client: the listener opens last, when everything behind it works."""
+        port = self._port("amqp", True)
         try:
-            with socket.create_connection(("127.0.0.1", self._port("amqp", True)), timeout=5) as connection:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
                 connection.sendall(b"AMQP\x00\x00\x09\x01")
-                return connection.recv(1) == b"\x01"  # a method frame: Connection.Start
+                greeted = connection.recv(1) == b"\x01"  # a method frame: Connection.Start
         except OSError:
             return False
+        return greeted and port_holder(port) == self.process
 
 
 def installed() -> bool:

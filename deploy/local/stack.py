@@ -33,6 +33,7 @@ READY_TIMEOUT_S = 60.0
 MIGRATE_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0  # how long a service may take to finish what is in flight
 HEALTH_TIMEOUT_S = 1.0
+NO_SIGNAL = 0
 
 # Unusual ones, below the range of outgoing connections. Where one is taken, another is picked and remembered.
 POSTGRES_PORT, RABBITMQ_PORT = 29_432, 29_672
@@ -268,11 +269,13 @@ class Stack:
                         terminal.warn(f"{name} did not stop in time and was killed")
 
     def _stop_services(self, found: Mapping[str, Sequence[Process]]) -> None:
-        for process in itertools.chain(*found.values()):
-            process.send(signal.SIGTERM)
+        """Each is told once, workers by their parent: a second SIGTERM tells a service to drop its work."""
+        all_of_them = list(itertools.chain(*found.values()))
+        for process in all_of_them:
+            if process.parent not in {other.pid for other in all_of_them}:
+                process.send(signal.SIGTERM)
         for name, processes in found.items():
-            # Not SIGTERM again (0 sends nothing): a second one tells a service to drop its work.
-            if sum(process.end(0, STOP_TIMEOUT_S) for process in processes):
+            if sum(process.end(NO_SIGNAL, STOP_TIMEOUT_S) for process in processes):
                 terminal.warn(f"{name} did not stop within {STOP_TIMEOUT_S:.0f} s and was killed")
 
     # --- several commands at once ---

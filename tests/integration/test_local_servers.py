@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pika
@@ -103,6 +104,19 @@ def test_a_wrong_password_is_refused(postgres: Postgres) -> None:
         psycopg.connect(f"postgresql://postgres:guess@{postgres.address}/postgres")
 
 
+def test_two_that_want_the_same_port_both_come_up(tmp_path: Path) -> None:
+    """Two checkouts started at the same moment."""
+    port = machine.pick_port()
+    servers = [Postgres(tmp_path / name, preferred_port=port) for name in ("one", "two")]
+    try:
+        with ThreadPoolExecutor() as threads:
+            assert list(threads.map(Postgres.start, servers)) == [True, True]
+        assert servers[0].address != servers[1].address
+    finally:
+        for server in servers:
+            server.stop()
+
+
 def test_two_servers_at_once_know_nothing_of_each_other(postgres: Postgres, tmp_path: Path) -> None:
     other = Postgres(tmp_path / "other")
     try:
@@ -121,7 +135,7 @@ def test_rabbitmq_keeps_what_was_confirmed(rabbitmq: RabbitMQ) -> None:
     assert not rabbitmq.start()
     with pika.BlockingConnection(pika.URLParameters(rabbitmq.url)) as connection:
         channel = connection.channel()
-        channel.queue_declare("kept", durable=True, arguments={"x-queue-type": "quorum"})
+        channel.queue_declare("kept", durable=True)
         channel.confirm_delivery()
         channel.basic_publish("", "kept", b"a message", pika.BasicProperties(delivery_mode=2))
 

@@ -97,7 +97,7 @@ async def test_sale_that_commits_while_retention_looks(opened: Pool, purchases_d
 
 
 async def test_sales_past_the_retention_are_refused(opened: Pool) -> None:
-    """What retention may drop takes in no sales: with its key gone, one could come in twice. A known one is replayed."""
+    """What retention may drop takes in no new sale: with its key gone, it could come twice. A known one is replayed."""
     known = old_sale(5)
     await record(opened, known)
     recorder = make_recorder(opened, Partitions(opened), retention_months=3)

@@ -57,7 +57,8 @@ def table() -> tuple[Service, ...]:
 @pytest.fixture
 def caller() -> dict[str, str]:
     """The environment of somebody who has servers already, so that none is started here."""
-    return {**os.environ, "PURCHASES_DATABASE_URL": "postgresql://elsewhere/purchases", "AMQP_URL": "amqp://elsewhere"}
+    plain = {name: value for name, value in os.environ.items() if name not in services.settings_of(os.environ)}
+    return plain | {"PURCHASES_DATABASE_URL": "postgresql://elsewhere/purchases", "AMQP_URL": "amqp://elsewhere"}
 
 
 @pytest.fixture
@@ -84,11 +85,11 @@ def test_a_dead_process_tells_how_it_ended(sleeper: Process) -> None:
     assert how_it_ended(sleeper) == "was killed by SIGTERM"
 
 
-def test_a_process_that_does_not_heed_is_killed() -> None:
+def test_a_process_that_does_not_heed_is_killed(tmp_path: Path) -> None:
     """Everything that waits has a deadline."""
-    deaf = machine.spawn(["sh", "-c", "trap '' TERM; sleep 60"], os.environ, Path.cwd(), Path(os.devnull))
-    assert machine.wait_until(lambda: "trap" in " ".join(deaf.argv), 5)
-    deaf.send(signal.SIGSTOP)
+    log = tmp_path / "log"
+    deaf = machine.spawn(["sh", "-c", "trap '' TERM; echo ready; exec sleep 60"], os.environ, tmp_path, log)
+    assert machine.wait_until(lambda: log.read_text() == "ready\n", 5)
     assert deaf.end(signal.SIGTERM, patience_s=0.1)
 
 
