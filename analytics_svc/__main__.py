@@ -20,7 +20,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 DOMAIN = "analytics.retail.example"
 CONSUMER_CONNECTIONS = 2  # one batch at a time; the other is there when one breaks
 APPLY_TIMEOUT_S = 10.0  # for each statement of a batch; the slowest takes some tens of milliseconds
-STOP_TIMEOUT_S = 15.0  # for the batch in flight; what is not applied by then is delivered again
+STOP_TIMEOUT_S = 10.0  # for the batch in flight; what is not applied by then is delivered again
 
 log = structlog.get_logger()
 

@@ -33,6 +33,7 @@ QUEUE = ROUTING_KEY = "purchases.created"
 QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000}
 
 CONNECTION_WAIT_S = 1.0  # the pool is all ours: it lacks a connection only while the database is down
+HEADER_LEVELS_MAX = 8  # of tables in tables; those of dead-lettering have three
 CLOSE_TIMEOUT_S = 5.0  # for the broker to confirm the end of a connection, and with it the last acknowledgements
 
 # What the database says about the events it was given, rather than about itself. A retry would change nothing.
@@ -248,18 +249,20 @@ def _quarantined(
     body: bytes, properties: BasicProperties, event_id: str | None, reason: str, detail: str
 ) -> QuarantinedEvent:
     known = {name: value for name, value in vars(properties).items() if value is not None}
-    return QuarantinedEvent(event_id, reason, detail, body, _plain(known))
+    return QuarantinedEvent(event_id, reason, detail, body, _plain(known, HEADER_LEVELS_MAX))
 
 
-def _plain(value: Any) -> Any:
-    """AMQP's types as those of JSON, without the NUL that the database refuses."""
+def _plain(value: Any, levels: int) -> Any:
+    """AMQP's types as those of JSON, not nested without end, and without the NUL that the database refuses."""
     match value:
         case bool() | int() | None:
             return value
-        case dict():
-            return {str(_plain(name)): _plain(inner) for name, inner in value.items()}
-        case list():
-            return [_plain(inner) for inner in value]
+        case dict() if levels:
+            return {str(_plain(name, 0)): _plain(inner, levels - 1) for name, inner in value.items()}
+        case list() if levels:
+            return [_plain(inner, levels - 1) for inner in value]
+        case dict() | list():
+            return "..."
         case str():
             return value.replace("\0", "\ufffd")
         case _:  # times, decimals, bytes

@@ -74,7 +74,10 @@ async def require_current(connection: Connection, directory: Path) -> None:
     Raises:
         MigrationError: naming what is missing.
     """
-    rows = await (await connection.execute("SELECT version FROM schema_migrations")).fetchall()
+    try:
+        rows = await (await connection.execute("SELECT version FROM schema_migrations")).fetchall()
+    except psycopg.errors.UndefinedTable:
+        raise MigrationError("the database is empty: run `migrate` first") from None
     present = {version for (version,) in rows}
     if missing := [m.name for m in read(directory) if m.version not in present]:
         raise MigrationError(f"the database lacks the migrations {', '.join(missing)}: run `migrate` first")

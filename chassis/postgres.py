@@ -70,7 +70,7 @@ async def open_pool(
         kwargs=kwargs,
         configure=configure,
         timeout=POOL_WAIT_S,
-        reconnect_timeout=0,  # never give up: the pool keeps trying in the background, callers get their answer
+        reconnect_timeout=0,  # no long series of attempts: every caller that needs a connection starts a new one
         name=application_name,
         open=False,
     )

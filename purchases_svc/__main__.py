@@ -36,6 +36,8 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     if config.workers > 1 and worker is None:
         await workers.supervise(config.workers, config.listen, stop)
         return
+    if worker is not None:
+        workers.die_with_parent()
     host = grpc_server.Server("purchases.retail.example")
     metrics_listen = workers.metrics_address(config.metrics_listen, worker)
     async with (

@@ -42,7 +42,8 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     async def CreatePurchase(
         self, request: purchases_service_pb2.CreatePurchaseRequest, context: Any
     ) -> purchases_service_pb2.CreatePurchaseResponse:
-        return messages.to_response(await self._recorder.record(messages.parse_sale(request)))
+        recorded = await self._recorder.record(messages.parse_sale(request))
+        return messages.answer(request, recorded)
 
     async def GetPurchase(
         self, request: purchases_service_pb2.GetPurchaseRequest, context: Any

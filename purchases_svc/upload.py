@@ -88,7 +88,7 @@ class Uploads:
             result = response.results.add(sequence_number=upload.sequence_number)
             outcome = refused.get(place) or recorded[place]
             if isinstance(outcome, Recorded):
-                result.created.CopyFrom(messages.to_response(outcome))
+                result.created.CopyFrom(messages.answer(upload.create_purchase, outcome))
             else:
                 refusal = grpc_server.explain(outcome, "UploadPurchases")
                 result.error.CopyFrom(grpc_server.to_status(refusal, self._host.domain))

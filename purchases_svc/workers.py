@@ -5,7 +5,9 @@ processes that share a port.
 """
 
 import asyncio
+import ctypes
 import os
+import signal
 import socket
 import sys
 import time
@@ -32,6 +34,17 @@ def metrics_address(address: str, worker: int | None) -> str:
     """Workers cannot share a port for metrics: each has its own numbers."""
     host, _, port = address.rpartition(":")
     return address if worker is None or port == "0" else f"{host}:{int(port) + (worker - 1) * METRICS_PORT_STEP}"
+
+
+def die_with_parent() -> None:
+    """Have the kernel tell this process to stop when its parent dies: nobody would replace or stop it any more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1:  # it died before that
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def check_free(address: str) -> None:

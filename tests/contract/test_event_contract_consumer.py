@@ -122,7 +122,8 @@ def test_schema_and_decoder_agree(path: tuple[Any, ...], value: Any) -> None:
     else:
         target[path[-1]] = value
     found = read(event)
-    if VALIDATOR.is_valid(event) or event.get("purchase", {}) == {**GOLDEN_PURCHASE, "customer_id": None}:
+    tolerated = path == ("purchase", "customer_id") and value is None  # null for absent
+    if VALIDATOR.is_valid(event) or tolerated:
         # Whether it adds up is what no schema can say.
         assert not isinstance(found, Rejected) or found.reason == "TOTAL_MISMATCH"
     else:

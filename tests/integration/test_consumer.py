@@ -262,17 +262,18 @@ async def test_event_that_the_database_refuses(analytics_db: str, amqp_url: str,
     assert all("23514" in detail for _, detail in kept)
 
 
+@pytest.mark.parametrize("table", ["product_sales_daily", "freshness"])  # a batch's first and last
 async def test_database_that_refuses_everything_blames_no_event(
-    analytics_db: str, amqp_url: str, channel: BlockingChannel
+    analytics_db: str, amqp_url: str, channel: BlockingChannel, table: str
 ) -> None:
     """A missing right is not the events' fault: they wait, the consumer does not serve, and then they count."""
     sales = some_sales(30, seed=5)
     async with consuming(analytics_db, amqp_url) as health:
-        query(analytics_db, "REVOKE UPDATE ON freshness FROM analytics_consumer")
+        query(analytics_db, f"REVOKE UPDATE ON {table} FROM analytics_consumer")
         publish(channel, *[sale.body() for sale in sales])
         await eventually(lambda: _not(is_serving(health)), "it does not serve")
         assert query(analytics_db, f"SELECT ({COUNTED}), ({QUARANTINED})") == [(0, 0)]
-        query(analytics_db, "GRANT UPDATE ON freshness TO analytics_consumer")
+        query(analytics_db, f"GRANT UPDATE ON {table} TO analytics_consumer")
         await counts(analytics_db, COUNTED, 30)
         await eventually(lambda: is_serving(health), "it serves again")
     assert read_models(analytics_db) == expected(sales)

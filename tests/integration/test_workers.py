@@ -98,6 +98,12 @@ def test_all_drain_on_sigterm(parent: Parent) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in parent.pids())
 
 
+def test_workers_go_with_their_parent(parent: Parent) -> None:
+    """After a kill -9 of the parent no worker is left to hold the port."""
+    parent.process.kill()
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in parent.pids()), PATIENCE_S)
+
+
 def test_second_start_names_the_port(parent: Parent) -> None:
     """Processes that share a port would let a stranger in; the parent looks first and refuses."""
     second = parent.launch()

@@ -4,7 +4,8 @@ import pytest
 
 from chassis.errors import VIOLATIONS_MAX
 from purchases_svc.errors import InvalidPurchase
-from purchases_svc.messages import parse_sale, parse_uuid, to_purchase
+from purchases_svc.messages import answer, parse_sale, parse_uuid, to_purchase, to_response
+from purchases_svc.record import Recorded
 from purchases_svc.sale import ITEMS_MAX, Item, Purchase
 from tests.integration.sales import sale
 
@@ -78,3 +79,16 @@ def test_reply_says_what_was_understood() -> None:
         "8.90",
         "8.90",
     )
+
+
+def test_both_ways_to_answer_are_one() -> None:
+    """Made of the request or of what is stored, the answer is the same, whatever spelling the request has."""
+    request = sale(("008.9", "124"), customer_id="4F7C2D1E-9B3A-4C58-8E6F-0A1B2C3D4E5F", total="132.9")
+    request.purchase.purchase_time.nanos = 1_999
+    request.purchase.purchase_id = "ignored"
+    request.purchase.items[0].line_total.value = "8.90"
+    request.MergeFromString(b"\x12\x05\xfa\x06\x02hi")  # a field that this version does not know
+    parsed = parse_sale(request)
+    recorded = Recorded(Purchase("p", "e", parsed.purchase_time, parsed), replayed=False)
+    assert answer(request, recorded) == to_response(recorded)
+    assert answer(request, recorded).SerializeToString() == to_response(recorded).SerializeToString()
