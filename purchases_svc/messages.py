@@ -163,7 +163,7 @@ def answer(
     response = purchases_service_pb2.CreatePurchaseResponse()
     purchase = response.purchase
     purchase.CopyFrom(request.purchase)
-    purchase.DiscardUnknownFields()  # type: ignore[attr-defined]
+    purchase.DiscardUnknownFields()
     purchase.purchase_id = stored.purchase_id
     if sale.customer_id is not None:
         purchase.customer_id = sale.customer_id  # in its canonical form
