@@ -1,0 +1,100 @@
+"""`python -m tests.bench`: run the parts, show the figures, write the report. Knobs are variables; see README.md."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from chassis.settings import SettingsError, integer, load, setting
+from deploy.local.machine import StackError
+from tests.bench import machine, write
+from tests.bench.figures import Outcome, Plan
+from tests.bench.show import Show
+
+# Each part by its name in ONLY, in the order in which they run.
+PARTS: dict[str, Callable[[Plan, Show], Outcome]] = {"write": write.run}
+PLANNED = ("pipeline", "analytics")  # a part moves up when it is written
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+
+
+class Interrupted(BaseException):
+    """Somebody wants us to end; like KeyboardInterrupt, nothing that `except Exception` should catch."""
+
+
+def part(name: str) -> str:
+    if name in PLANNED:
+        raise ValueError(f"this part is not written yet; there is: {', '.join(PARTS)}")
+    if name not in PARTS:
+        raise ValueError(f"must be one of {', '.join(PARTS)}")
+    return name
+
+
+def new_file(name: str) -> Path:
+    path = Path(name)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError("must be a file in a directory that exists")
+    return path
+
+
+@dataclass(frozen=True)
+class Settings:
+    only: str | None = setting("ONLY", part, default=None)
+    report: Path | None = setting("REPORT", new_file, default=None)
+    rounds: int = setting("ROUNDS", integer(1, 1_000), default=5)
+    measure_s: int = setting("MEASURE_S", integer(1, 600), default=3)
+    rows: int = setting("ROWS", integer(0, 100_000_000), default=1_000_000)
+
+
+def main() -> int:
+    show = Show()
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
+    try:
+        run(load(Settings), show)
+    except SettingsError as error:
+        for problem in error.problems:
+            show.fail(problem)
+        return 2
+    except StackError as error:
+        show.fail(str(error))
+        return 1
+    except Interrupted:
+        show.say("Interrupted; everything is stopped and removed.")
+        return INTERRUPTED
+    return 0
+
+
+def interrupt(number: int, _: FrameType | None) -> None:
+    """The first signal ends the benchmark; none after it may end the cleaning up, which is bounded anyway."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(number)
+
+
+def run(settings: Settings, show: Show) -> None:
+    plan = Plan(settings.rounds, settings.measure_s, settings.rows)
+    ratios: dict[str, float] = {}
+    details: dict[str, Any] = {"machine": machine.description(), "plan": plan._asdict()}
+    names = [settings.only] if settings.only else list(PARTS)
+    for name in names:
+        outcome = PARTS[name](plan, show)
+        ratios |= outcome.ratios
+        details[name] = outcome.details
+        if settings.report and outcome.plot:
+            drawing = settings.report.with_suffix(".svg" if len(names) == 1 else f".{name}.svg")
+            drawing.write_text(outcome.plot)
+            show.say(f"The picture: {drawing}")
+    if settings.report:
+        rounded = {key: round(ratio, 4) for key, ratio in ratios.items()}
+        settings.report.write_text(json.dumps({**rounded, "details": details}, indent=2) + "\n")
+        show.say(f"The report: {settings.report}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

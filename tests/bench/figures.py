@@ -1,0 +1,107 @@
+"""What is measured, and how it is compared: always within a round, because the machine drifts from one to the next."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, NamedTuple
+
+
+class Figure(NamedTuple):
+    """What one contender did in one round."""
+
+    purchases_per_s: float
+    p50_ms: float  # of a transaction, a call or a message
+    p99_ms: float
+    front_cpu_us: float  # a purchase, of the process in front of the database: pgbench or the service
+    database_cpu_us: float  # a purchase, of all of PostgreSQL's processes
+
+
+class Contender(NamedTuple):
+    """A way to write purchases, and how many clients, calls or streams do so at once."""
+
+    family: str
+    at_once: int
+    measure: Callable[[], Figure]
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} × {self.at_once}"
+
+
+class Plan(NamedTuple):
+    """How long to measure, and with how much history."""
+
+    rounds: int
+    measure_s: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a ratio should be."""
+
+    meaning: str
+    value: float
+    more_is_better: bool
+
+    def met_by(self, ratio: float) -> bool:
+        return ratio >= self.value if self.more_is_better else ratio <= self.value
+
+    def __str__(self) -> str:
+        return f"{'≥' if self.more_is_better else '≤'} {self.value:g}"
+
+
+class Outcome(NamedTuple):
+    """What a part of the benchmark hands back."""
+
+    ratios: dict[str, float]  # as they stand in the report
+    details: dict[str, Any]  # the raw figures
+    plot: str | None = None  # an SVG
+
+
+# By the contender's name. Equal places belong to the same round.
+Rounds = Mapping[str, Sequence[Figure]]
+
+
+def speed(figure: Figure) -> float:
+    return figure.purchases_per_s
+
+
+def cpu(figure: Figure) -> float:
+    return figure.front_cpu_us + figure.database_cpu_us
+
+
+def latency(figure: Figure) -> float:
+    return figure.p50_ms
+
+
+def middle(figures: Sequence[Figure]) -> Figure:
+    """The medians, value by value."""
+    return Figure(*map(median, zip(*figures, strict=True)))
+
+
+def best(rounds: Rounds, family: Sequence[Contender]) -> Contender:
+    return max(family, key=lambda contender: middle(rounds[contender.name]).purchases_per_s)
+
+
+def versus(rounds: Rounds, ours: Contender, theirs: Contender, value: Callable[[Figure], float]) -> float:
+    """The median of the rounds' ratios."""
+    pairs = zip(rounds[ours.name], rounds[theirs.name], strict=True)
+    return median(value(one) / value(other) for one, other in pairs)
+
+
+def percentile(ascending: Sequence[float], percent: float) -> float:
+    return ascending[min(int(len(ascending) * percent / 100), len(ascending) - 1)]
+
+
+def raw(rounds: Rounds) -> dict[str, list[dict[str, float]]]:
+    """All figures, for the report."""
+    return {name: [figure._asdict() for figure in figures] for name, figures in rounds.items()}
+
+
+def short(count: int) -> str:
+    """10000000 → `10m`."""
+    for size, unit in ((1_000_000, "m"), (1_000, "k")):
+        if count >= size and count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)

@@ -1,0 +1,82 @@
+"""The load on a gRPC server of ours, made by a process of its own (`load_client.py`), so that it is no cost of ours."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import NamedTuple
+
+from deploy.local.machine import StackError, tail
+from tests.bench.stage import ENVIRON, ROOT
+
+STOP_TIMEOUT_S = 10.0
+
+
+class Job(NamedTuple):
+    """What the client is told to do."""
+
+    method: str  # create or upload
+    at_once: int  # calls in flight, or streams
+    measure_s: float
+
+
+class Load(NamedTuple):
+    """What the client saw in the measured time."""
+
+    purchases: int
+    seconds: float
+    p50_ms: float  # from sending a call or message to its answer
+    p99_ms: float
+
+
+class LoadClient:
+    """The client's process, as the benchmark sees it."""
+
+    def __init__(self, process: "Popen[str]", log: Path) -> None:
+        self._process, self._log = process, log
+
+    def run(self, job: Job, at_the_edges: Callable[[], None]) -> Load:
+        """Do the job; `at_the_edges` is called when the measured time begins and when it ends.
+
+        Raises:
+            StackError: an answer was not OK, or not what it should be.
+        """
+        assert self._process.stdin
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        for edge in ("begin", "end"):
+            self._expect(edge)
+            at_the_edges()
+        return Load(*json.loads(self._expect()))
+
+    def _expect(self, expected: str | None = None) -> str:
+        assert self._process.stdout
+        line = self._process.stdout.readline().strip()
+        if not line or expected not in (None, line):
+            self._process.kill()
+            self._process.wait()
+            raise StackError(f"the load client failed:\n{tail(self._log)}")
+        return line
+
+
+@contextmanager
+def load_client(address: str, directory: Path) -> Iterator[LoadClient]:
+    """A client of the server at `address`; it leaves when its standard input ends."""
+    log = directory / "load_client.log"
+    with log.open("wb") as errors:
+        process = Popen(
+            [sys.executable, "-m", "tests.bench.load_client", address],
+            cwd=ROOT,
+            env=ENVIRON,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches us alone, and we end it
+        )
+    try:
+        yield LoadClient(process, log)
+    finally:
+        process.kill()  # nothing of it needs to be kept
+        process.wait(STOP_TIMEOUT_S)

@@ -1,0 +1,168 @@
+"""`python -m tests.bench.load_client ADDRESS`: the load, as cheap as a Python client can make it.
+
+Requests are serialized before the clock starts, answers stay bytes, and only a sample of them is parsed. Each job is a
+line of JSON on stdin; the answer is `begin` and `end` at the edges of the measured time, then a line of JSON.
+"""
+
+import asyncio
+import gc
+import json
+import sys
+import time
+import uuid
+from collections import deque
+from random import Random
+
+import grpc
+import uvloop
+from google.type.decimal_pb2 import Decimal
+
+from retail.purchases.v1.purchases_service_pb2 import (
+    CreatePurchaseRequest,
+    CreatePurchaseResponse,
+    PurchaseUpload,
+    UploadPurchasesRequest,
+    UploadPurchasesResponse,
+)
+from tests.bench.figures import percentile
+from tests.bench.load import Job, Load
+
+CREATE = "/retail.purchases.v1.PurchasesService/CreatePurchase"
+UPLOAD = "/retail.purchases.v1.PurchasesService/UploadPurchases"
+
+SALES_PER_MESSAGE = 500
+MESSAGES_AHEAD = 3  # of a stream, sent before their answers have come
+PARSE_EVERY = 100  # answers to a call; of a stream, every one is parsed after the clock has stopped
+WARM_UP_S = 0.5
+# Requests are made beforehand, for each second more than any server of ours takes in.
+CALLS_PER_S_MAX, UPLOADED_PER_S_MAX = 12_000, 40_000
+ANSWER_TIMEOUT_S = 60.0
+ANSWER_BYTES_MAX = 16 << 20
+
+BRANCHES, CASHIERS, PRODUCTS = 50, 500, 9_000
+PRICES = ("8.90", "8.90", "124.70")
+TOTAL = "142.50"
+
+
+class Run:
+    """One job: the sales to send, whether to go on, and what each answer took."""
+
+    def __init__(self, job: Job, channel: grpc.aio.Channel) -> None:
+        self._job, self._channel = job, channel
+        self._stopped = False
+        self._answers: list[tuple[float, int]] = []  # seconds it took, purchases in it
+        seconds = WARM_UP_S + job.measure_s
+        if job.method == "create":
+            self._requests = iter([sale().SerializeToString() for _ in range(int(seconds * CALLS_PER_S_MAX))])
+        else:
+            messages = int(seconds * UPLOADED_PER_S_MAX / SALES_PER_MESSAGE) + job.at_once * MESSAGES_AHEAD
+            self._requests = iter([upload().SerializeToString() for _ in range(messages)])
+
+    async def measure(self) -> Load:
+        client = self._calls if self._job.method == "create" else self._stream
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(self._job.at_once):
+                clients.create_task(client())
+            await asyncio.sleep(WARM_UP_S)
+            first, began = len(self._answers), time.perf_counter()
+            print("begin", flush=True)
+            await asyncio.sleep(self._job.measure_s)
+            last, ended = len(self._answers), time.perf_counter()
+            print("end", flush=True)
+            self._stopped = True
+        if next(self._requests, None) is None:
+            raise RuntimeError("all requests were sent before the time was over: prepare more of them")
+        measured = self._answers[first:last]
+        seconds = sorted(took for took, _ in measured)
+        return Load(
+            sum(purchases for _, purchases in measured),
+            ended - began,
+            percentile(seconds, 50) * 1_000,
+            percentile(seconds, 99) * 1_000,
+        )
+
+    async def _calls(self) -> None:
+        """One call after the other."""
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(CREATE)
+        for request in self._requests:
+            started = time.perf_counter()
+            answer = await call(request, timeout=ANSWER_TIMEOUT_S)  # raises unless it is OK
+            self._answers.append((time.perf_counter() - started, 1))
+            if len(self._answers) % PARSE_EVERY == 0:
+                check(CreatePurchaseResponse.FromString(answer))
+            if self._stopped:
+                return
+
+    async def _stream(self) -> None:
+        """Message after message, a few ahead of their answers."""
+        method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(UPLOAD)
+        call = method(timeout=ANSWER_TIMEOUT_S)
+        sent: deque[float] = deque()
+        answers: list[bytes] = []
+        while sent or not self._stopped:
+            while not self._stopped and len(sent) < MESSAGES_AHEAD:
+                sent.append(time.perf_counter())
+                await call.write(next(self._requests))
+            answer = await call.read()
+            if not isinstance(answer, bytes):
+                raise RuntimeError(f"the stream ended too soon, with {await call.code()}: {await call.details()}")
+            answers.append(answer)
+            self._answers.append((time.perf_counter() - sent.popleft(), SALES_PER_MESSAGE))
+        await call.done_writing()
+        if await call.read() is not grpc.aio.EOF or await call.code() is not grpc.StatusCode.OK:
+            raise RuntimeError(f"the stream ended with {await call.code()}")
+        for answer in answers:
+            results = UploadPurchasesResponse.FromString(answer).results
+            if len(results) != SALES_PER_MESSAGE:
+                raise RuntimeError(f"a message was answered with {len(results)} results")
+            for result in results:
+                check(result.created)  # an error is not, either
+
+
+def check(answer: CreatePurchaseResponse) -> None:
+    """A new purchase, as it was sent."""
+    stored = answer.purchase
+    if (
+        not stored.purchase_id
+        or answer.replayed
+        or len(stored.items) != len(PRICES)
+        or stored.total_amount.value != TOTAL
+    ):
+        raise RuntimeError(f"not the answer to a new sale: {answer}")
+
+
+def sale(random: Random = Random()) -> CreatePurchaseRequest:
+    """A sale of this moment, as the yardstick's: three items, a random key and a random receipt number."""
+    request = CreatePurchaseRequest(idempotency_key=str(uuid.uuid4()))
+    purchase = request.purchase
+    purchase.receipt_id = str(uuid.uuid4())
+    purchase.branch_id = random.randint(1, BRANCHES)
+    purchase.cashier_id = random.randint(1, CASHIERS)
+    purchase.pos_id = "POS-3"
+    purchase.purchase_time.GetCurrentTime()
+    purchase.total_amount.value = TOTAL
+    product_id = random.randint(1, PRODUCTS)
+    for number, price in enumerate(PRICES):
+        purchase.items.add(product_id=product_id + number, quantity=1, unit_price=Decimal(value=price))
+    return request
+
+
+def upload() -> UploadPurchasesRequest:
+    uploads = (PurchaseUpload(sequence_number=number, create_purchase=sale()) for number in range(SALES_PER_MESSAGE))
+    return UploadPurchasesRequest(uploads=uploads)
+
+
+async def main(address: str) -> None:
+    loop = asyncio.get_running_loop()
+    options = [("grpc.max_receive_message_length", ANSWER_BYTES_MAX)]
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
+        while line := await loop.run_in_executor(None, sys.stdin.readline):
+            run = Run(Job(*json.loads(line)), channel)
+            gc.collect()
+            gc.freeze()  # the requests are many, and none is garbage while the clock runs
+            print(json.dumps(await run.measure()), flush=True)
+            gc.unfreeze()
+
+
+if __name__ == "__main__":
+    uvloop.run(main(sys.argv[1]))

@@ -1,0 +1,60 @@
+"""What the person who waits for the figures gets to see."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tests.bench.figures import Goal, Rounds, cpu, middle
+
+
+class Show:
+    """Lines, progress and tables on the terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def fail(self, text: str) -> None:
+        self._console.print(f"✗ {text}", style="red", markup=False)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda count: bar.advance(task, count)
+
+    def figures(self, title: str, rounds: Rounds) -> None:
+        """The medians of the rounds; CPU time of a purchase, and where it is spent."""
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("")
+        for heading in ("purchases/s", "p50 ms", "p99 ms", "CPU µs", "in front", "database"):
+            table.add_column(heading, justify="right")
+        for name, figures in rounds.items():
+            median = middle(figures)
+            table.add_row(
+                name,
+                f"{median.purchases_per_s:,.0f}",
+                f"{median.p50_ms:.2f}",
+                f"{median.p99_ms:.2f}",
+                f"{cpu(median):,.0f}",
+                f"{median.front_cpu_us:,.0f}",
+                f"{median.database_cpu_us:,.0f}",
+            )
+        self._console.print(table)
+
+    def ratios(self, ratios: Mapping[str, float], goals: Mapping[str, Goal]) -> None:
+        table = Table(title="Beside pgbench, which is 1", title_justify="left", title_style="bold")
+        for heading in ("", "in the report", "ratio", "goal"):
+            table.add_column(heading, justify="right" if heading in ("ratio", "goal") else "left")
+        for key, ratio in ratios.items():
+            goal = goals.get(key)
+            verdict = "" if goal is None else "[green]✓[/]" if goal.met_by(ratio) else "[red]✗[/]"
+            meaning = goal.meaning if goal else "… with history, beside none"
+            table.add_row(meaning, key, f"{ratio:.2f} {verdict}", str(goal or ""))
+        self._console.print(table)

@@ -1,0 +1,84 @@
+"""Where a benchmark plays: a private PostgreSQL in a directory that goes with it, and our processes in front of it."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg
+
+from deploy.healthcheck import is_serving
+from deploy.local.machine import Process, StackError, pick_port, spawn, tail, wait_until
+from deploy.local.postgres import Postgres
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+
+ENVIRON = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "generated")])}
+
+
+@contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """On the disk of the checkout, not in /tmp, which may be memory."""
+    parent = ROOT / ".local"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=parent) as directory:
+        yield Path(directory)
+
+
+@contextmanager
+def private_postgres(directory: Path) -> Iterator[Postgres]:
+    """A server as the local stack has it, with the same settings."""
+    server = Postgres(directory)
+    try:
+        server.start()
+        yield server
+    finally:
+        if server.process:
+            server.stop()
+
+
+def migrated(server: Postgres, name: str, package: str) -> str:
+    """The URL of a new database, as the package's own `migrate` command makes it."""
+    with server.connect() as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+    url = server.url(name)
+    log = server.directory / f"{package}-migrate.log"
+    environ = {**ENVIRON, f"{name.upper()}_DATABASE_URL": url}
+    process = spawn([sys.executable, "-m", package, "migrate"], environ, ROOT, log)
+    if not process.ended(START_TIMEOUT_S) or process.exit_code():
+        process.end()
+        raise StackError(f"{package} migrate failed:\n{tail(log)}")
+    return url
+
+
+class Service(NamedTuple):
+    """One of our processes, and where it listens."""
+
+    process: Process
+    address: str
+
+
+@contextmanager
+def service(name: str, command: tuple[str, ...], settings: Mapping[str, str], directory: Path) -> Iterator[Service]:
+    """One of our processes from when it is healthy until it has ended; the caller's settings hold, but for these."""
+    address = f"127.0.0.1:{pick_port()}"
+    log = directory / f"{name}.log"
+    listens = {f"{name.upper()}_LISTEN": address, f"{name.upper()}_METRICS_LISTEN": "127.0.0.1:0"}
+    process = spawn([sys.executable, "-m", *command], {**ENVIRON, **settings, **listens}, ROOT, log)
+    try:
+        if not wait_until(lambda: is_serving(address) or not process.alive, START_TIMEOUT_S) or not process.alive:
+            raise StackError(f"{name} did not start:\n{tail(log)}")
+        yield Service(process, address)
+    finally:
+        process.end(patience_s=STOP_TIMEOUT_S)
+
+
+def empty_purchases(url: str) -> None:
+    """Whoever is measured next finds the same: no purchases."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("TRUNCATE purchases, purchase_items, receipts, idempotency_keys, outbox_events")
