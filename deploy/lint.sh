@@ -8,8 +8,8 @@ PATH="$(cd "$(dirname "$python")" && pwd):$PATH"
 step() { printf '\033[1m%s\033[0m\n' "$1"; }
 
 step 'ruff: style and likely mistakes'
-ruff check --quiet .
-ruff format --quiet --check .
+ruff check --quiet --no-cache .
+ruff format --quiet --check --no-cache .
 
 step 'mypy --strict: types'
 mypy .

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import analytics_svc.__main__ as analytics
 import pika
 import psycopg
 import pytest
 from psycopg import sql
 
+import analytics_svc.__main__ as analytics
 import purchases_svc.__main__ as purchases
 from analytics_svc.settings import MigrateSettings as AnalyticsMigrateSettings
 from chassis import postgres
