@@ -25,7 +25,7 @@ stop: ready ## stop everything of this checkout
 status: ready ## what is running
 	@$(LOCAL) status
 
-demo: ready ## a day of sales and the owner's numbers; [FILE=sales.csv.gz] [LIMIT=n] [REPORT=out.json]
+demo: ready ## two weeks of sales and the owner's numbers; [FILE=sales.csv.gz] [LIMIT=n] [REPORT=out.json]
 	@$(LOCAL) demo $(if $(FILE),--file "$$FILE") $(if $(LIMIT),--limit "$$LIMIT") $(if $(REPORT),--report "$$REPORT")
 
 test: ready ## all tests, against real servers; [ARGS='-k name -x']

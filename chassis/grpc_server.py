@@ -9,7 +9,7 @@ import inspect
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import grpc
@@ -226,8 +226,9 @@ class _Guard:
                     if inspect.isawaitable(replies):  # the health service writes to the context itself
                         await replies
                     else:
-                        async for reply in replies:
-                            await context.write(reply)
+                        async with aclosing(replies):  # what the handler holds is freed now, not at some collection
+                            async for reply in replies:
+                                await context.write(reply)
                 except BaseException as error:
                     failure = self._explain(error)
                 else:

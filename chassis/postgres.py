@@ -50,6 +50,7 @@ async def open_pool(
         "timezone": "UTC",
         "statement_timeout": str(int(statement_timeout_s * 1000)),
         "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
+        "synchronous_commit": "on",  # whatever the server's default: acknowledged means durable
         **(settings or {}),
     }
     prepare = sql.SQL("; ").join(sql.SQL("SET {} = {}").format(sql.Identifier(n), v) for n, v in wanted.items())

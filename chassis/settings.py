@@ -101,7 +101,11 @@ def address(raw: str) -> str:
 
 def _url(raw: str, schemes: tuple[str, ...], example: str) -> str:
     parts = urlsplit(raw)
-    if parts.scheme not in schemes or not (parts.netloc or parts.query):
+    try:
+        whole = parts.scheme in schemes and bool(parts.netloc or parts.query) and parts.port != 0
+    except ValueError:  # a port that is no number
+        whole = False
+    if not whole:
         raise ValueError(f"must be a URL such as {example}")
     return raw
 

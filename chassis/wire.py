@@ -17,6 +17,7 @@ from chassis.errors import InvalidToken, Violation
 
 # An amount on the wire. `[0-9]`, not `\d`: Unicode has other digits. fullmatch, not `$`: that allows a newline.
 _AMOUNT = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,2}))?")
+_AMOUNT_LENGTH_MAX = 15
 AMOUNT_RULE = "must be a plain decimal of at most 12 digits before the point and 2 after it, such as 142.50"
 
 # A chain has some thousand prices, and each is read and written with every sale; remembering them is ten times faster.
@@ -26,9 +27,13 @@ EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
 
 
-@functools.lru_cache(_PRICES_MAX)
 def parse_cents(text: str) -> int | None:
     """`8.9` → 890; None when the text is no amount. Whole cents: exact, and faster than Decimal objects."""
+    return _parse_cents(text) if len(text) <= _AMOUNT_LENGTH_MAX else None  # garbage is not remembered
+
+
+@functools.lru_cache(_PRICES_MAX)
+def _parse_cents(text: str) -> int | None:
     match = _AMOUNT.fullmatch(text)
     if match is None:
         return None

@@ -90,15 +90,17 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
                 "retail.purchases.v1.CustomersService",
             ),
         ]
-        async with asyncio.TaskGroup() as tasks:
-            upkeep = tasks.create_task(partitions.keep(stop, config.retention_months))
-            watch = tasks.create_task(backlog.watch(stop))
-            async with host.listening(config.listen, services, share_port=worker is not None):
-                await host.set_serving(True)
-                log.info("serving", listen=config.listen, metrics=metrics_listen, time_zone=time_zone)
-                await stop.wait()
-            await recorder.close()
-            await asyncio.gather(upkeep, watch)
+        async with (
+            host.listening(config.listen, services, share_port=worker is not None),
+            asyncio.TaskGroup() as tasks,
+        ):
+            tasks.create_task(partitions.keep(stop, config.retention_months))
+            tasks.create_task(backlog.watch(stop))
+            await host.set_serving(True)
+            log.info("serving", listen=config.listen, metrics=metrics_listen, time_zone=time_zone)
+            await stop.wait()
+            await host.set_serving(False)
+        await recorder.close()
         log.info("stopped")
 
 
@@ -118,6 +120,10 @@ def migrate_database(config: MigrateSettings) -> None:
     """Bring the database up to date, and fix the chain's time zone the first time."""
     migrate.migrate(config.database_url, MIGRATIONS)
     with psycopg.connect(config.database_url) as connection:
+        try:
+            connection.execute("SELECT now() AT TIME ZONE %s", [config.business_time_zone])
+        except psycopg.errors.InvalidParameterValue:
+            raise migrate.MigrationError(f"PostgreSQL knows no time zone {config.business_time_zone}") from None
         connection.execute(
             "INSERT INTO chain_settings (time_zone) VALUES (%s) ON CONFLICT DO NOTHING", [config.business_time_zone]
         )

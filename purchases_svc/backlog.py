@@ -2,11 +2,13 @@
 
 import asyncio
 
+import psycopg
 import structlog
 from prometheus_client import Gauge
+from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import wait_set
-from chassis.postgres import UNAVAILABLE, Pool
+from chassis.postgres import Pool
 
 LOOK_EVERY_S = 2.0
 
@@ -33,7 +35,7 @@ class Backlog:
                         [self._most],
                     )
                     row = await cursor.fetchone()
-            except UNAVAILABLE as error:
+            except (psycopg.Error, PoolTimeout) as error:
                 log.warning("the outbox's backlog is not known", error=str(error).strip())
             else:
                 waiting = int(row[0]) if row else 0

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 import psycopg
 import structlog
+from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import Backoff, wait_set
-from chassis.postgres import UNAVAILABLE, Pool
+from chassis.postgres import Pool
 from purchases_svc.retention import drop_old_months
 
 MONTHS_AHEAD = 2  # besides the current one
@@ -43,11 +44,14 @@ class Partitions:
         Raises:
             psycopg.Error: it cannot be made: no connection, no lock, or a month that no purchase can lie in.
         """
+        months, days = set(months) - self._months, set(days) - self._days
+        if not months and not days:
+            return  # nearly always; and nobody waits here for what somebody else lacks
         async with self._making:
-            for month in sorted(set(months) - self._months):
+            for month in sorted(months - self._months):
                 await self._call("SELECT ensure_purchases_month(%s)", month)
                 self._months.add(month)
-            for day in sorted(set(days) - self._days):
+            for day in sorted(days - self._days):
                 await self._call("SELECT ensure_outbox_day(%s)", day)
                 self._days.add(day)
 
@@ -71,7 +75,7 @@ class Partitions:
                 await self.ensure(*_upcoming(today))
                 if retention_months and await drop_old_months(self._pool, retention_months, today):
                     self.forget()
-            except UNAVAILABLE as error:
+            except (psycopg.Error, PoolTimeout) as error:  # whatever it is, it must not take the sales down with it
                 log.warning("partitions are not taken care of", error=str(error).strip())
                 await wait_set(stop, 5.0)
             else:

@@ -113,8 +113,8 @@ class Recorder:
         """Store sales, or find them stored: for each what holds it, or why it was refused.
 
         IdempotencyKeyReused, ReceiptExists, CustomerUnknown and PurchaseTimeOutOfRange mean that nothing is stored.
-        With any other error it is not known: send the sale again with its key. A caller may give up waiting; what it
-        sent is stored or refused all the same.
+        With any other error it is not known: send the sale again with its key. So it is for a caller that gives up:
+        what it sent is left out if it was still waiting, and goes its way if it was not.
 
         Raises:
             Overloaded, OutboxFull: too many sales, or too many events, wait already; none of these was taken in.
@@ -158,6 +158,9 @@ class Recorder:
             return error
         if holder := holders.get(sale.idempotency_key):
             return _replay(sale, holder)
+        return self._out_of_range(sale, now)
+
+    def _out_of_range(self, sale: Sale, now: datetime.datetime) -> ServiceError:
         return PurchaseTimeOutOfRange(
             f"purchase.purchase_time {rfc3339(sale.purchase_time)} must not be before {rfc3339(self._earliest(now))}"
             f" or more than {FUTURE_MAX.seconds // 60} minutes after the server's time, {rfc3339(now)}",
@@ -167,25 +170,35 @@ class Recorder:
     async def _flush_all(self) -> None:
         try:
             while self._waiting:
-                if batch := self._next_batch():
-                    await self._flush(batch)
+                batch, repeats = self._next_batch()
+                if batch:
+                    await self._flush(list(batch.values()))
+                for entry in repeats:
+                    self._settle_repeat(entry, batch[entry.purchase.sale.idempotency_key])
         finally:
             self._flusher = None
 
-    def _next_batch(self) -> list[_Entry]:
-        """The oldest sales, each key once: the same key again waits for the next flush, and finds its answer there."""
+    def _next_batch(self) -> tuple[dict[str, _Entry], list[_Entry]]:
+        """The oldest sales by key, and those that repeat a key of them."""
         batch: dict[str, _Entry] = {}
-        again: list[_Entry] = []
+        repeats: list[_Entry] = []
         items = 0
         while self._waiting and len(batch) < self._batch_max and items < BATCH_ITEMS_MAX:
             entry = self._waiting.popleft()
             if entry.purchase.sale.idempotency_key in batch:
-                again.append(entry)
+                repeats.append(entry)
             elif not entry.call.answered.cancelled():  # else the caller left before it was sent anywhere
                 batch[entry.purchase.sale.idempotency_key] = entry
                 items += len(entry.purchase.sale.items)
-        self._waiting.extendleft(reversed(again))
-        return list(batch.values())
+        return batch, repeats
+
+    def _settle_repeat(self, entry: _Entry, first: _Entry) -> None:
+        """Answer a sale by what became of the first with its key; if that was refused, it gets its own chance."""
+        outcome = first.call.outcomes[first.place]
+        if isinstance(outcome, Recorded):
+            entry.settle(_replay(entry.purchase.sale, outcome.purchase))
+        else:
+            self._waiting.append(entry)
 
     async def _flush(self, batch: list[_Entry]) -> None:
         """Store a batch and answer its callers; whatever happens, each gets an answer."""
@@ -199,6 +212,9 @@ class Recorder:
                 return
             except (psycopg.IntegrityError, psycopg.DataError) as error:
                 failure: Exception = error
+                if len(batch) == 1 and isinstance(error, psycopg.errors.DatetimeFieldOverflow):
+                    failure = self._out_of_range(batch[0].purchase.sale, batch[0].purchase.created_at)
+                    break  # its month was dropped, by a retention that this process does not know of
                 # Either retention dropped a partition that we knew ("no partition found" is a check violation) ...
                 self._partitions.forget()
                 # ... or one row spoils the statement, such as a receipt number that two sales claim at this very
@@ -241,7 +257,10 @@ class Recorder:
         receipts = await stored.receipt_holders(connection, [entry.purchase.sale for entry in new], self._time_zone)
         for entry in entries:
             sale = entry.purchase.sale
-            if holder := holders.get(sale.idempotency_key):
+            holder = holders.get(sale.idempotency_key)
+            if holder and holder.purchase_id == entry.purchase.purchase_id:
+                entry.settle(Recorded(holder, replayed=False))  # our own: the answer to its commit was lost
+            elif holder:
                 entry.settle(_replay(sale, holder))
             elif sale.customer_id in unknown and not sale.register_customer:
                 entry.settle(_customer_unknown(sale.customer_id))
@@ -281,8 +300,8 @@ def _receipt_exists(sale: Sale, holder_id: str) -> ServiceError:
 # not leaves nothing behind. Of sales whose key and customer allow it, those with a free receipt number get in.
 # (The same sale on its way twice has the same receipt number, so the second waits for the first and is not accepted.
 # Should another sale take its key at this very moment, the statement fails as a whole; `_flush` sorts it out.)
-# Receipts, keys and customers are inserted in sorted order, tables always in the same one: two flushes that share some
-# wait for each other, but never in a circle.
+# Receipts, keys and customers are inserted in sorted order, and the tables in an order that PostgreSQL chooses but that
+# is the same in every flush: two that share some wait for each other, but never in a circle.
 # LIMIT 1 makes each look-up a probe of the index, whatever the statistics say; nothing looks into all partitions.
 _INSERT = """
 WITH input AS MATERIALIZED (

@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from google.protobuf import message
@@ -130,8 +130,9 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     async def UploadPurchases(
         self, request_iterator: Any, context: Any
     ) -> AsyncIterator[purchases_service_pb2.UploadPurchasesResponse]:
-        async for response in self._uploads.answer(request_iterator):
-            yield response
+        async with aclosing(self._uploads.answer(request_iterator)) as responses:
+            async for response in responses:
+                yield response
 
     async def ExportPurchases(
         self, request: purchases_service_pb2.ExportPurchasesRequest, context: Any
@@ -148,8 +149,11 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             return
         day = max(first, bounds[0])  # a range may be as long as the calendar; only what is stored takes time
         while day <= min(last, bounds[1]):
-            async with self._pool.connection() as connection:
-                async for purchase in stored.export_day(connection, day, self._time_zone):
+            async with (
+                self._pool.connection() as connection,
+                aclosing(stored.export_day(connection, day, self._time_zone)) as purchases,
+            ):
+                async for purchase in purchases:
                     yield purchases_service_pb2.ExportPurchasesResponse(
                         event_id=purchase.event_id, purchase=messages.to_purchase(purchase)
                     )

@@ -1,9 +1,10 @@
 """What is stored, read back. Every function takes the connection and commits nothing."""
 
 import datetime
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
+from chassis.migrate import MigrationError
 from chassis.postgres import Connection
 from chassis.wire import parse_cents
 from purchases_svc.sale import Item, Purchase, Sale
@@ -111,7 +112,7 @@ async def page(
     return await _with_items(connection, rows[:fitting]), len(rows) > fitting
 
 
-async def export_day(connection: Connection, day: datetime.date, time_zone: str) -> AsyncIterator[Purchase]:
+async def export_day(connection: Connection, day: datetime.date, time_zone: str) -> AsyncGenerator[Purchase, None]:
     """The purchases of one business day by time, all from one snapshot."""
     async with connection.transaction():
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
@@ -276,5 +277,5 @@ async def settings(connection: Connection) -> tuple[str, bytes]:
     cursor = await connection.execute("SELECT time_zone, page_token_key FROM chain_settings")
     row = await cursor.fetchone()
     if row is None:
-        raise LookupError("the database has no settings: run `migrate` first")
+        raise MigrationError("the database has no settings: run `migrate` first")
     return row[0], row[1]

@@ -1,7 +1,7 @@
 """UploadPurchases: the backlog of a till that was offline, message by message, with a bounded number in flight."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from chassis import grpc_server
@@ -28,17 +28,19 @@ class Uploads:
 
     async def answer(
         self, requests: AsyncIterator[pb2.UploadPurchasesRequest]
-    ) -> AsyncIterator[pb2.UploadPurchasesResponse]:
+    ) -> AsyncGenerator[pb2.UploadPurchasesResponse, None]:
         """One response for each message, in their order, each after its sales are durable.
 
         When the server drains, what was read is still answered; then the stream ends with SHUTTING_DOWN.
         """
-        answers: asyncio.Queue[Answer | None] = asyncio.Queue(MESSAGES_IN_FLIGHT_MAX)
-        reader = asyncio.create_task(self._read(requests, answers))
+        answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        room = asyncio.Semaphore(MESSAGES_IN_FLIGHT_MAX)
+        reader = asyncio.create_task(self._read(requests, answers, room))
         answer: Answer | None = None
         try:
             while (answer := await answers.get()) is not None:
                 yield await answer
+                room.release()
             await reader  # raises why the reading ended, if not by the client's own will
         finally:
             # What is being stored goes on: only the waiting for it ends.
@@ -47,13 +49,17 @@ class Uploads:
                     task.cancel()
 
     async def _read(
-        self, requests: AsyncIterator[pb2.UploadPurchasesRequest], answers: "asyncio.Queue[Answer | None]"
+        self,
+        requests: AsyncIterator[pb2.UploadPurchasesRequest],
+        answers: "asyncio.Queue[Answer | None]",
+        room: asyncio.Semaphore,
     ) -> None:
         iterator = aiter(requests)
         draining: asyncio.Future[Any] = asyncio.ensure_future(self._host.draining.wait())
         message: asyncio.Future[Any] = draining
         try:
             while True:
+                await room.acquire()
                 message = asyncio.ensure_future(anext(iterator, None))
                 await asyncio.wait({message, draining}, timeout=IDLE_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
                 if not message.done():
@@ -66,11 +72,11 @@ class Uploads:
                 if not 1 <= len(request.uploads) <= UPLOADS_PER_MESSAGE_MAX:
                     rule = f"must have 1 to {UPLOADS_PER_MESSAGE_MAX} sales"
                     raise InvalidRequest([Violation("uploads", rule)])
-                await answers.put(asyncio.create_task(self._record(request)))
+                answers.put_nowait(asyncio.create_task(self._record(request)))
         finally:
             draining.cancel()
             message.cancel()
-            await answers.put(None)
+            answers.put_nowait(None)
 
     async def _record(self, request: pb2.UploadPurchasesRequest) -> pb2.UploadPurchasesResponse:
         """Store the sales of one message. One that is refused does not affect its neighbours."""

@@ -18,6 +18,7 @@ from chassis.grpc_server import DRAIN_TIMEOUT_S, PortTaken
 from chassis.lifecycle import Backoff, wait_set
 
 WORKER = "PURCHASES_WORKER"  # a worker's number, from 1; set by the parent only
+PARENT = "PURCHASES_WORKERS_PARENT"  # the parent's process id
 STEADY_S = 10.0  # who lives that long has started well; who dies before is started again after growing pauses
 METRICS_PORT_STEP = 100  # worker 2 answers Prometheus on 9564 where worker 1 is on 9464
 
@@ -40,7 +41,7 @@ def die_with_parent() -> None:
     """Have the kernel tell this process to stop when its parent dies: nobody would replace or stop it any more."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() == 1:  # it died before that
+        if str(os.getppid()) != os.environ[PARENT]:  # it died before that
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -78,7 +79,7 @@ async def _keep_running(worker: int, stop: asyncio.Event) -> None:
             "-m",
             "purchases_svc",
             "serve",
-            env={**os.environ, WORKER: str(worker)},
+            env={**os.environ, WORKER: str(worker), PARENT: str(os.getpid())},
             start_new_session=True,  # a Ctrl-C in the terminal reaches the parent only, who passes it on once
         )
         log.info("worker started", worker=worker, pid=process.pid)

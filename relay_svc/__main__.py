@@ -46,7 +46,10 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         await host.set_serving(True)
         log.info("serving", listen=config.listen, metrics=config.metrics_listen)
         try:
-            await relay.run(stop)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(relay.run(stop))
+                await stop.wait()
+                await host.set_serving(False)
         finally:
             publisher.disconnect()
     log.info("stopped")

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pika
@@ -36,6 +37,7 @@ class Publisher:
         self._url, self._confirm_timeout_s = url, confirm_timeout_s
         self._connection: amqp.Connection | None = None
         self._channel: Channel | None = None
+        self._link: object | None = None  # stands for the present connection, in what its callbacks carry
         self._tag = 0  # the last delivery tag; the broker counts messages per channel from 1
         self._in_flight: dict[int, str] = {}  # delivery tag → event id, in order of tags
         self._confirmed: list[str] = []
@@ -82,6 +84,7 @@ class Publisher:
 
     def disconnect(self) -> None:
         """Close the connection; the next window opens a new one."""
+        self._link = None
         if self._connection is not None:
             amqp.close(self._connection)
         self._connection = self._channel = None
@@ -108,23 +111,29 @@ class Publisher:
         if self._connection is not None and self._channel is not None and self._channel.is_open:
             return self._channel
         self.disconnect()
-        connection = await amqp.connect(self._url, "relay", on_close=self._on_loss)
+        connection = await amqp.connect(self._url, "relay", on_close=lambda reason: self._on_loss(link, reason))
+        # What an earlier connection still has to say, after its window was given up, must not be taken for the present
+        # one's: its tags would stand for other events.
+        link = self._link = object()
         try:
-            channel = await amqp.open_channel(connection, on_close=self._on_loss)
+            channel = await amqp.open_channel(connection, on_close=lambda reason: self._on_loss(link, reason))
             await amqp.call(channel, channel.exchange_declare, exchange=EXCHANGE, exchange_type="topic", durable=True)
-            await amqp.call(channel, channel.confirm_delivery, ack_nack_callback=self._on_confirm)
+            on_confirm = partial(self._on_confirm, link)
+            await amqp.call(channel, channel.confirm_delivery, ack_nack_callback=on_confirm)
         except BaseException:
             amqp.close(connection)
             raise
-        channel.add_on_return_callback(self._on_return)
-        connection.add_on_connection_blocked_callback(lambda *_: self._on_blocked(True))
-        connection.add_on_connection_unblocked_callback(lambda *_: self._on_blocked(False))
+        channel.add_on_return_callback(partial(self._on_return, link))
+        connection.add_on_connection_blocked_callback(lambda *_: self._on_blocked(link, True))
+        connection.add_on_connection_unblocked_callback(lambda *_: self._on_blocked(link, False))
         self._connection, self._channel, self._tag, self._blocked = connection, channel, 0, False
         log.info("connected to the broker")
         return channel
 
-    def _on_confirm(self, frame: Any) -> None:
+    def _on_confirm(self, link: object, frame: Any) -> None:
         """Confirms come out of order, and one may stand for all up to its tag."""
+        if link is not self._link:
+            return
         tag = frame.method.delivery_tag
         tags = [t for t in self._in_flight if t <= tag] if frame.method.multiple else [tag]
         for settled in tags:
@@ -138,16 +147,21 @@ class Publisher:
         if not self._in_flight:
             self._settled.set()
 
-    def _on_return(self, _channel: Channel, method: Any, properties: Any, _body: bytes) -> None:
-        self._returned[properties.message_id] = f"{method.reply_code} {method.reply_text}"
+    def _on_return(self, link: object, _channel: Channel, method: Any, properties: Any, _body: bytes) -> None:
+        if link is self._link:
+            self._returned[properties.message_id] = f"{method.reply_code} {method.reply_text}"
 
-    def _on_loss(self, reason: str) -> None:
+    def _on_loss(self, link: object, reason: str) -> None:
         """The channel or the connection is gone: nothing in flight will be confirmed any more."""
+        if link is not self._link:
+            return
         self._channel = None
         self._trouble = reason
         self._settled.set()
 
-    def _on_blocked(self, blocked: bool) -> None:
+    def _on_blocked(self, link: object, blocked: bool) -> None:
+        if link is not self._link:
+            return
         self._blocked = blocked
         log.warning("the broker blocks publishers" if blocked else "the broker takes messages again")
 

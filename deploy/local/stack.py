@@ -31,7 +31,7 @@ from deploy.local.services import (
 
 READY_TIMEOUT_S = 60.0
 MIGRATE_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 20.0  # how long a service may take to finish what is in flight
+STOP_TIMEOUT_S = 30.0  # how long a service may take to finish what is in flight
 HEALTH_TIMEOUT_S = 1.0
 NO_SIGNAL = 0
 

@@ -34,10 +34,13 @@ GRANT SELECT ON schema_migrations TO purchases_service;
 CREATE TABLE chain_settings (
     singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
     time_zone text NOT NULL,
+    dropped_before date NOT NULL DEFAULT '2000-01-01',
     page_token_key bytea NOT NULL DEFAULT uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())
 );
 COMMENT ON TABLE chain_settings IS 'One row: what must never change once purchases are stored.';
 COMMENT ON COLUMN chain_settings.time_zone IS 'IANA name of the zone that cuts business days.';
+COMMENT ON COLUMN chain_settings.dropped_before IS 'Months before this one were dropped, or never were: no sale can come '
+    'in there, or one whose key is gone could come in twice.';
 COMMENT ON COLUMN chain_settings.page_token_key IS 'Secret that signs page tokens; all servers share it.';
 GRANT SELECT ON chain_settings TO purchases_service;
 
@@ -125,7 +128,9 @@ DECLARE
     suffix text := to_char(month, 'YYYY_MM');
     receipts_month date;
 BEGIN
-    IF month <> date_trunc('month', month) OR month < '2000-01-01' OR month > now() + interval '1 year' THEN
+    IF month <> date_trunc('month', month) OR month > now() + interval '1 year'
+        OR month < (SELECT coalesce(max(dropped_before), '2000-01-01') FROM chain_settings)
+    THEN
         RAISE EXCEPTION 'no purchase can lie in the month %', month USING ERRCODE = 'datetime_field_overflow';
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('ensure_purchases_month'));

@@ -50,4 +50,4 @@ BEGIN
     END IF;
 END $$;
 REVOKE EXECUTE ON FUNCTION ensure_outbox_day(date) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION ensure_outbox_day(date) TO purchases_service, purchases_relay;
+GRANT EXECUTE ON FUNCTION ensure_outbox_day(date) TO purchases_service;

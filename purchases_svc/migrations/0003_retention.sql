@@ -1,5 +1,5 @@
 -- Dropping months that are older than the retention. Both functions run as their owner, since services may neither
--- delete nor run DDL; what they may destroy is bounded by the age of the month, which they check themselves.
+-- delete nor run DDL. They refuse the current month and the last, and every month that the caller's retention keeps.
 
 -- The first month that is kept.
 CREATE FUNCTION retention_horizon(keep_months int) RETURNS date
@@ -57,6 +57,7 @@ BEGIN
     IF found > 0 THEN
         RETURN 'its idempotency keys are not deleted yet';
     END IF;
+    UPDATE chain_settings SET dropped_before = greatest(dropped_before, (month + interval '1 month')::date);
     EXECUTE format('DROP TABLE %I', 'purchase_items_' || suffix);
     EXECUTE format('ALTER TABLE purchases DETACH PARTITION %I', 'purchases_' || suffix);
     EXECUTE format('DROP TABLE %I', 'purchases_' || suffix);

@@ -1,5 +1,6 @@
 """Reading purchases, customers and control totals back."""
 
+import asyncio
 import datetime
 import itertools
 import random
@@ -15,6 +16,7 @@ import pytest
 from google.type import date_pb2
 
 import purchases_svc.__main__ as purchases
+from chassis.grpc_server import PortTaken
 from chassis.migrate import MigrationError
 from purchases_svc.settings import MigrateSettings, ServeSettings
 from retail.purchases.v1 import customers_service_pb2 as customers
@@ -25,6 +27,7 @@ from tests.integration.conftest import free_address, running
 from tests.integration.sales import NOON, refusal, sale
 
 DAY_S = 86_400
+READ_CONNECTIONS = 4  # the default of PURCHASES_READ_CONNECTIONS
 
 
 @pytest.fixture
@@ -215,6 +218,31 @@ async def test_export_streams_each_day(tills: Any) -> None:
     assert len({reply.event_id for reply in exported}) == 10
     everything = messages.ExportPurchasesRequest(first_date=date("0001-01-01"), last_date=date("9999-12-31"))
     assert len([reply async for reply in tills.ExportPurchases(everything)]) == 20
+
+
+async def test_cancelled_exports_free_their_connections(tills: Any) -> None:
+    """Readers that go away in the middle hold up nobody, however many there are."""
+    big = tuple("1.00" for _ in range(200))
+    stored = await asyncio.gather(*(tills.CreatePurchase(sale(big, seconds=NOON + n)) for n in range(300)))
+    request = messages.ExportPurchasesRequest(first_date=date("2026-03-01"), last_date=date("2026-03-01"))
+    for _ in range(3):
+        exports = [tills.ExportPurchases(request) for _ in range(READ_CONNECTIONS)]
+        for export in exports:
+            assert (await export.read()).event_id
+        for export in exports:
+            export.cancel()
+    wanted = messages.GetPurchaseRequest(purchase_id=stored[0].purchase.purchase_id)
+    assert (await tills.GetPurchase(wanted, timeout=4)).purchase == stored[0].purchase
+
+
+async def test_taken_port_is_named(purchases_db: str) -> None:
+    """A second start on the same port ends with the address, not with a traceback."""
+    first, second = (
+        ServeSettings(purchases_db, listen=address, metrics_listen="127.0.0.1:0") for address in [free_address()] * 2
+    )
+    async with running(lambda stop: purchases.serve(first, stop), first.listen):
+        with pytest.raises(PortTaken, match=second.listen):
+            await purchases.serve(second, asyncio.Event())
 
 
 async def test_export_refuses_a_range_that_is_none(tills: Any) -> None:

@@ -15,6 +15,7 @@ from uuid_utils import uuid7
 
 from chassis.postgres import Pool
 from relay_svc import relay as relay_module
+from relay_svc.outbox import NIL, claim
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
 from tests.conftest import eventually, pool
@@ -227,6 +228,28 @@ async def test_crash_after_publishing_repeats_and_loses_nothing(
     healthy.disconnect()
     assert Counter(properties.message_id for _, properties, _ in drain(channel)) == Counter(ids * 2)
     assert set(states(purchases_db).values()) == {("SENT", 0)}
+
+
+async def test_confirms_that_come_late_count_for_nothing(
+    outbox: Pool, purchases_db: str, amqp_url: str, channel: BlockingChannel
+) -> None:
+    """When a window was given up, what its connection still confirms is not taken for the next window's events."""
+    bind(channel)
+    write(purchases_db, 300)
+    publisher = Publisher(amqp_url, confirm_timeout_s=10)
+    assert await publisher.connect() is None
+    publisher._confirm_timeout_s = 0.001
+    async with outbox.connection() as connection, connection.transaction():
+        first, second = (await claim(connection, 300, NIL))[:150], (await claim(connection, 300, NIL))[150:]
+    given_up = await publisher.publish(first)
+    assert given_up.outage
+    channel.queue_unbind(QUEUE, "purchases", "purchases.created")
+    publisher._confirm_timeout_s = 10
+    lost = await publisher.publish(second)
+    publisher.disconnect()
+    assert lost.confirmed == []
+    assert "NO_ROUTE" in str(lost.outage)
+    assert {properties.message_id for _, properties, _ in drain(channel)} <= {event.event_id for event in first}
 
 
 def test_payloads_keep_their_decimals(purchases_db: str) -> None:

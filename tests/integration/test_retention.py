@@ -107,6 +107,17 @@ async def test_sales_past_the_retention_are_refused(opened: Pool) -> None:
     assert not (await recorder.record(old_sale(3))).replayed
 
 
+async def test_dropped_month_stays_closed(opened: Pool, purchases_db: str) -> None:
+    """What was dropped takes in no sale, whatever retention a process knows of: it could come in twice."""
+    await record(opened, old_sale(5))
+    mark_sent(purchases_db)
+    assert len(await drop(opened, 3)) == 1
+    recorder = make_recorder(opened, Partitions(opened))
+    with pytest.raises(PurchaseTimeOutOfRange):
+        await recorder.record(old_sale(5))
+    assert not (await recorder.record(old_sale(4))).replayed
+
+
 @pytest.mark.parametrize("keep_months", [0, -1, 3])
 async def test_functions_refuse_months_that_are_kept(opened: Pool, keep_months: int) -> None:
     """The service's role cannot destroy more than the retention allows, whatever it asks for."""
