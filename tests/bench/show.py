@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -31,8 +32,8 @@ class Show:
 
     def figures(self, title: str, rounds: Rounds) -> None:
         """The medians of the rounds; CPU time of a purchase, and where it is spent."""
-        table = Table(title=title, title_justify="left", title_style="bold")
-        table.add_column("")
+        table = _table(title)
+        table.add_column("", no_wrap=True)
         for heading in ("purchases/s", "p50 ms", "p99 ms", "CPU µs", "in front", "database"):
             table.add_column(heading, justify="right")
         for name, figures in rounds.items():
@@ -49,12 +50,17 @@ class Show:
         self._console.print(table)
 
     def ratios(self, ratios: Mapping[str, float], goals: Mapping[str, Goal]) -> None:
-        table = Table(title="Beside pgbench, which is 1", title_justify="left", title_style="bold")
+        table = _table("Beside pgbench, which is 1")
         for heading in ("", "in the report", "ratio", "goal"):
-            table.add_column(heading, justify="right" if heading in ("ratio", "goal") else "left")
+            table.add_column(heading, no_wrap=True, justify="right" if heading in ("ratio", "goal") else "left")
         for key, ratio in ratios.items():
             goal = goals.get(key)
             verdict = "" if goal is None else "[green]✓[/]" if goal.met_by(ratio) else "[red]✗[/]"
-            meaning = goal.meaning if goal else "… with history, beside none"
-            table.add_row(meaning, key, f"{ratio:.2f} {verdict}", str(goal or ""))
+            meaning = goal.meaning if goal else "… and how it keeps up with history"
+            table.add_row(meaning, key, f"{ratio:.2f} {verdict or ' '}", str(goal or ""))
         self._console.print(table)
+
+
+def _table(title: str) -> Table:
+    """Narrow enough for 80 columns."""
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
