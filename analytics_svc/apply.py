@@ -7,7 +7,7 @@ each other and never deadlock. Rows that every batch changes come last, so that 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from analytics_svc import quarantine
+from analytics_svc import event_log, quarantine
 from analytics_svc.events import EVENT_TYPE, PurchaseCreated
 from analytics_svc.quarantine import QuarantinedEvent
 from chassis.postgres import Connection
@@ -19,12 +19,20 @@ class Applied(NamedTuple):
     counted: int
     duplicates: int
     quarantined: int  # those that were not there yet
+    below_floor: list[PurchaseCreated]  # not counted, as the log may have forgotten them: for the quarantine
 
 
 async def apply(
     connection: Connection, events: Sequence[PurchaseCreated], unfit: Sequence[QuarantinedEvent]
 ) -> Applied:
-    """Count the events that are new and quarantine the unfit ones, all in the caller's transaction."""
+    """Count the events that are new and quarantine the unfit ones, all in the caller's transaction.
+
+    Its isolation must be READ COMMITTED, and this be the first that it does: see `event_log.enter`.
+    """
+    floor = await event_log.enter(connection)
+    below_floor = [event for event in events if event.event_id < floor]
+    if below_floor:
+        events = [event for event in events if event.event_id >= floor]
     new = await _remember(connection, events)
     if new:
         await _add_products(connection, new)
@@ -33,7 +41,7 @@ async def apply(
     quarantined = await quarantine.keep(connection, unfit) if unfit else 0
     if new:
         await connection.execute("UPDATE freshness SET applied_at = greatest(applied_at, clock_timestamp())")
-    return Applied(len(new), len(events) - len(new), quarantined)
+    return Applied(len(new), len(events) - len(new), quarantined, below_floor)
 
 
 async def _remember(connection: Connection, events: Sequence[PurchaseCreated]) -> list[PurchaseCreated]:

@@ -50,7 +50,9 @@ async def open_pool(
         "timezone": "UTC",
         "statement_timeout": str(int(statement_timeout_s * 1000)),
         "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
-        "synchronous_commit": "on",  # whatever the server's default: acknowledged means durable
+        # Whatever the server's defaults: acknowledged means durable, and who waited for a lock sees what it guarded.
+        "synchronous_commit": "on",
+        "default_transaction_isolation": "read committed",
         **(settings or {}),
     }
     prepare = sql.SQL("; ").join(sql.SQL("SET {} = {}").format(sql.Identifier(n), v) for n, v in wanted.items())

@@ -46,8 +46,8 @@ async def apply_batch(
 async def test_golden_example_counts_as_it_stands(consumer_pool: postgres.Pool, analytics_db: str) -> None:
     """The contract's example adds 142.50 and 3 units, however often it is applied."""
     golden = decode(GOLDEN, UTC_ZONE)
-    assert await apply_batch(consumer_pool, [golden, golden]) == Applied(1, 1, 0)
-    assert await apply_batch(consumer_pool, [golden]) == Applied(0, 1, 0)
+    assert await apply_batch(consumer_pool, [golden, golden]) == Applied(1, 1, 0, [])
+    assert await apply_batch(consumer_pool, [golden]) == Applied(0, 1, 0, [])
     day = date(2026, 1, 6)
     assert read_models(analytics_db) == {
         "daily": {(day, 1): (14_250, 3, 1, 0)},
@@ -181,7 +181,7 @@ REFUSED = {
         "DELETE FROM daily_sales_by_branch",
         "UPDATE analytics_event_log SET processed_at = now()",
         "UPDATE analytics_settings SET time_zone = 'UTC'",
-        "SELECT page_token_key FROM analytics_settings",
+        "UPDATE quarantined_events SET body = ''",
         "UPDATE schema_migrations SET version = 2",
     ],
     "analytics_server": [
@@ -198,7 +198,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("role", "statement"), [(role, text) for role, texts in REFUSED.items() for text in texts])
 def test_roles_may_do_their_job_only(analytics_db: str, role: str, statement: str) -> None:
-    """The consumer runs no DDL and deletes nothing, the server writes nothing, and only the server reads the key."""
+    """The consumer runs no DDL, deletes nothing that counts and changes no evidence; the server writes nothing."""
     with psycopg.connect(analytics_db) as connection:
         connection.execute(f"SET ROLE {role}".encode())
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
