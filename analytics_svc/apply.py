@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from analytics_svc import event_log, quarantine
+from analytics_svc.announce import announce
 from analytics_svc.events import EVENT_TYPE, PurchaseCreated
 from analytics_svc.quarantine import QuarantinedEvent
 from chassis.postgres import Connection
@@ -39,8 +40,8 @@ async def apply(
         new_customers = await _add_visits(connection, [event for event in new if event.customer_id])
         await _add_sums(connection, new, new_customers)
     quarantined = await quarantine.keep(connection, unfit) if unfit else 0
-    if new:
-        await connection.execute("UPDATE freshness SET applied_at = greatest(applied_at, clock_timestamp())")
+    if new or quarantined:
+        await announce(connection, {(event.day, event.branch_id) for event in new}, counted=bool(new))
     return Applied(len(new), len(events) - len(new), quarantined, below_floor)
 
 

@@ -172,12 +172,15 @@ def answer(
     purchase.total_amount.value = wire.cents_text(sale.total_cents)
     for item, (_, cents) in zip(purchase.items, sale.items, strict=True):
         item.unit_price.value = item.line_total.value = wire.cents_text(cents)
+    response.consistency_token = stored.event_id
     return response
 
 
 def to_response(recorded: Recorded) -> purchases_service_pb2.CreatePurchaseResponse:
     return purchases_service_pb2.CreatePurchaseResponse(
-        purchase=to_purchase(recorded.purchase), replayed=recorded.replayed
+        purchase=to_purchase(recorded.purchase),
+        replayed=recorded.replayed,
+        consistency_token=recorded.purchase.event_id,
     )
 
 

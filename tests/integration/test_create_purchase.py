@@ -22,6 +22,7 @@ from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest, Get
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.conftest import eventually, pool
 from tests.contract.test_contracts import event_validator
+from tests.integration.purchase_events import query
 from tests.integration.sales import NOON, copy, refusal, sale
 
 
@@ -55,8 +56,8 @@ def assert_whole(url: str, purchases: int) -> None:
     assert row == (purchases,)
 
 
-async def test_answer_is_what_is_stored(tills: Any) -> None:
-    """The answer, what is read back, and a replay are the same purchase."""
+async def test_answer_is_what_is_stored(tills: Any, purchases_db: str) -> None:
+    """The answer, what is read back, and a replay are the same purchase; the token is the event that is sent for it."""
     request = sale(total="133.60")
     first = await tills.CreatePurchase(request)
     assert not first.replayed
@@ -67,7 +68,8 @@ async def test_answer_is_what_is_stored(tills: Any) -> None:
     again = await tills.CreatePurchase(request)
     assert again.replayed
     assert again.purchase == first.purchase
-    assert again.consistency_token == first.consistency_token
+    ((event_id,),) = query(purchases_db, "SELECT event_id::text FROM outbox_events")
+    assert again.consistency_token == first.consistency_token == event_id
 
 
 @pytest.mark.parametrize("variant", ["price", "key", "order", "total", "line", "register", "customer", "nanos"])

@@ -85,6 +85,7 @@ async def test_refused_sales_spare_their_neighbours(tills: Any, purchases_db: st
         105: "PURCHASE_TIME_OUT_OF_RANGE",
     }
     assert results[106].created.replayed
+    assert results[106].created.consistency_token == results[100].created.consistency_token != ""
     assert_whole(purchases_db, 4)
 
 
