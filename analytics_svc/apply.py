@@ -36,13 +36,23 @@ async def apply(
         events = [event for event in events if event.event_id >= floor]
     new = await _remember(connection, events)
     if new:
-        await _add_products(connection, new)
-        new_customers = await _add_visits(connection, [event for event in new if event.customer_id])
-        await _add_sums(connection, new, new_customers)
+        await fold(connection, new)
     quarantined = await quarantine.keep(connection, unfit) if unfit else 0
     if new or quarantined:
         await announce(connection, {(event.day, event.branch_id) for event in new}, counted=bool(new))
     return Applied(len(new), len(events) - len(new), quarantined, below_floor)
+
+
+async def fold(connection: Connection, new: Sequence[PurchaseCreated]) -> None:
+    """Add events to every read model, whether or not they are in the log; at least one.
+
+    No table is named with its schema: with another `search_path` it folds into the tables of that schema.
+    """
+    lines = _columns((event.day, event.branch_id, *item) for event in new for item in event.items)
+    await _add_products(connection, lines)
+    new_customers = await _add_visits(connection, [event for event in new if event.customer_id])
+    await _roll_up_products(connection, lines)
+    await _add_sums(connection, new, new_customers)
 
 
 async def _remember(connection: Connection, events: Sequence[PurchaseCreated]) -> list[PurchaseCreated]:
@@ -60,7 +70,7 @@ async def _remember(connection: Connection, events: Sequence[PurchaseCreated]) -
     return [by_id[event_id] for (event_id,) in await cursor.fetchall()]
 
 
-async def _add_products(connection: Connection, new: Sequence[PurchaseCreated]) -> None:
+async def _add_products(connection: Connection, lines: Sequence[str]) -> None:
     await connection.execute(
         """
         INSERT INTO product_sales_daily AS stored (day, branch_id, product_id, qty_sum, revenue_sum)
@@ -73,7 +83,38 @@ async def _add_products(connection: Connection, new: Sequence[PurchaseCreated]) 
             qty_sum = stored.qty_sum + excluded.qty_sum,
             revenue_sum = stored.revenue_sum + excluded.revenue_sum
         """,
-        _columns((event.day, event.branch_id, *item) for event in new for item in event.items),
+        lines,
+    )
+
+
+async def _roll_up_products(connection: Connection, lines: Sequence[str]) -> None:
+    # The chain, as branch 0, is the grouping set without a branch. Its rows are the hot ones.
+    await connection.execute(
+        """
+        INSERT INTO product_sales_totals AS stored (branch_id, product_id, qty_sum, revenue_sum)
+        SELECT coalesce(branch_id, 0), product_id, sum(quantity), sum(cents) * 0.01
+        FROM unnest(%s::int[], %s::int[], %s::bigint[], %s::bigint[]) AS line (branch_id, product_id, quantity, cents)
+        GROUP BY GROUPING SETS ((branch_id, product_id), (product_id))
+        ORDER BY grouping(branch_id), branch_id, product_id
+        ON CONFLICT (branch_id, product_id) DO UPDATE SET
+            qty_sum = stored.qty_sum + excluded.qty_sum,
+            revenue_sum = stored.revenue_sum + excluded.revenue_sum
+        """,
+        lines[1:],
+    )
+    day, _, *sold = lines
+    await connection.execute(
+        """
+        INSERT INTO product_sales_monthly AS stored (month, product_id, qty_sum, revenue_sum)
+        SELECT date_trunc('month', day::timestamp), product_id, sum(quantity), sum(cents) * 0.01
+        FROM unnest(%s::date[], %s::int[], %s::bigint[], %s::bigint[]) AS line (day, product_id, quantity, cents)
+        GROUP BY 1, product_id
+        ORDER BY 1, product_id
+        ON CONFLICT (month, product_id) DO UPDATE SET
+            qty_sum = stored.qty_sum + excluded.qty_sum,
+            revenue_sum = stored.revenue_sum + excluded.revenue_sum
+        """,
+        [day, *sold],
     )
 
 
@@ -155,7 +196,45 @@ async def _add_sums(
         """,
         columns,
     )
-    # The chain, as branch 0, is the grouping set of everything.
+    # From here on, the chain is the grouping set without a branch, and branch 0 where a table has both.
+    await connection.execute(
+        """
+        INSERT INTO monthly_sales_by_branch AS stored
+            (branch_id, month, revenue_sum, items_sum, purchases_count, purchases_with_customer_count)
+        SELECT coalesce(branch_id, 0), month, sum(cents) * 0.01, sum(items), count(*), sum(with_customer)
+        FROM unnest(%s::date[], %s::int[], %s::bigint[], %s::bigint[], %s::bigint[])
+                AS purchase (day, branch_id, cents, items, with_customer),
+            date(date_trunc('month', day::timestamp)) AS month
+        GROUP BY GROUPING SETS ((branch_id, month), (month))
+        ORDER BY grouping(branch_id), branch_id, month
+        ON CONFLICT (branch_id, month) DO UPDATE SET
+            revenue_sum = stored.revenue_sum + excluded.revenue_sum,
+            items_sum = stored.items_sum + excluded.items_sum,
+            purchases_count = stored.purchases_count + excluded.purchases_count,
+            purchases_with_customer_count
+                = stored.purchases_with_customer_count + excluded.purchases_with_customer_count
+        """,
+        columns,
+    )
+    day, _, *sums = columns
+    await connection.execute(
+        """
+        INSERT INTO daily_sales_of_chain AS stored
+            (day, revenue_sum, items_sum, purchases_count, purchases_with_customer_count)
+        SELECT day, sum(cents) * 0.01, sum(items), count(*), sum(with_customer)
+        FROM unnest(%s::date[], %s::bigint[], %s::bigint[], %s::bigint[])
+            AS purchase (day, cents, items, with_customer)
+        GROUP BY day
+        ORDER BY day
+        ON CONFLICT (day) DO UPDATE SET
+            revenue_sum = stored.revenue_sum + excluded.revenue_sum,
+            items_sum = stored.items_sum + excluded.items_sum,
+            purchases_count = stored.purchases_count + excluded.purchases_count,
+            purchases_with_customer_count
+                = stored.purchases_with_customer_count + excluded.purchases_with_customer_count
+        """,
+        [day, *sums],
+    )
     await connection.execute(
         """
         INSERT INTO sales_totals AS stored
@@ -163,12 +242,12 @@ async def _add_sums(
         SELECT branch_id, revenue, items, purchases, with_customer, coalesce(new_customers, 0)
         FROM (
             SELECT coalesce(branch_id, 0), sum(cents) * 0.01, sum(items), count(*), sum(with_customer)
-            FROM unnest(%s::date[], %s::int[], %s::bigint[], %s::bigint[], %s::bigint[])
-                AS purchase (day, branch_id, cents, items, with_customer)
-            GROUP BY GROUPING SETS ((), (branch_id))
+            FROM unnest(%s::int[], %s::bigint[], %s::bigint[], %s::bigint[])
+                AS purchase (branch_id, cents, items, with_customer)
+            GROUP BY GROUPING SETS ((branch_id), ())
         ) AS added (branch_id, revenue, items, purchases, with_customer)
         LEFT JOIN unnest(%s::int[], %s::bigint[]) AS came (branch_id, new_customers) USING (branch_id)
-        ORDER BY branch_id
+        ORDER BY branch_id = 0, branch_id
         ON CONFLICT (branch_id) DO UPDATE SET
             revenue_sum = stored.revenue_sum + excluded.revenue_sum,
             items_sum = stored.items_sum + excluded.items_sum,
@@ -177,7 +256,7 @@ async def _add_sums(
                 = stored.purchases_with_customer_count + excluded.purchases_with_customer_count,
             unique_customers_count = stored.unique_customers_count + excluded.unique_customers_count
         """,
-        [*columns, [branch for branch, _ in new_customers], [count for _, count in new_customers]],
+        [*columns[1:], [branch for branch, _ in new_customers], [count for _, count in new_customers]],
     )
 
 

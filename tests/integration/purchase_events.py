@@ -102,30 +102,42 @@ def dumps(value: Any) -> bytes:
 
 
 def expected(sales: Iterable[Sold], zone: str = "UTC") -> dict[str, Any]:
-    """What the read models must hold after these sales, each counted once."""
+    """What the read models must hold after these sales, each counted once; branch 0 is the chain."""
     daily: defaultdict[Any, Counter[str]] = defaultdict(Counter)
+    monthly: defaultdict[Any, Counter[str]] = defaultdict(Counter)
     products: defaultdict[Any, Counter[str]] = defaultdict(Counter)
+    products_monthly: defaultdict[Any, Counter[str]] = defaultdict(Counter)
+    product_totals: defaultdict[Any, Counter[str]] = defaultdict(Counter)
     totals: defaultdict[int, Counter[str]] = defaultdict(Counter)
     visits: defaultdict[Any, list[datetime]] = defaultdict(list)
     for sale in {sale.event_id: sale for sale in sales}.values():
         day = sale.purchase_time.astimezone(ZoneInfo(zone)).date()
+        month = day.replace(day=1)
         for product_id, quantity, price in sale.lines:
-            products[day, sale.branch_id, product_id] += Counter(qty=quantity, cents=int(quantity * price * 100))
+            sold = Counter(qty=quantity, cents=int(quantity * price * 100))
+            products[day, sale.branch_id, product_id].update(sold)
+            products_monthly[month, product_id].update(sold)
+            for branch_id in (sale.branch_id, 0):
+                product_totals[branch_id, product_id].update(sold)
         sums = Counter(
             cents=int(sale.total * 100),
             items=sum(quantity for _, quantity, _ in sale.lines),
             purchases=1,
             with_customer=int(sale.customer_id is not None),
         )
-        for counter in (daily[day, sale.branch_id], totals[sale.branch_id], totals[0]):
-            counter.update(sums)
-        if sale.customer_id:
-            visits[sale.customer_id, sale.branch_id].append(sale.purchase_time)
-            visits[sale.customer_id, 0].append(sale.purchase_time)
+        for branch_id in (sale.branch_id, 0):
+            daily[day, branch_id].update(sums)
+            monthly[branch_id, month].update(sums)
+            totals[branch_id].update(sums)
+            if sale.customer_id:
+                visits[sale.customer_id, branch_id].append(sale.purchase_time)
     columns = ("cents", "items", "purchases", "with_customer")
     return {
         "daily": {key: tuple(sums[name] for name in columns) for key, sums in daily.items()},
+        "monthly": {key: tuple(sums[name] for name in columns) for key, sums in monthly.items()},
         "products": {key: (sums["qty"], sums["cents"]) for key, sums in products.items()},
+        "products_monthly": {key: (sums["qty"], sums["cents"]) for key, sums in products_monthly.items()},
+        "product_totals": {key: (sums["qty"], sums["cents"]) for key, sums in product_totals.items()},
         "loyalty": {key: (len(times), max(times)) for key, times in visits.items()},
         "totals": {
             branch_id: (*(sums[name] for name in columns), sum(visit_branch == branch_id for _, visit_branch in visits))
@@ -134,30 +146,40 @@ def expected(sales: Iterable[Sold], zone: str = "UTC") -> dict[str, Any]:
     }
 
 
-def read_models(url: str) -> dict[str, Any]:
-    """What the tables hold, in the form of `expected`; branch 0 is the chain."""
-    with psycopg.connect(url) as connection:
-        daily = connection.execute(
-            "SELECT day, branch_id, (revenue_sum * 100)::bigint, items_sum, purchases_count,"
-            " purchases_with_customer_count FROM daily_sales_by_branch"
-        ).fetchall()
-        products = connection.execute(
-            "SELECT day, branch_id, product_id, qty_sum, (revenue_sum * 100)::bigint FROM product_sales_daily"
-        ).fetchall()
-        loyalty = connection.execute(
-            "SELECT customer_id::text, branch_id, purchases_count, last_purchase_at FROM customer_loyalty UNION ALL"
-            " SELECT customer_id::text, 0, purchases_count, last_purchase_at FROM customer_loyalty_chain"
-        ).fetchall()
-        totals = connection.execute(
-            "SELECT branch_id, (revenue_sum * 100)::bigint, items_sum, purchases_count,"
-            " purchases_with_customer_count, unique_customers_count FROM sales_totals"
-        ).fetchall()
-    return {
-        "daily": {tuple(row[:2]): tuple(row[2:]) for row in daily},
-        "products": {tuple(row[:3]): tuple(row[3:]) for row in products},
-        "loyalty": {tuple(row[:2]): tuple(row[2:]) for row in loyalty},
-        "totals": {row[0]: tuple(row[1:]) for row in totals},
-    }
+READ_MODELS = {
+    "daily": """
+        SELECT day, branch_id, (revenue_sum * 100)::bigint, items_sum, purchases_count, purchases_with_customer_count
+        FROM (SELECT * FROM daily_sales_by_branch UNION ALL SELECT day, 0, revenue_sum, items_sum, purchases_count,
+            purchases_with_customer_count FROM daily_sales_of_chain) AS daily
+        """,
+    "monthly": """
+        SELECT branch_id, month, (revenue_sum * 100)::bigint, items_sum, purchases_count, purchases_with_customer_count
+        FROM monthly_sales_by_branch
+        """,
+    "products": "SELECT day, branch_id, product_id, qty_sum, (revenue_sum * 100)::bigint FROM product_sales_daily",
+    "products_monthly": "SELECT month, product_id, qty_sum, (revenue_sum * 100)::bigint FROM product_sales_monthly",
+    "product_totals": "SELECT branch_id, product_id, qty_sum, (revenue_sum * 100)::bigint FROM product_sales_totals",
+    "loyalty": """
+        SELECT customer_id::text, branch_id, purchases_count, last_purchase_at FROM customer_loyalty
+        UNION ALL SELECT customer_id::text, 0, purchases_count, last_purchase_at FROM customer_loyalty_chain
+        """,
+    "totals": """
+        SELECT branch_id, (revenue_sum * 100)::bigint, items_sum, purchases_count, purchases_with_customer_count,
+            unique_customers_count
+        FROM sales_totals
+        """,
+}
+KEY_COLUMNS = {"daily": 2, "monthly": 2, "products": 3, "products_monthly": 2, "product_totals": 2, "loyalty": 2}
+
+
+def read_models(url: str, schema: str = "public") -> dict[str, Any]:
+    """What the tables hold, in the form of `expected`."""
+    found: dict[str, Any] = {}
+    with psycopg.connect(url, options=f"-c search_path={schema}") as connection:
+        for name, statement in READ_MODELS.items():
+            width, rows = KEY_COLUMNS.get(name, 1), connection.execute(statement.encode()).fetchall()
+            found[name] = {row[0] if width == 1 else tuple(row[:width]): tuple(row[width:]) for row in rows}
+    return found
 
 
 def query(url: str, statement: str) -> list[tuple[Any, ...]]:

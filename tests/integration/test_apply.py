@@ -11,7 +11,8 @@ from zoneinfo import ZoneInfo
 import psycopg
 import pytest
 
-from analytics_svc.apply import Applied, apply
+import analytics_svc.__main__ as analytics
+from analytics_svc.apply import Applied, apply, fold
 from analytics_svc.events import PurchaseCreated, decode
 from analytics_svc.quarantine import QuarantinedEvent
 from chassis import postgres
@@ -19,6 +20,8 @@ from tests.conftest import pool
 from tests.integration.purchase_events import GOLDEN, Sold, expected, query, read_models, sold, some_sales
 
 UTC_ZONE = ZoneInfo("UTC")
+SUMS = "daily_sales_by_branch, product_sales_daily, customer_loyalty, customer_loyalty_chain, sales_totals"
+ROLL_UPS = "daily_sales_of_chain, monthly_sales_by_branch, product_sales_monthly, product_sales_totals"
 
 
 @pytest.fixture
@@ -49,9 +52,17 @@ async def test_golden_example_counts_as_it_stands(consumer_pool: postgres.Pool, 
     assert await apply_batch(consumer_pool, [golden, golden]) == Applied(1, 1, 0, [])
     assert await apply_batch(consumer_pool, [golden]) == Applied(0, 1, 0, [])
     day = date(2026, 1, 6)
+    month = date(2026, 1, 1)
     assert read_models(analytics_db) == {
-        "daily": {(day, 1): (14_250, 3, 1, 0)},
+        "daily": {(day, branch_id): (14_250, 3, 1, 0) for branch_id in (0, 1)},
+        "monthly": {(branch_id, month): (14_250, 3, 1, 0) for branch_id in (0, 1)},
         "products": {(day, 1, 1001): (2, 1_780), (day, 1, 2007): (1, 12_470)},
+        "products_monthly": {(month, 1001): (2, 1_780), (month, 2007): (1, 12_470)},
+        "product_totals": {
+            (branch_id, product_id): sold
+            for branch_id in (0, 1)
+            for product_id, sold in ((1001, (2, 1_780)), (2007, (1, 12_470)))
+        },
         "loyalty": {},
         "totals": {0: (14_250, 3, 1, 0, 0), 1: (14_250, 3, 1, 0, 0)},
     }
@@ -63,7 +74,7 @@ async def test_golden_example_counts_as_it_stands(consumer_pool: postgres.Pool, 
 
 async def test_order_duplicates_and_rivals_change_nothing(consumer_pool: postgres.Pool, analytics_db: str) -> None:
     """Shuffled and repeated batches of any size, by two appliers at once, end in the sums computed by other means."""
-    sales = some_sales(600, seed=7)
+    sales = some_sales(600, seed=7, days=45)  # parts of two months
     chance = random.Random(8)
 
     def deliveries() -> list[list[PurchaseCreated]]:
@@ -81,6 +92,29 @@ async def test_order_duplicates_and_rivals_change_nothing(consumer_pool: postgre
 
     assert sum(await asyncio.gather(applier(), applier())) == 600
     assert read_models(analytics_db) == expected(sales)
+
+
+async def test_roll_ups_are_made_of_what_is_there(consumer_pool: postgres.Pool, analytics_db: str) -> None:
+    """A database that has only the tables by day gets from the migration what apply would have kept."""
+    sales = some_sales(200, seed=9, days=70)
+    await apply_batch(consumer_pool, decoded(sales))
+    query(analytics_db, f"DROP TABLE {ROLL_UPS}")
+    query(analytics_db, (analytics.MIGRATIONS / "0002_roll_ups.sql").read_text())
+    assert read_models(analytics_db) == expected(sales)
+
+
+async def test_events_fold_into_another_schema(consumer_pool: postgres.Pool, analytics_db: str) -> None:
+    """With another search path, the same statements fill shadow tables and leave the real ones alone."""
+    sales = some_sales(50, seed=10)
+    query(analytics_db, "CREATE SCHEMA shadow; GRANT USAGE ON SCHEMA shadow TO analytics_consumer")
+    for table in f"{SUMS}, {ROLL_UPS}".split(", "):
+        query(analytics_db, f"CREATE TABLE shadow.{table} (LIKE public.{table} INCLUDING ALL)")
+    query(analytics_db, "GRANT ALL ON ALL TABLES IN SCHEMA shadow TO analytics_consumer")
+    async with consumer_pool.connection() as connection, connection.transaction():
+        await connection.execute("SET LOCAL search_path = shadow")
+        await fold(connection, decoded(sales))
+    assert read_models(analytics_db) == expected([])
+    assert read_models(analytics_db, "shadow") == expected(sales)
 
 
 async def test_days_are_cut_in_the_chains_zone(consumer_pool: postgres.Pool, analytics_db: str) -> None:
@@ -179,6 +213,7 @@ REFUSED = {
         "TRUNCATE customer_loyalty",
         "DELETE FROM analytics_event_log",
         "DELETE FROM daily_sales_by_branch",
+        "DELETE FROM product_sales_totals",
         "UPDATE analytics_event_log SET processed_at = now()",
         "UPDATE analytics_settings SET time_zone = 'UTC'",
         "UPDATE quarantined_events SET body = ''",
@@ -189,6 +224,7 @@ REFUSED = {
         "UPDATE daily_sales_by_branch SET items_sum = 0",
         "INSERT INTO analytics_event_log (event_id, event_type) VALUES (gen_random_uuid(), 'PurchaseCreated')",
         "DELETE FROM customer_loyalty",
+        "UPDATE monthly_sales_by_branch SET items_sum = 0",
         "UPDATE freshness SET quarantined_count = 0",
         "DELETE FROM quarantined_events",
         "UPDATE analytics_settings SET time_zone = 'UTC'",
