@@ -28,6 +28,7 @@ CUSTOMERS_PER_PAGE = (50, 500)
 CONTROL_TOTALS_PER_PAGE = (500, 1_000)
 CONTROL_TOTALS_DAYS_MAX = 31
 BRANCH_IDS_MAX = 1_000
+CUSTOMER_IDS_MAX = 1_000
 
 
 class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
@@ -116,15 +117,18 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
                 limit=limit + 1,
             )
             stored_range = await stored.stored_range(connection, self._time_zone)
+            read_at, complete_from = await stored.read_marks(connection, self._time_zone)
         page = rows[:limit]
         response = purchases_service_pb2.ListControlTotalsResponse(
-            control_totals=map(_control_totals, page), time_zone=self._time_zone
+            control_totals=map(_control_totals, page), time_zone=self._time_zone, read_time=wire.timestamp(read_at)
         )
         if len(rows) > limit:
             response.next_page_token = self._tokens.issue(request, [page[-1].day.isoformat(), page[-1].branch_id])
         if stored_range:
             response.earliest_sales_date.CopyFrom(wire.date(stored_range[0]))
             response.latest_sales_date.CopyFrom(wire.date(stored_range[1]))
+        if complete_from:
+            response.complete_from_date.CopyFrom(wire.date(complete_from))
         return response
 
     async def UploadPurchases(
@@ -141,8 +145,15 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         first, last = (_required_date(request, field, violations) for field in ("first_date", "last_date"))
         if first and last and last < first:
             violations.append(Violation("last_date", "must not be before first_date"))
+        customer_ids = [messages.parse_uuid(text) for text in request.customer_ids]
+        for n, customer_id in enumerate(customer_ids[:CUSTOMER_IDS_MAX]):
+            if customer_id is None:
+                violations.append(Violation(f"customer_ids[{n}]", messages.UUID_RULE))
+        if len(customer_ids) > CUSTOMER_IDS_MAX:
+            violations.append(Violation("customer_ids", f"must have at most {CUSTOMER_IDS_MAX:,} customers"))
         _raise_if(violations)
         assert first and last
+        asked = [customer_id for customer_id in customer_ids if customer_id]
         async with self._pool.connection() as connection:
             bounds = await stored.stored_range(connection, self._time_zone)
         if bounds is None:
@@ -151,7 +162,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         while day <= min(last, bounds[1]):
             async with (
                 self._pool.connection() as connection,
-                aclosing(stored.export_day(connection, day, self._time_zone)) as purchases,
+                aclosing(stored.export_day(connection, day, self._time_zone, asked)) as purchases,
             ):
                 async for purchase in purchases:
                     yield purchases_service_pb2.ExportPurchasesResponse(

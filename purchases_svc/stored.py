@@ -112,8 +112,10 @@ async def page(
     return await _with_items(connection, rows[:fitting]), len(rows) > fitting
 
 
-async def export_day(connection: Connection, day: datetime.date, time_zone: str) -> AsyncGenerator[Purchase, None]:
-    """The purchases of one business day by time, all from one snapshot."""
+async def export_day(
+    connection: Connection, day: datetime.date, time_zone: str, customer_ids: Sequence[str]
+) -> AsyncGenerator[Purchase, None]:
+    """The purchases of one business day by time, all from one snapshot; only those customers' if there are any."""
     async with connection.transaction():
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         async with connection.cursor(name="export") as cursor:
@@ -121,8 +123,14 @@ async def export_day(connection: Connection, day: datetime.date, time_zone: str)
                 f"SELECT {_COLUMNS} FROM purchases p"
                 " WHERE p.purchase_time >= %(day)s::date::timestamp AT TIME ZONE %(zone)s"
                 "   AND p.purchase_time < (%(day)s::date + 1)::timestamp AT TIME ZONE %(zone)s"
+                "   AND (%(everybody)s OR p.customer_id = ANY(%(customer_ids)s::uuid[]))"
                 " ORDER BY p.purchase_time, p.purchase_id",
-                {"day": day, "zone": time_zone},
+                {
+                    "day": day,
+                    "zone": time_zone,
+                    "everybody": not customer_ids,
+                    "customer_ids": list(customer_ids),
+                },
             )
             while rows := await cursor.fetchmany(EXPORT_CHUNK):
                 for purchase in await _with_items(connection, rows):
@@ -241,6 +249,20 @@ async def stored_range(connection: Connection, time_zone: str) -> tuple[datetime
     )
     row = await cursor.fetchone()
     return (row[0], row[1]) if row and row[0] else None
+
+
+async def read_marks(connection: Connection, time_zone: str) -> tuple[datetime.datetime, datetime.date | None]:
+    """The time by now, after whatever was read before; and the first business day of which nothing was dropped."""
+    cursor = await connection.execute(
+        """
+        SELECT clock_timestamp(), cut::date + (cut > cut::date)::int
+        FROM chain_settings, nullif(dropped_before, '2000-01-01') AS dropped, -- its default: nothing was
+            timezone(%s, timezone('UTC', dropped::timestamp)) AS cut
+        """,
+        [time_zone],
+    )
+    ((read_at, complete_from),) = await cursor.fetchall()
+    return read_at, complete_from
 
 
 async def customer(connection: Connection, customer_id: str) -> datetime.datetime | None:

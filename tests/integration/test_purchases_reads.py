@@ -185,6 +185,12 @@ async def test_control_totals_equal_what_was_sold(purchases_db: str) -> None:
         days = sorted(day for day, _ in expected)
         assert reply.time_zone == zone
         assert (reply.earliest_sales_date, reply.latest_sales_date) == (date(days[0]), date(days[-1]))
+        assert abs(reply.read_time.ToDatetime(datetime.UTC) - datetime.datetime.now(datetime.UTC)).total_seconds() < 60
+        assert not reply.HasField("complete_from_date")
+        with psycopg.connect(purchases_db) as connection:
+            connection.execute("UPDATE chain_settings SET dropped_before = '2026-03-01'")
+        # The first of March began an hour before its month did in UTC: that hour is gone.
+        assert (await tills.ListControlTotals(totals())).complete_from_date == date("2026-03-02")
 
 
 async def test_customers(purchases_channel: grpc.aio.Channel) -> None:
@@ -218,6 +224,21 @@ async def test_export_streams_each_day(tills: Any) -> None:
     assert len({reply.event_id for reply in exported}) == 10
     everything = messages.ExportPurchasesRequest(first_date=date("0001-01-01"), last_date=date("9999-12-31"))
     assert len([reply async for reply in tills.ExportPurchases(everything)]) == 20
+
+
+async def test_export_of_some_customers(tills: Any) -> None:
+    """With customers, it is their purchases only; what is no id is named."""
+    ann, bob, eve = (str(uuid.uuid4()) for _ in range(3))
+    sent = [
+        (await tills.CreatePurchase(sale(seconds=NOON + n, customer_id=who, register_customer=True))).purchase
+        for n, who in enumerate([ann, bob, ann, eve])
+    ]
+    day = date("2026-03-01")
+    request = messages.ExportPurchasesRequest(first_date=day, last_date=day, customer_ids=[ann.upper(), eve])
+    exported = [reply.purchase async for reply in tills.ExportPurchases(request)]
+    assert exported == [sent[0], sent[2], sent[3]]
+    request.customer_ids.append("x")
+    assert (await refusal(_first(tills.ExportPurchases(request)))).fields == ["customer_ids[2]"]
 
 
 async def test_cancelled_exports_free_their_connections(tills: Any) -> None:

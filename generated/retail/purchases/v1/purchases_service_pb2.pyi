@@ -383,6 +383,8 @@ class ListControlTotalsResponse(_message.Message):
     TIME_ZONE_FIELD_NUMBER: _builtins.int
     EARLIEST_SALES_DATE_FIELD_NUMBER: _builtins.int
     LATEST_SALES_DATE_FIELD_NUMBER: _builtins.int
+    READ_TIME_FIELD_NUMBER: _builtins.int
+    COMPLETE_FROM_DATE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty on the last page."""
     time_zone: _builtins.str
@@ -399,6 +401,18 @@ class ListControlTotalsResponse(_message.Message):
     def latest_sales_date(self) -> _date_pb2.Date:
         """Business day of the latest purchase that is stored; absent when none is."""
 
+    @_builtins.property
+    def read_time(self) -> _timestamp_pb2.Timestamp:
+        """When the sums had been read, by the clock of the purchases' database: they
+        hold nothing that was committed later.
+        """
+
+    @_builtins.property
+    def complete_from_date(self) -> _date_pb2.Date:
+        """First business day of which the retention has dropped nothing; absent while
+        it never dropped anything.
+        """
+
     def __init__(
         self,
         *,
@@ -407,10 +421,12 @@ class ListControlTotalsResponse(_message.Message):
         time_zone: _builtins.str = ...,
         earliest_sales_date: _date_pb2.Date | None = ...,
         latest_sales_date: _date_pb2.Date | None = ...,
+        read_time: _timestamp_pb2.Timestamp | None = ...,
+        complete_from_date: _date_pb2.Date | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["earliest_sales_date", b"earliest_sales_date", "latest_sales_date", b"latest_sales_date"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete_from_date", b"complete_from_date", "earliest_sales_date", b"earliest_sales_date", "latest_sales_date", b"latest_sales_date", "read_time", b"read_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_totals", b"control_totals", "earliest_sales_date", b"earliest_sales_date", "latest_sales_date", b"latest_sales_date", "next_page_token", b"next_page_token", "time_zone", b"time_zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_from_date", b"complete_from_date", "control_totals", b"control_totals", "earliest_sales_date", b"earliest_sales_date", "latest_sales_date", b"latest_sales_date", "next_page_token", b"next_page_token", "read_time", b"read_time", "time_zone", b"time_zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -470,6 +486,7 @@ class ExportPurchasesRequest(_message.Message):
 
     FIRST_DATE_FIELD_NUMBER: _builtins.int
     LAST_DATE_FIELD_NUMBER: _builtins.int
+    CUSTOMER_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def first_date(self) -> _date_pb2.Date:
         """First business day, inclusive."""
@@ -478,15 +495,20 @@ class ExportPurchasesRequest(_message.Message):
     def last_date(self) -> _date_pb2.Date:
         """Last business day, inclusive."""
 
+    @_builtins.property
+    def customer_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only purchases of these customers (UUIDs), 1,000 at most; all when empty."""
+
     def __init__(
         self,
         *,
         first_date: _date_pb2.Date | None = ...,
         last_date: _date_pb2.Date | None = ...,
+        customer_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_date", b"first_date", "last_date", b"last_date"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_date", b"first_date", "last_date", b"last_date"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer_ids", b"customer_ids", "first_date", b"first_date", "last_date", b"last_date"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
