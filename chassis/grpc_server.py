@@ -8,8 +8,8 @@ import asyncio
 import inspect
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import grpc
@@ -28,6 +28,8 @@ REPLY_BYTES_MAX = 16 << 20  # a page of 500 purchases of 2,000 items each stays 
 CALL_TIMEOUT_S = 30.0  # for callers that set no deadline
 DRAIN_TIMEOUT_S = 20.0  # how long a stopping server waits for the calls in flight
 SLOW_CALL_S = 1.0
+# A stream whose reader takes nothing for so long is cut. Shorter than PostgreSQL's patience with an idle transaction.
+READER_TIMEOUT_S = 20.0
 
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -71,9 +73,7 @@ class Server:
     def __init__(self, domain: str) -> None:
         self.domain = domain
         self.draining = asyncio.Event()
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.in_flight = _InFlight(self.draining)
         self._health = health.aio.HealthServicer()
 
     async def set_serving(self, serving: bool) -> None:
@@ -115,19 +115,31 @@ class Server:
             await self._health.enter_graceful_shutdown()
             self.draining.set()
             try:
-                await asyncio.wait_for(self._idle.wait(), DRAIN_TIMEOUT_S)
+                await asyncio.wait_for(self.in_flight.idle.wait(), DRAIN_TIMEOUT_S)
             except TimeoutError:
-                log.warning("calls were cut off by the end of the drain", calls=self._in_flight)
+                log.warning("calls were cut off by the end of the drain", calls=self.in_flight.calls)
             await server.stop(grace=0.5)  # lets the last answers leave; health watches are cut
 
-    def enter(self) -> None:
-        self._in_flight += 1
-        self._idle.clear()
 
-    def leave(self) -> None:
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._idle.set()
+class _InFlight(AbstractContextManager[None]):
+    """Counts the calls inside of it, and lets none in once the server drains."""
+
+    def __init__(self, draining: asyncio.Event) -> None:
+        self._draining = draining
+        self.calls = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def __enter__(self) -> None:
+        if self._draining.is_set():
+            raise errors.ShuttingDown("this server is shutting down; try another one")
+        self.calls += 1
+        self.idle.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self.calls -= 1
+        if not self.calls:
+            self.idle.set()
 
 
 class _WrappingServer:
@@ -165,92 +177,85 @@ async def serving_metrics(address: str) -> AsyncIterator[None]:
 
 
 def _wrap(method: str, handler: Any, shared: Server | None, timeout_s: float | None) -> Handler:
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
     guard = _Guard(method, handler, shared, timeout_s)
-    call = guard.stream if handler.response_streaming else guard.unary
-    # Without a deserializer, the bytes come as they are: to be parsed where a failure can be answered.
-    return make(call, response_serializer=handler.response_serializer)
+    # Registered as if every method took a stream, of which we read the one message: gRPC itself leaves a call that ends
+    # without a message unanswered for ever. And without a deserializer, to parse where a failure can be answered.
+    if handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(guard.stream, response_serializer=handler.response_serializer)
+    return grpc.stream_unary_rpc_method_handler(guard.unary, response_serializer=handler.response_serializer)
 
 
 class _Guard:
     """One method's handler, with everything around it that all methods share."""
 
     def __init__(self, method: str, handler: Any, shared: Server | None, timeout_s: float | None) -> None:
-        self._method, self._shared, self._timeout_s = method, shared, timeout_s
+        self._method, self._timeout_s = method, timeout_s
+        self._in_flight: AbstractContextManager[None] = shared.in_flight if shared else nullcontext()
         self._domain = shared.domain if shared else "retail.example"
         self._behavior = (  # exactly one is set
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         )
-        deserialize = handler.request_deserializer
-        self._parse: Callable[[Any], Any] = (
-            (lambda raw: _parse_stream(deserialize, raw))
-            if handler.request_streaming
-            else (lambda raw: _parse(deserialize, raw))
-        )
+        self._takes_stream, self._deserialize = handler.request_streaming, handler.request_deserializer
         self._seconds = SECONDS.labels(method)
         self._succeeded = HANDLED.labels(method, "OK")
 
-    async def unary(self, request: Any, context: Any) -> Any:
+    async def unary(self, requests: AsyncIterator[bytes], context: Any) -> Any:
         started = time.perf_counter()
-        with self._in_flight() as failure:
-            if failure is None:
-                try:
-                    remaining = context.time_remaining()
-                    if remaining is not None and remaining <= CALL_TIMEOUT_S:  # nearly always; gRPC ends it in time
-                        reply = await self._behavior(self._parse(request), context)
-                    else:
-                        async with asyncio.timeout(self._timeout_s):
-                            reply = await self._behavior(self._parse(request), context)
-                except BaseException as error:
-                    failure = self._explain(error)
-                else:
-                    self._succeeded.inc()
-                    return reply
-                finally:
-                    elapsed = time.perf_counter() - started
-                    self._seconds.observe(elapsed)
-                    if elapsed > SLOW_CALL_S:
-                        log.warning("slow call", method=self._method, seconds=round(elapsed, 3))
-            await self._abort(context, failure)
-
-    async def stream(self, request: Any, context: Any) -> None:
-        with self._in_flight() as failure:
-            if failure is None:
-                try:
-                    replies = self._behavior(self._parse(request), context)
-                    if inspect.isawaitable(replies):  # the health service writes to the context itself
-                        await replies
-                    else:
-                        async with aclosing(replies):  # what the handler holds is freed now, not at some collection
-                            async for reply in replies:
-                                await context.write(reply)
-                except BaseException as error:
-                    failure = self._explain(error)
-                else:
-                    self._succeeded.inc()
-                    return
-            await self._abort(context, failure)
-
-    @contextmanager
-    def _in_flight(self) -> Iterator[ServiceError | None]:
-        """Counts the call as in flight; or yields why it is not taken in."""
-        if self._shared is None:
-            yield None
-        elif self._shared.draining.is_set():
-            yield errors.ShuttingDown("this server is shutting down; try another one")
+        try:
+            remaining = context.time_remaining()
+            if remaining is not None and remaining <= CALL_TIMEOUT_S:  # nearly always; gRPC ends it in time
+                reply = await self._reply(requests, context)
+            else:
+                async with asyncio.timeout(self._timeout_s):
+                    reply = await self._reply(requests, context)
+        except BaseException as error:
+            failure = self._explain(error)
         else:
-            self._shared.enter()
-            try:
-                yield None
-            finally:
-                self._shared.leave()
+            self._succeeded.inc()
+            return reply
+        finally:
+            elapsed = time.perf_counter() - started
+            self._seconds.observe(elapsed)
+            if elapsed > SLOW_CALL_S:
+                log.warning("slow call", method=self._method, seconds=round(elapsed, 3))
+        await self._abort(context, failure)
+
+    async def _reply(self, requests: AsyncIterator[bytes], context: Any) -> Any:
+        request = await self._received(requests, context)
+        with self._in_flight:
+            return await self._behavior(request, context)
+
+    async def stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                request = await self._received(requests, context)
+            with self._in_flight:
+                replies = self._behavior(request, context)
+                if inspect.isawaitable(replies):  # the health service writes to the context itself
+                    await replies
+                else:
+                    async with aclosing(replies):  # what the handler holds is freed now, not at some collection
+                        async for reply in replies:
+                            await _write(context, reply)
+        except BaseException as error:
+            failure = self._explain(error)
+        else:
+            self._succeeded.inc()
+            return
+        await self._abort(context, failure)
+
+    async def _received(self, requests: AsyncIterator[bytes], context: Any) -> Any:
+        """The request: a message, or an iterator of messages."""
+        if self._takes_stream:
+            return _parse_stream(self._deserialize, requests)
+        raw = await context.read()
+        if raw is grpc.aio.EOF:
+            raise errors.MalformedMessage("the call ended without a message")
+        return _parse(self._deserialize, raw)
 
     def _explain(self, error: BaseException) -> ServiceError:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error  # gRPC's own services answer for themselves
         if isinstance(error, Exception):
             return explain(error, self._method)
         task = asyncio.current_task()
@@ -265,6 +270,14 @@ class _Guard:
         details = to_status(error, self._domain).SerializeToString()
         await context.abort(error.code, error.message, trailing_metadata=(("grpc-status-details-bin", details),))
         raise AssertionError("abort always raises")
+
+
+async def _write(context: Any, reply: Any) -> None:
+    try:
+        async with asyncio.timeout(READER_TIMEOUT_S):
+            await context.write(reply)  # returns when HTTP/2's window lets the message out
+    except TimeoutError:
+        raise errors.DeadlineExceeded(f"nothing of the answer was read for {READER_TIMEOUT_S:g} s") from None
 
 
 def _parse(deserialize: Callable[[bytes], Any], raw: bytes) -> Any:

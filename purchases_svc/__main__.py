@@ -58,6 +58,13 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             size=config.read_connections,
             statement_timeout_s=READ_TIMEOUT_S,
         ) as read_pool,
+        postgres.open_pool(
+            config.database_url,
+            role=ROLE,
+            application_name="purchases export",
+            size=config.export_connections,
+            statement_timeout_s=READ_TIMEOUT_S,
+        ) as export_pool,
     ):
         if not await postgres.wait_until_up(write_pool, stop):
             return
@@ -81,7 +88,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         services = [
             grpc_server.Service(
                 purchases_grpc.add_PurchasesServiceServicer_to_server,
-                server.PurchasesServicer(recorder, Uploads(recorder, host), read_pool, tokens, time_zone),
+                server.PurchasesServicer(recorder, Uploads(recorder, host), read_pool, export_pool, tokens, time_zone),
                 "retail.purchases.v1.PurchasesService",
             ),
             grpc_server.Service(

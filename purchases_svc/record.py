@@ -9,7 +9,6 @@ import asyncio
 import datetime
 from collections import deque
 from collections.abc import Sequence
-from json.encoder import encode_basestring_ascii as json_text  # the C implementation
 from typing import NamedTuple
 
 import psycopg
@@ -20,7 +19,6 @@ from uuid_utils import uuid7
 
 from chassis.errors import Overloaded, ServiceError, TransactionConflict
 from chassis.postgres import UNAVAILABLE, Connection, Pool
-from chassis.wire import cents_text
 from purchases_svc import stored
 from purchases_svc.backlog import Backlog
 from purchases_svc.errors import (
@@ -30,6 +28,7 @@ from purchases_svc.errors import (
     PurchaseTimeOutOfRange,
     ReceiptExists,
 )
+from purchases_svc.insert import insert
 from purchases_svc.partitions import Partitions
 from purchases_svc.retention import horizon
 from purchases_svc.sale import EARLIEST, FUTURE_MAX, Purchase, Sale, nanoseconds, rfc3339
@@ -134,8 +133,10 @@ class Recorder:
                 out_of_range.append(place)
         if self._waiting and self._flusher is None:
             self._flusher = asyncio.create_task(self._flush_all())
-        for place in out_of_range:
-            call.settle(place, await self._known_or_out_of_range(sales[place], now))
+        if out_of_range:
+            outcomes = await self._known_or_out_of_range([sales[place] for place in out_of_range], now)
+            for place, outcome in zip(out_of_range, outcomes, strict=True):
+                call.settle(place, outcome)
         await call.answered
         return [outcome for outcome in call.outcomes if outcome is not None]
 
@@ -149,16 +150,21 @@ class Recorder:
         kept = horizon(self._retention_months, now.date())
         return max(EARLIEST, datetime.datetime.combine(kept, datetime.time(), datetime.UTC)) if kept else EARLIEST
 
-    async def _known_or_out_of_range(self, sale: Sale, now: datetime.datetime) -> Recorded | Exception:
+    async def _known_or_out_of_range(
+        self, sales: Sequence[Sale], now: datetime.datetime
+    ) -> Sequence[Recorded | Exception]:
         """A known key is answered before the time is checked: the clock may have been set back since."""
         try:
             async with self._pool.connection() as connection:
-                holders = await stored.by_keys(connection, [sale.idempotency_key])
+                holders = await stored.by_keys(connection, [sale.idempotency_key for sale in sales])
         except UNAVAILABLE as error:
-            return error
-        if holder := holders.get(sale.idempotency_key):
-            return _replay(sale, holder)
-        return self._out_of_range(sale, now)
+            return [error] * len(sales)
+        return [
+            _replay(sale, holders[sale.idempotency_key])
+            if sale.idempotency_key in holders
+            else self._out_of_range(sale, now)
+            for sale in sales
+        ]
 
     def _out_of_range(self, sale: Sale, now: datetime.datetime) -> ServiceError:
         return PurchaseTimeOutOfRange(
@@ -203,37 +209,40 @@ class Recorder:
     async def _flush(self, batch: list[_Entry]) -> None:
         """Store a batch and answer its callers; whatever happens, each gets an answer."""
         for attempt in range(1, ATTEMPTS_MAX + 1):
-            batch = [entry for entry in batch if not entry.settled]
+            failure: Exception = TransactionConflict("other sales got in the way; try again")
             try:
                 with FLUSH_SECONDS.time():
                     await self._store(batch)
                 FLUSHES.inc()
-                FLUSHED.inc(len(batch))
+            except Exception as error:
+                failure = error
+                log.warning("flush failed", attempt=attempt, sales=len(batch), error=str(error).strip())
+            tried, batch = len(batch), [entry for entry in batch if not entry.settled]
+            FLUSHED.inc(tried - len(batch))
+            if not batch:
                 return
-            except (psycopg.IntegrityError, psycopg.DataError) as error:
-                failure: Exception = error
-                if len(batch) == 1 and isinstance(error, psycopg.errors.DatetimeFieldOverflow):
+            match failure:
+                case psycopg.errors.DatetimeFieldOverflow() if len(batch) == 1:
+                    # Its month was dropped, by a retention that this process does not know of.
                     failure = self._out_of_range(batch[0].purchase.sale, batch[0].purchase.created_at)
-                    break  # its month was dropped, by a retention that this process does not know of
-                # Either retention dropped a partition that we knew ("no partition found" is a check violation) ...
-                self._partitions.forget()
-                # ... or one row spoils the statement, such as a receipt number that two sales claim at this very
-                # moment. Apart, the first gets it, and the others are told.
-                if len(batch) > 1 and attempt > 1:
-                    await self._flush(batch[: len(batch) // 2])
-                    await self._flush(batch[len(batch) // 2 :])
-                    return
-            except (psycopg.errors.QueryCanceled, PoolTimeout) as error:
-                failure = error  # the time is used up
-                break
-            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                # A conflict, or a connection lost in mid-commit, which leaves the outcome open: with its key, trying
-                # again settles it.
-                failure = error
-            except Exception as error:  # a bug: the callers must hear of it, and we go on
-                failure = error
-                break
-            log.warning("flush failed", attempt=attempt, sales=len(batch), error=str(failure).strip())
+                    break
+                case psycopg.IntegrityError() | psycopg.DataError():
+                    # Either retention dropped a partition that we knew ("no partition found" is a check violation) ...
+                    self._partitions.forget()
+                    # ... or one row spoils the statement, such as a receipt number that two sales claim at this very
+                    # moment. Apart, the first gets it, and the others are told.
+                    if len(batch) > 1 and attempt > 1:
+                        await self._flush(batch[: len(batch) // 2])
+                        await self._flush(batch[len(batch) // 2 :])
+                        return
+                case psycopg.errors.QueryCanceled() | PoolTimeout():
+                    break  # the time is used up
+                case psycopg.OperationalError() | psycopg.InterfaceError() | TransactionConflict():
+                    # A conflict; or a connection lost in mid-commit, of which the next attempt finds out by the key; or
+                    # what stood in the way is gone: the customer came with this very batch, say.
+                    continue
+                case _:
+                    break  # a bug: the callers must hear of it, and we go on
         for entry in batch:
             entry.settle(failure)
 
@@ -242,7 +251,7 @@ class Recorder:
         days = {entry.purchase.created_at.date() for entry in batch}
         await self._partitions.ensure(months, days)
         async with self._pool.connection() as connection:
-            refused = await _insert(connection, [entry.purchase for entry in batch], self._time_zone)  # commits
+            refused = await insert(connection, [entry.purchase for entry in batch], self._time_zone)  # commits
             for index, entry in enumerate(batch):
                 if index not in refused:
                     entry.settle(Recorded(entry.purchase, replayed=False))
@@ -250,7 +259,10 @@ class Recorder:
                 await self._explain(connection, [batch[index] for index in refused])
 
     async def _explain(self, connection: Connection, entries: Sequence[_Entry]) -> None:
-        """Answer sales that were not stored: replays first, since a stored sale also holds its receipt number."""
+        """Answer sales that were not stored: replays first, since a stored sale also holds its receipt number.
+
+        One that nothing speaks against any more is left unanswered.
+        """
         holders = await stored.by_keys(connection, [entry.purchase.sale.idempotency_key for entry in entries])
         new = [entry for entry in entries if entry.purchase.sale.idempotency_key not in holders]
         unknown = await stored.unknown_customers(connection, [entry.purchase.sale for entry in new])
@@ -266,8 +278,6 @@ class Recorder:
                 entry.settle(_customer_unknown(sale.customer_id))
             elif receipt_holder := receipts.get(sale.idempotency_key):
                 entry.settle(_receipt_exists(sale, receipt_holder))
-            else:
-                entry.settle(TransactionConflict("another sale got in the way and is gone; try again"))
 
 
 def _id(moment: datetime.datetime) -> str:
@@ -293,95 +303,4 @@ def _receipt_exists(sale: Sale, holder_id: str) -> ServiceError:
         f"receipt {sale.receipt_id} of {sale.pos_id} in branch {sale.branch_id} on that business day belongs to"
         f" purchase {holder_id}",
         metadata={"receipt_id": sale.receipt_id, "purchase_id": holder_id},
-    )
-
-
-# One statement is one transaction. Everything hangs on `new_receipt` and `new_key`: what gets in has both, what does
-# not leaves nothing behind. Of sales whose key and customer allow it, those with a free receipt number get in.
-# (The same sale on its way twice has the same receipt number, so the second waits for the first and is not accepted.
-# Should another sale take its key at this very moment, the statement fails as a whole; `_flush` sorts it out.)
-# Receipts, keys and customers are inserted in sorted order, and the tables in an order that PostgreSQL chooses but that
-# is the same in every flush: two that share some wait for each other, but never in a circle.
-# LIMIT 1 makes each look-up a probe of the index, whatever the statistics say; nothing looks into all partitions.
-_INSERT = """
-WITH input AS MATERIALIZED (
-    SELECT r.n, r.register_customer, r.event, e.event_id, e.occurred_at, p.*,
-           (p.purchase_time AT TIME ZONE %(time_zone)s)::date AS business_day
-    FROM jsonb_to_recordset(%(rows)s::jsonb) AS r(n int, register_customer boolean, event jsonb)
-    CROSS JOIN LATERAL jsonb_to_record(r.event) AS e(event_id uuid, occurred_at timestamptz, purchase jsonb)
-    CROSS JOIN LATERAL jsonb_to_record(e.purchase) AS p(
-        purchase_id uuid, receipt_id text, idempotency_key uuid, branch_id int, cashier_id int, pos_id text,
-        customer_id uuid, purchase_time timestamptz, total_amount numeric, items jsonb)
-), new_receipt AS (
-    INSERT INTO receipts (branch_id, pos_id, business_day, receipt_id, purchase_id, purchase_time)
-    SELECT branch_id, pos_id, business_day, receipt_id, purchase_id, purchase_time
-    FROM input
-    LEFT JOIN LATERAL (
-        SELECT true AS known FROM idempotency_keys k WHERE k.idempotency_key = input.idempotency_key LIMIT 1
-    ) AS key ON true
-    LEFT JOIN LATERAL (
-        SELECT true AS known FROM customers c WHERE c.customer_id = input.customer_id LIMIT 1
-    ) AS customer ON input.customer_id IS NOT NULL AND NOT register_customer
-    WHERE key.known IS NULL AND (input.customer_id IS NULL OR register_customer OR customer.known)
-    ORDER BY branch_id, pos_id, business_day, receipt_id
-    ON CONFLICT DO NOTHING
-    RETURNING purchase_id
-), accepted AS MATERIALIZED (
-    SELECT input.* FROM input JOIN new_receipt USING (purchase_id)
-), new_key AS (
-    INSERT INTO idempotency_keys (idempotency_key, purchase_id, purchase_time, event_id)
-    SELECT idempotency_key, purchase_id, purchase_time, event_id FROM accepted ORDER BY idempotency_key
-), new_customer AS (
-    INSERT INTO customers (customer_id)
-    SELECT DISTINCT customer_id FROM accepted WHERE register_customer AND customer_id IS NOT NULL ORDER BY customer_id
-    ON CONFLICT DO NOTHING
-), new_purchase AS (
-    INSERT INTO purchases (purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id, customer_id,
-                           purchase_time, total_amount, item_count, event_id, created_at)
-    SELECT purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id, customer_id,
-           purchase_time, total_amount, jsonb_array_length(items), event_id, occurred_at
-    FROM accepted
-), new_item AS (
-    INSERT INTO purchase_items (purchase_id, purchase_time, product_id, qty, unit_price, line_total)
-    SELECT purchase_id, purchase_time, item.product_id, item.qty, item.unit_price, item.unit_price * item.qty
-    FROM accepted
-    CROSS JOIN LATERAL jsonb_to_recordset(items) AS item(product_id int, qty int, unit_price numeric)
-), new_event AS (
-    INSERT INTO outbox_events (event_id, event_type, aggregate_id, occurred_at, payload_json)
-    SELECT event_id, 'PurchaseCreated', purchase_id, occurred_at, event FROM accepted
-)
-SELECT n FROM input WHERE purchase_id NOT IN (SELECT purchase_id FROM accepted)
-"""
-
-
-async def _insert(connection: Connection, purchases: Sequence[Purchase], time_zone: str) -> set[int]:
-    """Store purchases; returns the positions of those that were not, because something in the database forbids it."""
-    rows = f"[{','.join(_row(n, purchase) for n, purchase in enumerate(purchases))}]"
-    cursor = await connection.execute(_INSERT, {"rows": rows, "time_zone": time_zone}, prepare=True)
-    return {n for (n,) in await cursor.fetchall()}
-
-
-def _row(n: int, purchase: Purchase) -> str:
-    """The event, which is all there is to know of a purchase; what else the statement needs beside it."""
-    register = "true" if purchase.sale.register_customer else "false"
-    return f'{{"n":{n},"register_customer":{register},"event":{event_json(purchase)}}}'
-
-
-def event_json(purchase: Purchase) -> str:
-    """The PurchaseCreated event, version 1: `proto/events/purchase_created.v1.schema.json`.
-
-    Written by hand: amounts stay the exact decimals that they are, which no float and no `json.dumps` would keep.
-    """
-    sale = purchase.sale
-    items = ",".join(
-        f'{{"product_id":{product_id},"qty":1,"unit_price":{cents_text(cents)}}}' for product_id, cents in sale.items
-    )
-    customer = f'"customer_id":"{sale.customer_id}",' if sale.customer_id else ""
-    return (
-        f'{{"event_id":"{purchase.event_id}","event_type":"PurchaseCreated"'
-        f',"occurred_at":"{rfc3339(purchase.created_at)}","purchase":{{"purchase_id":"{purchase.purchase_id}"'
-        f',"receipt_id":{json_text(sale.receipt_id)},"idempotency_key":"{sale.idempotency_key}"'
-        f',"branch_id":{sale.branch_id},"cashier_id":{sale.cashier_id},"pos_id":{json_text(sale.pos_id)},{customer}'
-        f'"purchase_time":"{rfc3339(sale.purchase_time)}","total_amount":{cents_text(sale.total_cents)}'
-        f',"items":[{items}]}}}}'
     )

@@ -1,5 +1,6 @@
 """The gRPC face: requests to values, values to responses. Errors are raised; `chassis.grpc_server` maps them."""
 
+import asyncio
 import datetime
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -9,7 +10,7 @@ from google.protobuf import message
 from uuid_utils import uuid7
 
 from chassis import wire
-from chassis.errors import InvalidRequest, Violation
+from chassis.errors import InvalidRequest, Overloaded, Violation
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool
 from purchases_svc import messages, stored
@@ -29,16 +30,25 @@ CONTROL_TOTALS_PER_PAGE = (500, 1_000)
 CONTROL_TOTALS_DAYS_MAX = 31
 BRANCH_IDS_MAX = 1_000
 CUSTOMER_IDS_MAX = 1_000
+EXPORT_WAIT_S = 1.0  # for an export to begin: one whose reader left a moment ago is still being ended
 
 
 class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     """`retail.purchases.v1.PurchasesService`."""
 
     def __init__(
-        self, recorder: Recorder, uploads: Uploads, pool: Pool, tokens: wire.PageTokens, time_zone: str
+        self,
+        recorder: Recorder,
+        uploads: Uploads,
+        pool: Pool,
+        export_pool: Pool,
+        tokens: wire.PageTokens,
+        time_zone: str,
     ) -> None:
+        """`export_pool` has a connection for each export that may run at once."""
         self._recorder, self._uploads = recorder, uploads
         self._pool, self._tokens, self._time_zone = pool, tokens, time_zone
+        self._export_pool, self._exports = export_pool, asyncio.Semaphore(export_pool.max_size)
 
     async def CreatePurchase(
         self, request: purchases_service_pb2.CreatePurchaseRequest, context: Any
@@ -154,21 +164,36 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         _raise_if(violations)
         assert first and last
         asked = [customer_id for customer_id in customer_ids if customer_id]
-        async with self._pool.connection() as connection:
+        async with self._exporting() as connection:
             bounds = await stored.stored_range(connection, self._time_zone)
-        if bounds is None:
-            return
-        day = max(first, bounds[0])  # a range may be as long as the calendar; only what is stored takes time
-        while day <= min(last, bounds[1]):
-            async with (
-                self._pool.connection() as connection,
-                aclosing(stored.export_day(connection, day, self._time_zone, asked)) as purchases,
-            ):
-                async for purchase in purchases:
-                    yield purchases_service_pb2.ExportPurchasesResponse(
-                        event_id=purchase.event_id, purchase=messages.to_purchase(purchase)
-                    )
-            day += datetime.timedelta(days=1)
+            if bounds is None:
+                return
+            day = max(first, bounds[0])  # a range may be as long as the calendar; only what is stored takes time
+            while day <= min(last, bounds[1]):
+                async with aclosing(stored.export_day(connection, day, self._time_zone, asked)) as purchases:
+                    async for purchase in purchases:
+                        yield purchases_service_pb2.ExportPurchasesResponse(
+                            event_id=purchase.event_id, purchase=messages.to_purchase(purchase)
+                        )
+                day += datetime.timedelta(days=1)
+
+    @asynccontextmanager
+    async def _exporting(self) -> AsyncIterator[Connection]:
+        """A connection of the few for exports: one lasts as long as its reader reads, and must hold up no other call.
+
+        Raises:
+            Overloaded: all are taken, and none got free for a moment.
+        """
+        try:
+            await asyncio.wait_for(self._exports.acquire(), EXPORT_WAIT_S)
+        except TimeoutError:
+            most = self._export_pool.max_size
+            raise Overloaded(f"{most} exports are running, which is the most; try again later") from None
+        try:
+            async with self._export_pool.connection() as connection:
+                yield connection
+        finally:
+            self._exports.release()
 
 
 class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):

@@ -30,3 +30,5 @@ class ServeSettings(MigrateSettings):
     # Processes that share the port.
     workers: int = setting("PURCHASES_WORKERS", integer(1, 64), default=1)
     read_connections: int = setting("PURCHASES_READ_CONNECTIONS", integer(1, 100), default=4)
+    # Exports that may run at once: each holds a connection as long as its reader reads. More get OVERLOADED.
+    export_connections: int = setting("PURCHASES_EXPORT_CONNECTIONS", integer(1, 100), default=4)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from purchases_svc.record import event_json
+from purchases_svc.insert import event_json
 from purchases_svc.sale import Item, Purchase, Sale
 
 SCHEMA = Path(__file__).parent.parent.parent / "proto" / "events" / "purchase_created.v1.schema.json"

@@ -15,6 +15,7 @@ from chassis.postgres import Pool
 from purchases_svc import record
 from purchases_svc.backlog import Backlog
 from purchases_svc.errors import IdempotencyKeyReused, PurchaseTimeOutOfRange
+from purchases_svc.insert import insert
 from purchases_svc.partitions import Partitions
 from purchases_svc.record import Recorder
 from purchases_svc.sale import EARLIEST, Item, Purchase, Sale
@@ -238,7 +239,7 @@ async def test_outbox_holds_the_event_of_the_contract(tills: Any, purchases_db: 
     assert row
     event = json.loads(row[1], parse_float=Decimal)
     event_validator().validate(event)
-    assert event["event_id"] == row[0]
+    assert event["event_id"] == row[0] == reply.consistency_token
     assert event["purchase"]["purchase_id"] == reply.purchase.purchase_id
     assert str(event["purchase"]["total_amount"]) == "133.60"
 
@@ -334,7 +335,7 @@ async def test_known_key_is_answered_before_the_time_is_checked(purchases_db: st
         created = EARLIEST.replace(year=2026)
         purchase = Purchase(record._id(future), record._id(created), created, late)
         async with opened.connection() as connection:
-            assert await record._insert(connection, [purchase], "UTC") == set()
+            assert await insert(connection, [purchase], "UTC") == set()
         recorder = make_recorder(opened, partitions, batch_max=10)
         assert (await recorder.record(late)).purchase.purchase_id == purchase.purchase_id
         with pytest.raises(IdempotencyKeyReused):

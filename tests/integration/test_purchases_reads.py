@@ -16,6 +16,7 @@ import pytest
 from google.type import date_pb2
 
 import purchases_svc.__main__ as purchases
+from chassis import grpc_server
 from chassis.grpc_server import PortTaken
 from chassis.migrate import MigrationError
 from purchases_svc.settings import MigrateSettings, ServeSettings
@@ -23,11 +24,14 @@ from retail.purchases.v1 import customers_service_pb2 as customers
 from retail.purchases.v1 import purchases_service_pb2 as messages
 from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from tests.conftest import eventually
 from tests.integration.conftest import free_address, running
 from tests.integration.sales import NOON, refusal, sale
 
 DAY_S = 86_400
-READ_CONNECTIONS = 4  # the default of PURCHASES_READ_CONNECTIONS
+# A connection of its own, whose buffers do not grow.
+SMALL_BUFFERS = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+EXPORTS_MAX = 4  # the default of PURCHASES_EXPORT_CONNECTIONS
 
 
 @pytest.fixture
@@ -247,7 +251,7 @@ async def test_cancelled_exports_free_their_connections(tills: Any) -> None:
     stored = await asyncio.gather(*(tills.CreatePurchase(sale(big, seconds=NOON + n)) for n in range(300)))
     request = messages.ExportPurchasesRequest(first_date=date("2026-03-01"), last_date=date("2026-03-01"))
     for _ in range(3):
-        exports = [tills.ExportPurchases(request) for _ in range(READ_CONNECTIONS)]
+        exports = [tills.ExportPurchases(request) for _ in range(EXPORTS_MAX)]
         for export in exports:
             assert (await export.read()).event_id
         for export in exports:
@@ -287,3 +291,37 @@ async def test_another_time_zone_is_refused(purchases_db: str) -> None:
     with pytest.raises(MigrationError, match="BUSINESS_TIME_ZONE is Asia/Tokyo"):
         async with running(lambda stop: purchases.serve(config, stop), config.listen):
             pass
+
+
+async def test_reader_that_stops_reading_is_cut(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export whose reader takes nothing for long frees its place; the reader is told why when it reads on."""
+    monkeypatch.setattr(grpc_server, "READER_TIMEOUT_S", 0.5)
+    config = ServeSettings(database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    request = messages.ExportPurchasesRequest(first_date=date("2026-03-01"), last_date=date("2026-03-01"))
+    big = tuple("1.00" for _ in range(200))
+    async with (
+        running(lambda stop: purchases.serve(config, stop), config.listen) as channel,
+        grpc.aio.insecure_channel(config.listen, options=SMALL_BUFFERS) as slow_channel,
+    ):
+        tills: Any = PurchasesServiceStub(channel)
+        await asyncio.gather(*(tills.CreatePurchase(sale(big, seconds=NOON + n)) for n in range(100)))
+        slow_tills: Any = PurchasesServiceStub(slow_channel)
+        stuck = [slow_tills.ExportPurchases(request) for _ in range(EXPORTS_MAX)]
+        for export in stuck:
+            assert await export.read()
+
+        async def rest(export: Any) -> None:
+            while await export.read() is not grpc.aio.EOF:
+                pass
+
+        async def exported() -> int:
+            try:
+                return len([row async for row in tills.ExportPurchases(request)])
+            except grpc.aio.AioRpcError:
+                return 0
+
+        assert await eventually(exported, "a place is free again") == 100
+        for export in stuck:
+            with pytest.raises(grpc.aio.AioRpcError, match="nothing of the answer was read") as raised:
+                await rest(export)
+            assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
