@@ -7,7 +7,7 @@ each other and never deadlock. Rows that every batch changes come last, so that 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from analytics_svc import event_log, quarantine
+from analytics_svc import event_log, quarantine, tail
 from analytics_svc.announce import announce
 from analytics_svc.events import EVENT_TYPE, PurchaseCreated
 from analytics_svc.quarantine import QuarantinedEvent
@@ -30,17 +30,28 @@ async def apply(
 
     Its isolation must be READ COMMITTED, and this be the first that it does: see `event_log.enter`.
     """
-    floor = await event_log.enter(connection)
+    floor, rebuilding = await event_log.enter(connection)
     below_floor = [event for event in events if event.event_id < floor]
     if below_floor:
         events = [event for event in events if event.event_id >= floor]
-    new = await _remember(connection, events)
-    if new:
-        await fold(connection, new)
+    new = await count(connection, events)
+    if new and rebuilding:
+        await tail.append(connection, new)
     quarantined = await quarantine.keep(connection, unfit) if unfit else 0
     if new or quarantined:
         await announce(connection, {(event.day, event.branch_id) for event in new}, counted=bool(new))
     return Applied(len(new), len(events) - len(new), quarantined, below_floor)
+
+
+async def count(connection: Connection, events: Sequence[PurchaseCreated]) -> list[PurchaseCreated]:
+    """Log the events and add those that were not in the log to every read model; returns these.
+
+    No table is named with its schema: where a session has temporary ones of the same names, it counts into those.
+    """
+    new = await _remember(connection, events)
+    if new:
+        await fold(connection, new)
+    return new
 
 
 async def fold(connection: Connection, new: Sequence[PurchaseCreated]) -> None:
@@ -60,12 +71,12 @@ async def _remember(connection: Connection, events: Sequence[PurchaseCreated]) -
     by_id = {event.event_id: event for event in reversed(events)}
     cursor = await connection.execute(
         """
-        INSERT INTO analytics_event_log (event_id, event_type)
-        SELECT event_id, %s FROM unnest(%s::uuid[]) AS event_id
+        INSERT INTO analytics_event_log (event_id, day, event_type)
+        SELECT event_id, day, %s FROM unnest(%s::uuid[], %s::date[]) AS event (event_id, day)
         ON CONFLICT (event_id) DO NOTHING
         RETURNING event_id::text
         """,
-        [EVENT_TYPE, _array(sorted(by_id))],
+        [EVENT_TYPE, _array(ordered := sorted(by_id)), _array(by_id[event_id].day for event_id in ordered)],
     )
     return [by_id[event_id] for (event_id,) in await cursor.fetchall()]
 
