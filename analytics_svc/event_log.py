@@ -7,7 +7,7 @@ so it never meets a log that has forgotten more than the floor that it read.
 from chassis.postgres import Connection
 
 APPLY_LOCK = 7_265_746_170  # any numbers; advisory locks are per database
-REBUILD_LOCK = 7_265_746_171  # held by a rebuild as long as it must be told what is counted
+REBUILD_LOCK = 7_265_746_175  # held by a rebuild as long as it must be told what is counted
 NO_FLOOR = ""  # below every id
 
 
