@@ -12,6 +12,7 @@ from analytics_svc import queries
 from analytics_svc.consumer import Consumer
 from analytics_svc.server import AnalyticsServicer
 from analytics_svc.settings import ConsumeSettings, MigrateSettings, ServeSettings
+from analytics_svc.settling import Settler
 from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
 from chassis.wire import PageTokens
 from retail.analytics.v1 import analytics_service_pb2_grpc as analytics_grpc
@@ -43,8 +44,7 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             return
         consumer = Consumer(
             config.amqp_url,
-            pool,
-            ZoneInfo(config.business_time_zone),
+            Settler(pool, ZoneInfo(config.business_time_zone), config.deaths_max),
             batch_max=config.batch_max,
             prefetch=config.prefetch,
             set_serving=host.set_serving,

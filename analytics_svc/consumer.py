@@ -4,9 +4,9 @@ The publisher owns the exchange; the queue and its binding are made here. The on
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
-from zoneinfo import ZoneInfo
 
 import pika.spec
 import psycopg
@@ -16,15 +16,11 @@ from pika.channel import Channel
 from pika.exceptions import AMQPError
 from prometheus_client import Counter, Histogram
 
-from analytics_svc import events
-from analytics_svc.apply import Applied, apply
-from analytics_svc.errors import Rejected, quoted
-from analytics_svc.events import PurchaseCreated
-from analytics_svc.quarantine import QuarantinedEvent
+from analytics_svc.messages import Message
+from analytics_svc.settling import Case, Settler
 from chassis import amqp, postgres
 from chassis.amqp import BrokerUnavailable
 from chassis.lifecycle import Backoff, wait_set
-from chassis.postgres import Pool
 
 EXCHANGE = "purchases"
 QUEUE = ROUTING_KEY = "purchases.created"
@@ -32,16 +28,10 @@ QUEUE = ROUTING_KEY = "purchases.created"
 # A million stands for never: -1, which says so to version 4, is 0 to version 3.
 QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000}
 
-CONNECTION_WAIT_S = 1.0  # the pool is all ours: it lacks a connection only while the database is down
-HEADER_LEVELS_MAX = 8  # of tables in tables; those of dead-lettering have three
+REDELIVERED_MAX = 50  # tried together: few enough to be tried alone when a process dies of one, enough to be quick
 CLOSE_TIMEOUT_S = 5.0  # for the broker to confirm the end of a connection, and with it the last acknowledgements
 
-# What the database says about the events it was given, rather than about itself. A retry would change nothing.
-BLAMED_ON_EVENTS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.RaiseException)
-APPLY_FAILED = "APPLY_FAILED"
-
-EVENTS = Counter("analytics_events_total", "Deliveries that were settled.", ["outcome"])
-COUNTED, DUPLICATE, QUARANTINED = (EVENTS.labels(outcome) for outcome in ("counted", "duplicate", "quarantined"))
+REDELIVERED = Counter("analytics_redeliveries_total", "Deliveries of messages that were delivered before.")
 BATCH_SECONDS = Histogram("analytics_batch_seconds", "Time to settle a batch, retries included.")
 BATCH_EVENTS = Histogram("analytics_batch_events", "Deliveries in a batch.", buckets=(1, 3, 10, 30, 100, 300, 1_000))
 
@@ -66,12 +56,10 @@ pika.spec.props[BasicProperties.INDEX] = Properties  # where pika looks up what 
 
 
 class Delivery(NamedTuple):
-    """A message, and what it says."""
-
     tag: int  # the channel's number for it
-    body: bytes
-    properties: BasicProperties
-    event: PurchaseCreated | QuarantinedEvent
+    message: Message
+    redelivered: bool  # somebody had it before and did not settle it
+    case: Case | None  # what it says, if it was read on arrival
 
 
 class Inbox:
@@ -80,10 +68,12 @@ class Inbox:
     def __init__(self) -> None:
         self.closed = asyncio.Event()
         self.reason = ""
-        self._deliveries: list[Delivery] = []
+        self.redelivered = 0  # those that are not settled, waiting or taken
+        self._deliveries: deque[Delivery] = deque()
         self._news = asyncio.Event()
 
     def put(self, delivery: Delivery) -> None:
+        self.redelivered += delivery.redelivered
         self._deliveries.append(delivery)
         self._news.set()
 
@@ -94,15 +84,23 @@ class Inbox:
             self.closed.set()
             self._news.set()
 
-    async def take(self, most: int) -> list[Delivery]:
-        """The oldest deliveries, as soon as there is one; none when it is closed."""
+    async def take(self, most: int, redelivered_most: int) -> list[Delivery]:
+        """The oldest deliveries, all redelivered or none of them, as soon as there is one; none when it is closed."""
         while not self._deliveries and not self.closed.is_set():
             self._news.clear()
             await self._news.wait()
         if self.closed.is_set():
             return []
-        batch, self._deliveries = self._deliveries[:most], self._deliveries[most:]
+        redelivered = self._deliveries[0].redelivered
+        if redelivered:
+            most = redelivered_most
+        batch: list[Delivery] = []
+        while self._deliveries and len(batch) < most and self._deliveries[0].redelivered == redelivered:
+            batch.append(self._deliveries.popleft())
         return batch
+
+    def settled(self, batch: Sequence[Delivery]) -> None:
+        self.redelivered -= sum(delivery.redelivered for delivery in batch)
 
 
 class Consumer:
@@ -111,14 +109,13 @@ class Consumer:
     def __init__(
         self,
         url: str,
-        pool: Pool,
-        zone: ZoneInfo,
+        settler: Settler,
         *,
         batch_max: int,
         prefetch: int,
         set_serving: Callable[[bool], Awaitable[None]],
     ) -> None:
-        self._url, self._pool, self._zone = url, pool, zone
+        self._url, self._settler = url, settler
         self._batch_max, self._prefetch = batch_max, prefetch
         self._set_serving = set_serving
 
@@ -155,7 +152,7 @@ class Consumer:
             backoff.reset()
             log.info("consuming", queue=QUEUE)
             await self._set_serving(not stop.is_set())
-            while batch := await inbox.take(self._batch_max):
+            while batch := await inbox.take(self._batch_max, REDELIVERED_MAX):
                 if await self._settle(batch, inbox) and channel.is_open:
                     # All up to this one: batches are settled whole and in the order of delivery.
                     channel.basic_ack(batch[-1].tag, multiple=True)
@@ -168,7 +165,13 @@ class Consumer:
 
     async def _subscribe(self, channel: Channel, inbox: Inbox) -> None:
         def on_message(_channel: Channel, method: Any, properties: BasicProperties, body: bytes) -> None:
-            inbox.put(Delivery(method.delivery_tag, body, properties, self._read(properties, body)))
+            if method.redelivered:
+                REDELIVERED.inc()
+            message = Message(body, vars(properties))
+            # Reading on arrival uses the time in which the database applies the batch before. But what may kill is
+            # read only after that is noted, and meanwhile nothing else is: else it might be blamed for another's deed.
+            case = None if method.redelivered or inbox.redelivered else self._settler.read(message)
+            inbox.put(Delivery(method.delivery_tag, message, method.redelivered, case))
 
         channel.add_on_cancel_callback(lambda _: inbox.close("the broker cancelled the subscription"))
         await amqp.call(channel, channel.queue_declare, queue=QUEUE, durable=True, arguments=QUEUE_ARGUMENTS)
@@ -177,26 +180,17 @@ class Consumer:
         await amqp.call(channel, channel.basic_qos, prefetch_count=self._prefetch)
         await amqp.call(channel, channel.basic_consume, queue=QUEUE, on_message_callback=on_message)
 
-    def _read(self, properties: BasicProperties, body: bytes) -> PurchaseCreated | QuarantinedEvent:
-        """Decoding on arrival uses the time in which the database applies the batch before."""
-        try:
-            return events.decode(
-                body,
-                self._zone,
-                message_id=properties.message_id,
-                message_type=properties.type,
-                schema_version=(properties.headers or {}).get("schema_version"),
-            )
-        except Rejected as rejected:
-            return _quarantined(body, properties, rejected.event_id, rejected.reason, rejected.detail)
-
     async def _settle(self, batch: Sequence[Delivery], inbox: Inbox) -> bool:
-        """Apply the batch, however often the database has to be asked; False when the inbox closed before it was."""
+        """Settle the batch, however often the database has to be asked; False when the inbox closed before it was."""
         backoff, trouble = Backoff(0.05, 2.0), False
         with BATCH_SECONDS.time():
             while True:
                 try:
-                    await self._apply(batch)
+                    if batch[0].redelivered:
+                        await self._settler.settle_again([delivery.message for delivery in batch])
+                    else:
+                        read = self._settler.read
+                        await self._settler.settle([delivery.case or read(delivery.message) for delivery in batch])
                 except postgres.CONFLICT as error:
                     log.info("batch conflicts with another; trying again", error=str(error).strip())
                 except Exception as error:
@@ -210,66 +204,8 @@ class Consumer:
                 if await wait_set(inbox.closed, backoff.next_s()):
                     return False
         BATCH_EVENTS.observe(len(batch))
+        inbox.settled(batch)
         if trouble:
             log.info("batches are applied again")
             await self._set_serving(not inbox.closed.is_set())
         return True
-
-    async def _apply(self, batch: Sequence[Delivery]) -> None:
-        """Apply in one transaction. When the database refuses an event, halve, until it is alone in quarantine."""
-        try:
-            async with (
-                self._pool.connection(timeout=CONNECTION_WAIT_S) as connection,
-                connection.pipeline(),  # statements do not wait for each other's answers, where nobody reads them
-                connection.transaction(),
-            ):
-                applied = await apply(
-                    connection,
-                    [delivery.event for delivery in batch if isinstance(delivery.event, PurchaseCreated)],
-                    [delivery.event for delivery in batch if isinstance(delivery.event, QuarantinedEvent)],
-                )
-        except BLAMED_ON_EVENTS as error:
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                await self._apply(batch[:middle])
-                await self._apply(batch[middle:])
-                return
-            ((_, body, properties, event),) = batch
-            if isinstance(event, QuarantinedEvent):
-                raise  # it is not even fit to be kept: a bug of ours
-            detail = f"SQLSTATE {error.sqlstate}: {quoted(error.diag.message_primary)}"
-            log.error("event refused by the database", event_id=event.event_id, error=detail)
-            unfit = _quarantined(body, properties, event.event_id, APPLY_FAILED, detail)
-            await self._apply([batch[0]._replace(event=unfit)])
-            return
-        _count(applied)
-
-
-def _quarantined(
-    body: bytes, properties: BasicProperties, event_id: str | None, reason: str, detail: str
-) -> QuarantinedEvent:
-    known = {name: value for name, value in vars(properties).items() if value is not None}
-    return QuarantinedEvent(event_id, reason, detail, body, _plain(known, HEADER_LEVELS_MAX))
-
-
-def _plain(value: Any, levels: int) -> Any:
-    """AMQP's types as those of JSON, not nested without end, and without the NUL that the database refuses."""
-    match value:
-        case bool() | int() | None:
-            return value
-        case dict() if levels:
-            return {str(_plain(name, 0)): _plain(inner, levels - 1) for name, inner in value.items()}
-        case list() if levels:
-            return [_plain(inner, levels - 1) for inner in value]
-        case dict() | list():
-            return "..."
-        case str():
-            return value.replace("\0", "\ufffd")
-        case _:  # times, decimals, bytes
-            return str(value)
-
-
-def _count(applied: Applied) -> None:
-    COUNTED.inc(applied.counted)
-    DUPLICATE.inc(applied.duplicates)
-    QUARANTINED.inc(applied.quarantined)

@@ -67,7 +67,7 @@ def decode(
     Raises:
         Rejected: the message must not be counted.
     """
-    event_id = message_id.lower() if isinstance(message_id, str) and _UUID.fullmatch(message_id) else None
+    event_id = message_event_id(message_id)
     try:
         if message_type not in (None, EVENT_TYPE):
             raise Rejected(UNKNOWN_EVENT_TYPE, f"the message's type is {quoted(message_type)}")
@@ -82,6 +82,11 @@ def decode(
     except Rejected as rejected:
         rejected.event_id = event_id
         raise
+
+
+def message_event_id(message_id: object) -> str | None:
+    """The event's id by the message's own, if that is one."""
+    return message_id.lower() if isinstance(message_id, str) and _UUID.fullmatch(message_id) else None
 
 
 def _purchase(event_id: str, purchase: Any, zone: ZoneInfo) -> PurchaseCreated:

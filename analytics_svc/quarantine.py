@@ -1,6 +1,6 @@
 """The events that could not be counted: kept in our own database, where they block nothing and get lost nowhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from psycopg.types.json import Jsonb
@@ -36,3 +36,12 @@ async def keep(connection: Connection, events: Sequence[QuarantinedEvent]) -> in
         ],
     )
     return len(await cursor.fetchall())
+
+
+async def digests(connection: Connection, reason: str, among: Collection[bytes]) -> set[bytes]:
+    """Those of the given SHA-256 whose bodies are here for this reason."""
+    cursor = await connection.execute(
+        "SELECT body_sha256 FROM quarantined_events WHERE body_sha256 = ANY (%s) AND reason = %s",
+        [list(among), reason],
+    )
+    return {digest for (digest,) in await cursor.fetchall()}

@@ -21,6 +21,9 @@ class ConsumeSettings(MigrateSettings):
     batch_max: int = setting("CONSUMER_BATCH_MAX", integer(1, 10_000), default=500)
     # Deliveries not yet acknowledged: the batch in flight and twice as many gathering, so that neither side waits.
     prefetch: int = setting("CONSUMER_PREFETCH", integer(1, 65_535), default=1_500)
+    # Processes that may die of a message, tried alone, before it is quarantined unread. Each costs a restart, and one
+    # may be chance: somebody may have killed it in that very millisecond.
+    deaths_max: int = setting("CONSUMER_DEATHS_MAX", integer(1, 100), default=2)
     # For repairs, which ask the other services.
     purchases_target: str = setting("PURCHASES_TARGET", text, default="127.0.0.1:50051")
     relay_target: str = setting("RELAY_TARGET", text, default="127.0.0.1:50053")

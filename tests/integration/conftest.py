@@ -2,12 +2,15 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import grpc
+import pika
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pika.adapters.blocking_connection import BlockingChannel
 
 import purchases_svc.__main__ as purchases
 from purchases_svc.settings import ServeSettings
@@ -54,3 +57,23 @@ async def purchases_channel(purchases_db: str) -> AsyncIterator[grpc.aio.Channel
     config = ServeSettings(database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         yield channel
+
+
+@pytest.fixture
+def channel(amqp_url: str) -> Iterator[BlockingChannel]:
+    """The publisher's side: a channel with confirms, and the exchange."""
+    with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
+        opened = connection.channel()
+        opened.confirm_delivery()
+        opened.exchange_declare("purchases", "topic", durable=True)
+        yield opened
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """What a test starts; ended at its end, whatever happens."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()

@@ -1,14 +1,11 @@
 """The consumer as it is wired, between a real broker and a real database."""
 
 import asyncio
-import os
 import signal
 import socket
 import struct
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -26,67 +23,30 @@ import analytics_svc.__main__ as analytics
 from analytics_svc.apply import apply
 from analytics_svc.consumer import QUEUE, QUEUE_ARGUMENTS
 from analytics_svc.events import decode
-from analytics_svc.settings import ConsumeSettings, MigrateSettings
+from analytics_svc.settings import MigrateSettings
 from chassis.migrate import MigrationError
 from deploy.local.rabbitmq import RabbitMQ
-from tests.conftest import ROOT, eventually, pool
-from tests.integration.conftest import free_address, is_serving, running
+from tests.conftest import eventually, pool
+from tests.integration.conftest import free_address, is_serving
+from tests.integration.consumers import (
+    COUNTED,
+    QUARANTINED,
+    config,
+    consuming,
+    counts,
+    depth,
+    is_true,
+    publish,
+    serving,
+    start,
+)
 from tests.integration.purchase_events import GOLDEN, expected, query, read_models, sold, some_sales
 
-COUNTED = "SELECT count(*) FROM analytics_event_log"
-QUARANTINED = "SELECT count(*) FROM quarantined_events"
 END_CONNECTIONS = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
     " WHERE datname = current_database() AND pid <> pg_backend_pid()"
 )
 BATCH_WAITS = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'UPDATE freshness'"
-
-
-@pytest.fixture
-def channel(amqp_url: str) -> Iterator[BlockingChannel]:
-    """The publisher's side: a channel with confirms, and the exchange."""
-    with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
-        opened = connection.channel()
-        opened.confirm_delivery()
-        opened.exchange_declare("purchases", "topic", durable=True)
-        yield opened
-
-
-def publish(channel: BlockingChannel, *bodies: bytes, **properties: Any) -> None:
-    for body in bodies:
-        channel.basic_publish(
-            "purchases",
-            "purchases.created",
-            body,
-            pika.BasicProperties(delivery_mode=2, content_type="application/json", **properties),
-            mandatory=True,
-        )
-
-
-def config(analytics_db: str, amqp_url: str, **changes: Any) -> ConsumeSettings:
-    settings: dict[str, Any] = {"listen": free_address(), "metrics_listen": "127.0.0.1:0"}
-    return ConsumeSettings(analytics_db, amqp_url=amqp_url, **(settings | changes))
-
-
-@asynccontextmanager
-async def consuming(analytics_db: str, amqp_url: str, **changes: Any) -> AsyncIterator[grpc.aio.Channel]:
-    """A consumer that serves, until the block ends; yields a channel to its health."""
-    settings = config(analytics_db, amqp_url, **changes)
-    async with running(lambda stop: analytics.consume(settings, stop), settings.listen) as opened:
-        yield opened
-
-
-async def is_true(url: str, statement: str) -> bool:
-    return bool(query(url, statement)[0][0])
-
-
-async def counts(url: str, statement: str, count: int) -> None:
-    await eventually(lambda: is_true(url, f"SELECT ({statement}) = {count}"), f"{statement}: {count}")
-
-
-def depth(channel: BlockingChannel) -> int:
-    """Messages in the queue that nobody holds."""
-    return int(channel.queue_declare(QUEUE, passive=True).method.message_count)
 
 
 async def test_golden_example_ten_times_over(analytics_db: str, amqp_url: str, channel: BlockingChannel) -> None:
@@ -422,32 +382,6 @@ async def test_crash_between_commit_and_acknowledgement(
         await counts(analytics_db, COUNTED, 50)
     assert read_models(analytics_db) == expected(sales)
     assert depth(channel) == 0
-
-
-@pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """What a test starts; ended at its end, whatever happens."""
-    started: list[subprocess.Popen[bytes]] = []
-    yield started
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def start(command: str, **settings: str) -> "subprocess.Popen[bytes]":
-    environ = {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "generated")]),
-        "CONSUMER_METRICS_LISTEN": "127.0.0.1:0",
-        "ANALYTICS_METRICS_LISTEN": "127.0.0.1:0",
-        **settings,
-    }
-    return subprocess.Popen([sys.executable, "-m", "analytics_svc", command], env=environ, stderr=subprocess.PIPE)
-
-
-async def serving(address: str) -> None:
-    async with grpc.aio.insecure_channel(address) as health:
-        await eventually(lambda: is_serving(health), "the process serves")
 
 
 async def test_kill_in_the_middle_of_a_transaction(

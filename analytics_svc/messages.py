@@ -1,0 +1,74 @@
+"""A message as the broker delivers it, read into an event to count or a case for the quarantine; pure."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+from zoneinfo import ZoneInfo
+
+import structlog
+
+from analytics_svc import events
+from analytics_svc.errors import Rejected, quoted
+from analytics_svc.events import PurchaseCreated
+from analytics_svc.quarantine import QuarantinedEvent
+
+READ_FAILED = "READ_FAILED"  # a reason, see `events`: a bug of ours
+HEADER_LEVELS_MAX = 8  # of tables in tables; those of dead-lettering have three
+
+log = structlog.get_logger()
+
+
+class Message(NamedTuple):
+    body: bytes
+    properties: Mapping[str, Any]  # AMQP's, by name; None or missing when not set
+
+    def digest(self) -> bytes:
+        """Tells one message from another without a look into it."""
+        return hashlib.sha256(self.body).digest()
+
+
+Event: TypeAlias = PurchaseCreated | QuarantinedEvent
+
+
+def read(message: Message, zone: ZoneInfo) -> Event:
+    properties = message.properties
+    try:
+        return events.decode(
+            message.body,
+            zone,
+            message_id=properties.get("message_id"),
+            message_type=properties.get("type"),
+            schema_version=(properties.get("headers") or {}).get("schema_version"),
+        )
+    except Rejected as rejected:
+        return unfit(message, rejected.event_id, rejected.reason, rejected.detail)
+    except Exception as error:
+        log.exception("event that our decoder does not cope with")
+        return unread(message, READ_FAILED, f"{type(error).__name__}: {quoted(str(error))}")
+
+
+def unread(message: Message, reason: str, detail: str) -> QuarantinedEvent:
+    """For a body that nobody must look into: its id is the one that the message bears."""
+    return unfit(message, events.message_event_id(message.properties.get("message_id")), reason, detail)
+
+
+def unfit(message: Message, event_id: str | None, reason: str, detail: str) -> QuarantinedEvent:
+    known = {name: value for name, value in message.properties.items() if value is not None}
+    return QuarantinedEvent(event_id, reason, detail, message.body, _plain(known, HEADER_LEVELS_MAX))
+
+
+def _plain(value: Any, levels: int) -> Any:
+    """AMQP's types as those of JSON, not nested without end, and without the NUL that the database refuses."""
+    match value:
+        case bool() | int() | None:
+            return value
+        case dict() if levels:
+            return {str(_plain(name, 0)): _plain(inner, levels - 1) for name, inner in value.items()}
+        case list() if levels:
+            return [_plain(inner, levels - 1) for inner in value]
+        case dict() | list():
+            return "..."
+        case str():
+            return value.replace("\0", "\ufffd")
+        case _:  # times, decimals, bytes
+            return str(value)

@@ -1,0 +1,231 @@
+"""What becomes of messages: counted, or kept in quarantine, whatever they do to the transaction or to the process.
+
+An event is at fault only when something else is not:
+- the database refuses it alone, while it takes a made-up sale;
+- the process dies of it, again and again, while it is tried alone. Deaths are counted in the database before each
+  trial. A trial that takes long takes its count back: whoever lives that long does not die of the event, but waits,
+  and may be killed for that.
+"""
+
+import asyncio
+import uuid
+from collections import Counter as Tally
+from collections.abc import Awaitable, Sequence
+from datetime import UTC, date, datetime
+from typing import NamedTuple
+from zoneinfo import ZoneInfo
+
+import psycopg
+import structlog
+from prometheus_client import Counter
+from psycopg_pool import PoolTimeout
+
+from analytics_svc import messages, quarantine, trials
+from analytics_svc.announce import announce
+from analytics_svc.apply import Applied, apply
+from analytics_svc.errors import quoted
+from analytics_svc.events import ID_MAX, Item, PurchaseCreated
+from analytics_svc.messages import Event, Message
+from analytics_svc.quarantine import QuarantinedEvent
+from chassis.postgres import Pool
+
+CONNECTION_WAIT_S = 1.0  # the pool is all ours: it lacks a connection only while the database is down
+TRIAL_S = 1.0  # what kills does so in milliseconds
+FAILURES_MAX = 3  # of an event alone, with an error that may have other causes, such as a lost connection
+
+# What the database says about the events it was given, rather than about itself. A retry would change nothing.
+BLAMED_ON_EVENTS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.RaiseException)
+# Classes of SQLSTATE that say nothing about the events: connections, conflicts, room, locks, operators, the system.
+BLAMED_ON_NONE = {"08", "40", "53", "55", "57", "58"}
+
+# Reasons; see `events`.
+APPLY_FAILED = "APPLY_FAILED"
+KILLS_CONSUMER = "KILLS_CONSUMER"
+OLDER_THAN_FLOOR = "OLDER_THAN_FLOOR"
+
+EVENTS = Counter("analytics_events_total", "Deliveries that were settled.", ["outcome"])
+COUNTED, DUPLICATE, QUARANTINED = (EVENTS.labels(outcome) for outcome in ("counted", "duplicate", "quarantined"))
+ALONE = Counter("analytics_events_tried_alone_total", "Trials of single messages, since a process died with them.")
+
+log = structlog.get_logger()
+
+
+class Case(NamedTuple):
+    message: Message
+    event: Event
+
+
+class Settler:
+    """Settles messages in transactions of its own. What it cannot settle now, it raises for: then ask again later."""
+
+    def __init__(self, pool: Pool, zone: ZoneInfo, deaths_max: int) -> None:
+        """`deaths_max`: how many processes may die of a message, tried alone, before it is quarantined unread."""
+        self._pool, self._zone, self._deaths_max = pool, zone, deaths_max
+        self._failures: Tally[bytes] = Tally()  # by digest: that a message failed alone, and the process survived
+        self._survived: Tally[bytes] = Tally()  # by digest: trials that are to be withdrawn
+
+    def read(self, message: Message) -> Case:
+        return Case(message, messages.read(message, self._zone))
+
+    async def settle(self, cases: Sequence[Case], *, tried: bool = False) -> None:
+        """Settle all of them, in one transaction if the database takes it; with `tried`, it ends their trials.
+
+        An event that it refuses is found by halving; the others are settled.
+
+        Raises:
+            Exception: what the database, or a bug of ours, says to some of them, or to all.
+        """
+        try:
+            applied = await self._apply(cases, tried)
+        except Exception as error:
+            if not _may_be_the_events_fault(error) or not await self._takes_sales():
+                raise
+            if len(cases) == 1:
+                await self._blame(cases[0], error)
+                return
+            middle = len(cases) // 2
+            halves = [await _outcome(self.settle(half, tried=tried)) for half in (cases[:middle], cases[middle:])]
+            for failed in filter(None, halves):
+                raise failed from None
+            return
+        if self._failures:
+            for case in cases:
+                self._failures.pop(case.message.digest(), None)
+        COUNTED.inc(applied.counted)
+        DUPLICATE.inc(applied.duplicates)
+        QUARANTINED.inc(applied.quarantined)
+
+    async def settle_again(self, group: Sequence[Message]) -> None:
+        """Settle messages that were delivered before: whoever had them may have died of one of them.
+
+        First all together; those that were tried before, and were not settled then, one by one. Nothing is read before
+        it is noted in the database.
+
+        Raises:
+            Exception: as `settle`.
+        """
+        digests = {message.digest() for message in group}
+        async with self._pool.connection(CONNECTION_WAIT_S) as connection:
+            digests -= await quarantine.digests(connection, KILLS_CONSUMER, digests)
+            unseen = await trials.begin(connection, digests)
+        if unseen:
+            await self.settle([self.read(message) for message in group if message.digest() in unseen], tried=True)
+        for message in group:
+            if message.digest() in digests - unseen:
+                await self._settle_alone(message)
+
+    async def _settle_alone(self, message: Message) -> None:
+        ALONE.inc()
+        digest = message.digest()
+        async with self._pool.connection(CONNECTION_WAIT_S) as connection:
+            await trials.withdraw(connection, digest, self._survived.pop(digest, 0))
+            deaths = await trials.begin_alone(connection, digest) - 1
+        if deaths:
+            log.warning("a process ended while it tried this message", message=_name(message), deaths=deaths)
+        if deaths >= self._deaths_max:
+            detail = f"{deaths} processes ended while they tried it alone"
+            log.error("event quarantined unread", message=_name(message), reason=KILLS_CONSUMER, detail=detail)
+            await self.settle([Case(message, messages.unread(message, KILLS_CONSUMER, detail))], tried=True)
+            return
+        trial = asyncio.create_task(self._read_and_settle(message))
+        try:
+            await asyncio.wait({trial}, timeout=TRIAL_S)
+            if not trial.done() or trial.exception():  # in either case it did not kill
+                await self._withdraw(digest)
+            await trial
+        finally:
+            trial.cancel()
+
+    async def _read_and_settle(self, message: Message) -> None:
+        await self.settle([self.read(message)], tried=True)
+
+    async def _withdraw(self, digest: bytes) -> None:
+        try:
+            async with self._pool.connection(CONNECTION_WAIT_S) as connection:
+                await trials.withdraw(connection, digest, 1)
+        except Exception:
+            self._survived[digest] += 1  # the database hears of it with the next trial
+
+    async def _apply(self, cases: Sequence[Case], tried: bool) -> Applied:
+        """The one transaction."""
+        async with (
+            self._pool.connection(CONNECTION_WAIT_S) as connection,
+            connection.pipeline(),  # statements do not wait for each other's answers, where nobody reads them
+            connection.transaction(),
+        ):
+            applied = await apply(
+                connection,
+                [case.event for case in cases if isinstance(case.event, PurchaseCreated)],
+                [case.event for case in cases if isinstance(case.event, QuarantinedEvent)],
+            )
+            if applied.below_floor:
+                below = {event.event_id for event in applied.below_floor}
+                late = [_older_than_floor(case) for case in cases if case.event.event_id in below]
+                if quarantined := await quarantine.keep(connection, late):
+                    await announce(connection, (), counted=False)
+                applied = applied._replace(quarantined=applied.quarantined + quarantined)
+            if tried:
+                await trials.end(connection, [case.message.digest() for case in cases])
+        return applied
+
+    async def _takes_sales(self) -> bool:
+        """Whether a sale of our making could be counted now, with all that belongs to it."""
+        try:
+            async with self._pool.connection(CONNECTION_WAIT_S) as connection, connection.transaction():
+                await apply(connection, [_made_up_sale()], [])
+                raise psycopg.Rollback
+        except Exception as error:
+            log.info("the database takes no sale at all", error=str(error).strip())
+            return False
+        return True
+
+    async def _blame(self, case: Case, error: Exception) -> None:
+        """An event failed alone, while others pass: quarantine it, at once or, if it may be chance, the third time."""
+        digest = case.message.digest()
+        self._failures[digest] += 1
+        if not isinstance(error, BLAMED_ON_EVENTS) and self._failures[digest] < FAILURES_MAX:
+            raise error
+        if isinstance(case.event, QuarantinedEvent):
+            raise error  # it is not even fit to be kept: a bug of ours
+        del self._failures[digest]
+        said = error.diag.message_primary if isinstance(error, psycopg.Error) else str(error)
+        detail = f"SQLSTATE {getattr(error, 'sqlstate', None)}: {quoted(said)}"
+        log.error("event refused by the database", message=_name(case.message), error=detail)
+        unfit = messages.unfit(case.message, case.event.event_id, APPLY_FAILED, detail)
+        await self.settle([Case(case.message, unfit)], tried=True)
+
+
+def _may_be_the_events_fault(error: Exception) -> bool:
+    if isinstance(error, psycopg.Error) and error.sqlstate:
+        return error.sqlstate[:2] not in BLAMED_ON_NONE
+    return not isinstance(error, PoolTimeout)  # a connection lost without a word, or a bug
+
+
+def _older_than_floor(case: Case) -> QuarantinedEvent:
+    detail = "its id is below the floor of the event log: counted and forgotten, or not ours"
+    return messages.unfit(case.message, case.event.event_id, OLDER_THAN_FLOOR, detail)
+
+
+def _made_up_sale() -> PurchaseCreated:
+    item = Item(product_id=ID_MAX, quantity=1, cents=1)
+    return PurchaseCreated(
+        str(uuid.UUID(int=uuid.uuid4().int | 0xF << 124)),  # above any floor
+        date(1970, 1, 1),
+        datetime(1970, 1, 1, tzinfo=UTC),
+        ID_MAX,
+        str(uuid.uuid4()),
+        1,
+        [item],
+    )
+
+
+def _name(message: Message) -> str:
+    return quoted(message.properties.get("message_id"))
+
+
+async def _outcome(work: Awaitable[None]) -> Exception | None:
+    try:
+        await work
+    except Exception as error:
+        return error
+    return None
