@@ -22,6 +22,7 @@ from google.type import date_pb2
 from chassis import wire
 from pos import errors
 from pos.calls import ATTEMPT_TIMEOUT_S, TOTAL_TIMEOUT_S, Calls, Pause, connect, sleep
+from pos.upload import Uploader
 from retail.analytics.v1 import analytics_service_pb2
 from retail.purchases.v1 import customers_service_pb2, purchase_pb2, purchases_service_pb2
 from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
@@ -36,6 +37,7 @@ __all__ = [
     "Purchase",
     "Recorded",
     "Sale",
+    "Uploaded",
     "connect",
 ]
 
@@ -92,6 +94,13 @@ class Recorded(NamedTuple):
     consistency_token: str  # given to an analytics call, that call's answer includes this purchase
 
 
+class Uploaded(NamedTuple):
+    """What became of a sale of an upload."""
+
+    sale: Sale
+    outcome: Recorded | errors.PosError  # SaleRefused: not stored; OutcomeUnknown: send it again
+
+
 class Customer(NamedTuple):
     customer_id: str
     create_time: datetime.datetime
@@ -131,6 +140,7 @@ class PosClient:
         self._purchases = PurchasesServiceStub(channel)
         self._customers = CustomersServiceStub(channel)
         self._call = Calls(attempt_timeout_s=attempt_timeout_s, total_timeout_s=total_timeout_s, pause=pause)
+        self._timeouts_s, self._pause = (attempt_timeout_s, total_timeout_s), pause
 
     def create_purchase(self, sale: Sale, *, register_customer: bool = False) -> Recorded:
         """Send a sale; when this returns, it is stored for good. Sending it again changes nothing.
@@ -143,8 +153,29 @@ class PosClient:
             CallFailed: the service does not let this client send sales.
         """
         request = _create_request(sale, register_customer)
-        reply = self._call(self._purchases.CreatePurchase, request, errors.of_sale)
-        return Recorded(_purchase(reply.purchase), reply.replayed, reply.consistency_token)
+        return _recorded(self._call(self._purchases.CreatePurchase, request, errors.of_sale))
+
+    def upload_purchases(self, sales: Iterable[Sale], *, register_customers: bool = False) -> Iterator[Uploaded]:
+        """Send a backlog, such as that of a till that was offline: several times as fast as one by one.
+
+        Yields each sale once it is stored for good, or refused, in any order; sales are taken from `sales` as they are
+        needed, some thousand ahead. What breaks is sent again, as long as answers keep coming.
+        `register_customers` registers the sales' customers with them, where they are new.
+
+        Raises:
+            OutcomeUnknown: no answer for the total timeout; send again what was not yielded.
+            CallFailed: the service does not let this client send sales.
+        """
+        uploader: Uploader[Sale, Recorded] = Uploader(
+            self._purchases.UploadPurchases,
+            lambda sale: _create_request(sale, register_customers),
+            _recorded,
+            answer_timeout_s=self._timeouts_s[0],
+            total_timeout_s=self._timeouts_s[1],
+            pause=self._pause,
+        )
+        for sale, outcome in uploader.send(sales):
+            yield Uploaded(sale, outcome)
 
     def get_purchase(self, purchase_id: str) -> Purchase:
         """Read one purchase.
@@ -253,6 +284,10 @@ def _create_request(sale: Sale, register_customer: bool) -> purchases_service_pb
     for product_id, price_cents in sale.items:
         add(product_id=product_id, quantity=1).unit_price.value = wire.cents_text(price_cents)
     return request
+
+
+def _recorded(reply: purchases_service_pb2.CreatePurchaseResponse) -> Recorded:
+    return Recorded(_purchase(reply.purchase), reply.replayed, reply.consistency_token)
 
 
 def _purchase(message: purchase_pb2.Purchase) -> Purchase:

@@ -30,6 +30,7 @@ from rich.text import Text
 from chassis.settings import SettingsError, address, load, setting
 from pos import report
 from pos.analytics import AnalyticsClient
+from pos.backlog import Backlog
 from pos.client import PosClient, Sale, connect
 from pos.control_totals import Comparison, wait_until_equal
 from pos.errors import PosError
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace, settings: Settings, console: Console) -> bool:
     """
     sales = _sales(args, console)
     with _progress(console) as progress:
-        sent = send(sales, settings.purchases_target, args.seed, progress)
+        sender = Backlog if args.file else Tills  # books are sent as a till sends what it sold while it was offline
+        sent = send(sender(sales, settings.purchases_target, seed=args.seed), len(sales), progress)
         comparison, answers = wait_and_ask(settings, progress)
     report.print_all(answers, comparison, sent, console)
     if args.file:
@@ -97,11 +99,11 @@ def run(args: argparse.Namespace, settings: Settings, console: Console) -> bool:
     return comparison.agrees
 
 
-def send(sales: list[Sale], target: str, seed: int, progress: Progress) -> Sent:
-    """Send all sales over many tills at once."""
-    bar = progress.add_task("sold", total=len(sales), note="")
+def send(sender: Tills | Backlog, sales: int, progress: Progress) -> Sent:
+    """Send all sales."""
+    bar = progress.add_task("sold", total=sales, note="")
     started = time.monotonic()
-    with Tills(sales, target, seed=seed) as tills:
+    with sender as tills:
         finished = False
         while not finished:
             finished = tills.wait(REFRESH_S)

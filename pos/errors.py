@@ -162,6 +162,18 @@ def read_status(error: grpc.RpcError) -> Status:
                 rich.ParseFromString(value)
             except DecodeError:
                 return status
+    return _with_details(status, rich)
+
+
+def parse_status(rich: status_pb2.Status) -> Status:
+    """The status of one sale of an upload."""
+    return _with_details(Status(_CODES.get(rich.code, StatusCode.UNKNOWN), rich.message), rich)
+
+
+_CODES: Mapping[int, StatusCode] = {code.value[0]: code for code in StatusCode}
+
+
+def _with_details(status: Status, rich: status_pb2.Status) -> Status:
     for detail in rich.details:
         info = error_details_pb2.ErrorInfo()
         broken_fields = error_details_pb2.BadRequest()

@@ -5,6 +5,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from enum import Enum
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +34,28 @@ class SaleFailed(Exception):
         )
 
 
+class Repetition(Enum):
+    """How a sale is sent a second time."""
+
+    AT_ONCE = "both at the same time"
+    AGAIN = "once more after the answer"
+
+
+def repeats(sale: Sale, seed: int) -> Repetition | None:
+    """Whether and how a sale is sent twice; depends on the seed and the sale alone."""
+    lot = zlib.crc32(sale.idempotency_key.encode(), seed & 0xFFFFFFFF) % 1000
+    if lot < AT_ONCE_PER_MILLE:
+        return Repetition.AT_ONCE
+    return Repetition.AGAIN if lot < AT_ONCE_PER_MILLE + AGAIN_PER_MILLE else None
+
+
+def check_same(sale: Sale, first: Recorded, second: Recorded) -> None:
+    """Raises SaleFailed if the two answers to one sale are not the same purchase, stored once."""
+    same = first.purchase.purchase_id == second.purchase.purchase_id
+    if not same or not (first.replayed or second.replayed):
+        raise SaleFailed(sale, "it was sent twice, and stored twice")
+
+
 class Tills:
     """Threads that send sales while the block runs; leaving it early stops them at once.
 
@@ -45,7 +68,7 @@ class Tills:
         self.replayed = 0  # of those, sales that had been stored before
         self.duplicates_sent = 0
         self.trouble: PosError | None = None  # why the tills wait; None while sales get through
-        self._seed = seed & 0xFFFFFFFF
+        self._seed = seed
         self._waiting = deque(sales)
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -103,19 +126,17 @@ class Tills:
         def send() -> Recorded:
             return client.create_purchase(sale, register_customer=True)
 
-        lot = zlib.crc32(sale.idempotency_key.encode(), self._seed) % 1000
         twin: Recorded | None = None
-        if lot < AT_ONCE_PER_MILLE:
+        repetition = repeats(sale, self._seed)
+        if repetition is Repetition.AT_ONCE:
             concurrent = self._twins.submit(send)
             first, twin = send(), concurrent.result()
         else:
             first = send()
-            if lot < AT_ONCE_PER_MILLE + AGAIN_PER_MILLE:
+            if repetition is Repetition.AGAIN:
                 twin = send()
         if twin:
-            same = twin.purchase.purchase_id == first.purchase.purchase_id
-            if not same or not (twin.replayed or first.replayed):
-                raise SaleFailed(sale, "it was sent twice, and stored twice")
+            check_same(sale, first, twin)
         self.trouble = None
         with self._lock:
             self.recorded += 1

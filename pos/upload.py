@@ -1,0 +1,154 @@
+"""Sending a backlog: hundreds of sales a message, a few messages on their way, and after any break on with the rest."""
+
+import queue
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import grpc
+
+from pos import errors
+from pos.calls import FIRST_BACKOFF_S, MOST_BACKOFF_S, Pause
+from pos.errors import PosError, Status
+from retail.purchases.v1 import purchases_service_pb2 as pb2
+
+SALES_PER_MESSAGE = 500  # the most that the service takes
+MESSAGE_BYTES = 900_000  # the last sale may exceed it: the biggest has 100 kB, and the service takes 1 MiB
+# The service reads two messages of a stream ahead of its answers; the next is on its way to it meanwhile.
+IN_FLIGHT = 2 * SALES_PER_MESSAGE + 1
+# A stream takes messages for so long; the next one may go to a server that has joined or come back since.
+STREAM_S = 20.0
+
+S = TypeVar("S")  # a sale, whatever the caller calls one
+A = TypeVar("A")  # the answer to it
+
+Requests: TypeAlias = "queue.SimpleQueue[pb2.UploadPurchasesRequest | None]"
+
+
+class Uploader(Generic[S, A]):
+    """Sends sales over streams, one stream after the other, until each sale has its answer.
+
+    A stream that breaks, or a sale that is told to come again, costs a pause and a new stream. What was sent and not
+    answered is sent again, which the sales' keys make safe.
+    """
+
+    def __init__(
+        self,
+        method: Any,
+        encode: Callable[[S], pb2.CreatePurchaseRequest],
+        decode: Callable[[pb2.CreatePurchaseResponse], A],
+        *,
+        answer_timeout_s: float,
+        total_timeout_s: float,
+        pause: Pause,
+    ) -> None:
+        """`total_timeout_s` is how long to go on without any answer; `pause` is as in `pos.calls`."""
+        self._method, self._encode, self._decode, self._pause = method, encode, decode, pause
+        self._answer_timeout_s, self._total_timeout_s = answer_timeout_s, total_timeout_s
+
+    def send(self, sales: Iterable[S]) -> Iterator[tuple[S, A | PosError]]:
+        """Each sale with its answer, or with why it was refused, in any order. Sales are taken as they are needed.
+
+        Raises:
+            PosError: no answer for too long, or the service does not let this client send sales. All sales that were
+                not yielded are to be sent again.
+        """
+        source, again = iter(sales), deque[S]()
+
+        def take() -> S | None:
+            return again.popleft() if again else next(source, None)
+
+        backoff_s = FIRST_BACKOFF_S
+        give_up_at = time.monotonic() + self._total_timeout_s
+        while True:
+            stream = _Stream(self._encode, take)
+            for sale, result in stream.run(self._method, self._answer_timeout_s):
+                backoff_s = FIRST_BACKOFF_S
+                give_up_at = time.monotonic() + self._total_timeout_s
+                yield sale, self._outcome(result)
+            if stream.finished:
+                return
+            again.extendleft(reversed(stream.open.values()))
+            if stream.trouble is None:
+                continue  # its time was up
+            failure = errors.of_sale(stream.trouble)
+            # Full jitter: tills that failed together must not come back together.
+            pause_s = (stream.trouble.retry_delay_s or 0.0) + random.uniform(0, backoff_s)
+            if stream.trouble.code not in errors.RETRYABLE or time.monotonic() + pause_s >= give_up_at:
+                raise failure
+            self._pause(pause_s, failure)
+            backoff_s = min(2 * backoff_s, MOST_BACKOFF_S)
+
+    def _outcome(self, result: pb2.PurchaseUploadResult) -> A | PosError:
+        if result.WhichOneof("outcome") == "created":
+            return self._decode(result.created)
+        return errors.of_sale(errors.parse_status(result.error))
+
+
+class _Stream(Generic[S]):
+    """One stream over a backlog. When it has run, it tells what it took and left open, and why."""
+
+    def __init__(self, encode: Callable[[S], pb2.CreatePurchaseRequest], take: Callable[[], S | None]) -> None:
+        self._encode, self._take = encode, take
+        self._exhausted = False
+        self._numbers = 0
+        self._again = 0  # sales that are told to come again
+        self.open: dict[int, S] = {}  # taken from the backlog and not answered for good, by sequence number
+        self.trouble: Status | None = None  # of the stream, or of a sale that is to come again
+
+    @property
+    def finished(self) -> bool:
+        return self._exhausted and not self.open
+
+    def run(self, method: Any, answer_timeout_s: float) -> Iterator[tuple[S, pb2.PurchaseUploadResult]]:
+        """The results, but for sales that are told to come again."""
+        requests: Requests = queue.SimpleQueue()
+        call = method(iter(requests.get, None), timeout=STREAM_S + answer_timeout_s)
+        ends = time.monotonic() + STREAM_S
+        try:
+            while True:
+                while self._in_flight < IN_FLIGHT and not self.trouble and time.monotonic() < ends:
+                    request = self._next_message()
+                    if not request.uploads:
+                        break
+                    requests.put(request)
+                if not self._in_flight:
+                    requests.put(None)
+                response = next(call, None)
+                if response is None:
+                    break
+                for result in response.results:
+                    refusal = errors.parse_status(result.error) if result.HasField("error") else None
+                    if refusal and refusal.code in errors.RETRYABLE:
+                        self._again += 1
+                        self.trouble = refusal
+                    else:
+                        yield self.open.pop(result.sequence_number), result
+        except grpc.RpcError as error:
+            self.trouble = errors.read_status(error)
+        else:
+            if self._in_flight:
+                self.trouble = Status(grpc.StatusCode.UNAVAILABLE, "the stream ended before everything was answered")
+        finally:
+            requests.put(None)  # ends the thread of gRPC that waits for more
+            call.cancel()
+
+    @property
+    def _in_flight(self) -> int:
+        return len(self.open) - self._again
+
+    def _next_message(self) -> pb2.UploadPurchasesRequest:
+        message, size = pb2.UploadPurchasesRequest(), 0
+        while len(message.uploads) < SALES_PER_MESSAGE and size < MESSAGE_BYTES:
+            sale = self._take()
+            if sale is None:
+                self._exhausted = True
+                break
+            request = self._encode(sale)
+            message.uploads.add(sequence_number=self._numbers, create_purchase=request)
+            self.open[self._numbers] = sale
+            self._numbers += 1
+            size += request.ByteSize()
+        return message
