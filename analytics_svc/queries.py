@@ -1,32 +1,82 @@
-"""The questions that are answered, one function each. They read sums that are there already."""
+"""The questions that are answered, one function each. They read sums that are there already.
 
+How many rows an answer reads depends on what is asked, not on how much history there is: a range of days is made of
+whole months, from the roll-ups, and the days at its ends. Branch 0 of a roll-up is the whole chain.
+"""
+
+from calendar import monthrange
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import Any, LiteralString, NamedTuple
-
-from psycopg import AsyncClientCursor
 
 from chassis.postgres import Connection
 
+DAY = timedelta(days=1)
 COUNT_MAX = 2**62  # above every count of purchases
 TOP_PRODUCTS_MAX = 1_000  # ties included: with many products that sold once, ties may be all of them
 
 
-class Reader(NamedTuple):
-    """A connection, and how long its caller waits for an answer."""
-
-    connection: Connection
-    timeout_ms: int
-
-
 class Days(NamedTuple):
-    """A range of business days, both inclusive."""
+    """A range of business days, both inclusive; empty when the last is before the first."""
 
     first: date
     last: date
 
 
 ALL_DAYS = Days(date.min, date.max)
+NO_DAYS = Days(date.max, date.min)
+
+
+class Parts(NamedTuple):
+    """A range of days as whole months, and the days at either end that they lack (1) or have too much (-1)."""
+
+    months: Days  # first days of months
+    start: Days
+    start_sign: int
+    end: Days
+    end_sign: int
+
+
+def parts(days: Days) -> Parts:
+    """Make a range of as many whole months as possible, so that at most half a month of days remains at either end."""
+    first_month, last_month = _bounds(days.first), _bounds(days.last)
+    before = Days(first_month.first, days.first - DAY) if days.first > first_month.first else NO_DAYS
+    behind = Days(days.last + DAY, last_month.last) if days.last < last_month.last else NO_DAYS
+    if first_month == last_month:
+        if _length(before) + _length(behind) < _length(days):
+            return Parts(Days(first_month.first, first_month.first), before, -1, behind, -1)
+        return Parts(NO_DAYS, days, 1, NO_DAYS, 1)
+    start, end = Days(days.first, first_month.last), Days(last_month.first, days.last)
+    months_first, months_last = first_month.first, last_month.first
+    start_sign = end_sign = -1
+    if _length(start) < _length(before):
+        months_first, before, start_sign = first_month.last + DAY, start, 1
+    if _length(end) < _length(behind):
+        months_last, behind, end_sign = _bounds(last_month.first - DAY).first, end, 1
+    return Parts(Days(months_first, months_last), before, start_sign, behind, end_sign)
+
+
+def _bounds(day: date) -> Days:
+    """The month of a day."""
+    return Days(day.replace(day=1), day.replace(day=monthrange(day.year, day.month)[1]))
+
+
+def _length(days: Days) -> int:
+    return max((days.last - days.first).days + 1, 0)
+
+
+def _parameters(days: Days) -> dict[str, date | int]:
+    months, start, start_sign, end, end_sign = parts(days)
+    return {
+        "months_first": months.first,
+        "months_last": months.last,
+        "start_first": start.first,
+        "start_last": start.last,
+        "start_sign": start_sign,
+        "end_first": end.first,
+        "end_last": end.last,
+        "end_sign": end_sign,
+    }
 
 
 class Freshness(NamedTuple):
@@ -43,7 +93,7 @@ class Answer(NamedTuple):
 
 
 async def daily_sales(
-    reader: Reader,
+    connection: Connection,
     days: Days,
     branch_ids: Sequence[int],
     *,
@@ -51,22 +101,20 @@ async def daily_sales(
     limit: int,
 ) -> Answer:
     """Rows of (day, branch, revenue, items, purchases, those with a customer), by day, then branch."""
-    after_day, after_branch_id = after or (date.min, 0)
+    after_day, after_branch_id = after or (days.first, 0)
     return await _ask(
-        reader,
+        connection,
         """
         SELECT day, branch_id, revenue_sum::text, items_sum, purchases_count, purchases_with_customer_count
         FROM daily_sales_by_branch
-        WHERE day BETWEEN greatest(%(first)s, %(after_day)s) AND %(last)s
-            AND (day, branch_id) > (%(after_day)s, %(after_branch_id)s)
-            AND (branch_id = ANY (%(branch_ids)s::int[]) OR %(branch_ids)s::int[] = '{}')
-        ORDER BY day, branch_id
-        LIMIT %(limit)s
-        """,
+        WHERE day BETWEEN %(after_day)s AND %(last)s AND (day, branch_id) > (%(after_day)s, %(after_branch_id)s)
+        """
+        + _filter("branch_id", branch_ids)
+        + "ORDER BY day, branch_id LIMIT %(limit)s",
+        "day, branch_id",
         {
-            "first": days.first,
             "last": days.last,
-            "branch_ids": list(branch_ids),
+            "branch_id": _ids(branch_ids),
             "after_day": after_day,
             "after_branch_id": after_branch_id,
             "limit": limit,
@@ -75,7 +123,7 @@ async def daily_sales(
 
 
 async def product_sales(
-    reader: Reader,
+    connection: Connection,
     days: Days,
     branch_ids: Sequence[int],
     product_ids: Sequence[int],
@@ -84,24 +132,49 @@ async def product_sales(
     limit: int,
 ) -> Answer:
     """Rows of (day, branch, product, quantity, revenue), by day, branch, product."""
-    after_day, after_branch_id, after_product_id = after or (date.min, 0, 0)
+    after_day, after_branch_id, after_product_id = after or (days.first, 0, 0)
+    in_range: LiteralString = "day BETWEEN %(after_day)s AND %(last)s"
+    not_before: LiteralString = ""
+    if after:
+        not_before = "AND (day, branch_id, product_id) > (%(after_day)s, %(after_branch_id)s, %(after_product_id)s)"
+    products = _filter("product_id", product_ids)
+    source: LiteralString
+    if branch_ids:
+        # Through the days on which the branches were open: their rows are thinly spread over the index.
+        source = f"""
+            (SELECT day, branch_id FROM daily_sales_by_branch WHERE {in_range} {_filter("branch_id", branch_ids)})
+                AS calendar
+            CROSS JOIN LATERAL (
+                SELECT product_id, qty_sum, revenue_sum FROM product_sales_daily AS sold
+                WHERE sold.day = calendar.day AND sold.branch_id = calendar.branch_id {products} {not_before}
+                ORDER BY product_id LIMIT %(limit)s
+            ) AS sold
+            """
+    elif len(product_ids) > 1:
+        source = f"""
+            (SELECT day FROM daily_sales_of_chain WHERE {in_range}) AS calendar
+            CROSS JOIN LATERAL (
+                SELECT branch_id, product_id, qty_sum, revenue_sum FROM product_sales_daily AS sold
+                WHERE sold.day = calendar.day AND product_id = ANY (ARRAY(
+                    SELECT product_id FROM product_sales_totals WHERE branch_id = 0 {products}
+                )) {not_before}
+                ORDER BY branch_id, product_id LIMIT %(limit)s
+            ) AS sold
+            """
+    else:
+        source = f"product_sales_daily WHERE {in_range} {products} {not_before}"
     return await _ask(
-        reader,
-        """
-        SELECT day, branch_id, product_id, qty_sum, revenue_sum::text
-        FROM product_sales_daily
-        WHERE day BETWEEN greatest(%(first)s, %(after_day)s) AND %(last)s
-            AND (day, branch_id, product_id) > (%(after_day)s, %(after_branch_id)s, %(after_product_id)s)
-            AND (branch_id = ANY (%(branch_ids)s::int[]) OR %(branch_ids)s::int[] = '{}')
-            AND (product_id = ANY (%(product_ids)s::int[]) OR %(product_ids)s::int[] = '{}')
-        ORDER BY day, branch_id, product_id
-        LIMIT %(limit)s
+        connection,
+        f"""
+        SELECT day, branch_id, product_id, qty_sum, revenue_sum::text FROM {source}
+        ORDER BY day, branch_id, product_id LIMIT %(limit)s
         """,
-        {
-            "first": days.first,
+        "day, branch_id, product_id",
+        prepare=False,  # the best plan depends on how many ids and days are asked for
+        parameters={
             "last": days.last,
-            "branch_ids": list(branch_ids),
-            "product_ids": list(product_ids),
+            "branch_id": _ids(branch_ids),
+            "product_id": _ids(product_ids),
             "after_day": after_day,
             "after_branch_id": after_branch_id,
             "after_product_id": after_product_id,
@@ -111,8 +184,8 @@ async def product_sales(
 
 
 async def top_products(
-    reader: Reader,
-    days: Days,
+    connection: Connection,
+    days: Days | None,
     branch_id: int | None,
     *,
     limit: int,
@@ -120,41 +193,54 @@ async def top_products(
     include_ties: bool,
 ) -> Answer:
     """Rows of (product, quantity, revenue), the best first. One above TOP_PRODUCTS_MAX when there are more ties."""
+    sold: LiteralString
+    if days is None:
+        sold = "SELECT product_id, qty_sum, revenue_sum FROM product_sales_totals WHERE branch_id = %(branch_id)s"
+        ranges: Mapping[str, date | int] = {}
+    elif branch_id is None:
+        sold = """
+            SELECT product_id, qty_sum, revenue_sum FROM product_sales_monthly
+            WHERE month BETWEEN %(months_first)s AND %(months_last)s
+            UNION ALL SELECT product_id, %(start_sign)s * qty_sum, %(start_sign)s * revenue_sum FROM product_sales_daily
+            WHERE day BETWEEN %(start_first)s AND %(start_last)s
+            UNION ALL SELECT product_id, %(end_sign)s * qty_sum, %(end_sign)s * revenue_sum FROM product_sales_daily
+            WHERE day BETWEEN %(end_first)s AND %(end_last)s
+            """
+        ranges = _parameters(days)
+    else:
+        # By way of the branch's days: its products are thinly spread over the primary key.
+        sold = """
+            SELECT product_id, product.qty_sum, product.revenue_sum
+            FROM daily_sales_by_branch AS daily JOIN product_sales_daily AS product USING (day, branch_id)
+            WHERE daily.branch_id = %(branch_id)s AND day BETWEEN %(first)s AND %(last)s
+            """
+        ranges = days._asdict()
+    measure: LiteralString = "revenue" if by_revenue else "quantity"
+    best: LiteralString = (
+        f"ORDER BY {measure} DESC FETCH FIRST (%(limit)s) ROWS WITH TIES"
+        if include_ties
+        else f"ORDER BY {measure} DESC, product_id LIMIT %(limit)s"
+    )
     return await _ask(
-        reader,
-        """
-        WITH sold AS (
+        connection,
+        f"""
+        SELECT product_id, quantity::bigint, revenue::text, {measure} AS measure
+        FROM (
             SELECT product_id, sum(qty_sum) AS quantity, sum(revenue_sum) AS revenue
-            FROM product_sales_daily
-            WHERE day BETWEEN %(first)s AND %(last)s AND (branch_id = %(branch_id)s OR %(branch_id)s::int IS NULL)
+            FROM ({sold}) AS sold
             GROUP BY product_id
-        ), measured AS (
-            SELECT *, CASE WHEN %(by_revenue)s THEN revenue ELSE quantity END AS measure FROM sold
-        ), ranked AS (
-            SELECT *, rank() OVER (ORDER BY measure DESC) AS place, -- equal products have the same
-                row_number() OVER (ORDER BY measure DESC, product_id) AS position
-            FROM measured
-        )
-        SELECT product_id, quantity::bigint, revenue::text
-        FROM ranked
-        WHERE CASE WHEN %(include_ties)s THEN place ELSE position END <= %(limit)s
-        ORDER BY position
-        LIMIT %(most)s
+            HAVING sum(qty_sum) > 0 -- of what is sold on other days of a month, nothing is left
+            {best}
+        ) AS best
+        ORDER BY measure DESC, product_id LIMIT {TOP_PRODUCTS_MAX + 1}
         """,
-        {
-            "first": days.first,
-            "last": days.last,
-            "branch_id": branch_id,
-            "by_revenue": by_revenue,
-            "include_ties": include_ties,
-            "limit": limit,
-            "most": TOP_PRODUCTS_MAX + 1,
-        },
+        "measure DESC, product_id",
+        {"branch_id": branch_id or 0, "limit": limit, **ranges},
     )
 
 
 async def loyal_customers(
-    reader: Reader,
+    connection: Connection,
     purchases_min: int,
     branch_id: int | None,
     *,
@@ -167,75 +253,76 @@ async def loyal_customers(
     that makes the order one ascending pair, in which a page starts where the previous one ended.
     """
     after_count, after_customer_id = after or (COUNT_MAX, "00000000-0000-0000-0000-000000000000")
-    parameters = {
-        "purchases_min": purchases_min,
-        "after_count": after_count,
-        "after_customer_id": after_customer_id,
-        "limit": limit,
-    }
-    if branch_id is None:
-        return await _ask(
-            reader,
-            """
-            SELECT customer_id::text, purchases_count, last_purchase_at
-            FROM customer_loyalty_chain AS loyal
-            WHERE -purchases_count <= -%(purchases_min)s
-                AND (-purchases_count, customer_id) > (-%(after_count)s, %(after_customer_id)s::uuid)
-            ORDER BY -purchases_count, loyal.customer_id -- not the text of that name above
-            LIMIT %(limit)s
-            """,
-            parameters,
-        )
+    source: LiteralString = (
+        "customer_loyalty_chain AS loyal WHERE"
+        if branch_id is None
+        else "customer_loyalty AS loyal WHERE branch_id = %(branch_id)s AND"
+    )
     return await _ask(
-        reader,
-        """
+        connection,
+        f"""
         SELECT customer_id::text, purchases_count, last_purchase_at
-        FROM customer_loyalty AS loyal
-        WHERE branch_id = %(branch_id)s AND -purchases_count <= -%(purchases_min)s
+        FROM {source} -purchases_count <= -%(purchases_min)s
             AND (-purchases_count, customer_id) > (-%(after_count)s, %(after_customer_id)s::uuid)
-        ORDER BY -purchases_count, loyal.customer_id
+        ORDER BY -purchases_count, loyal.customer_id -- not the text of that name above
         LIMIT %(limit)s
         """,
-        {**parameters, "branch_id": branch_id},
+        '-purchases_count, customer_id COLLATE "C"',
+        {
+            "branch_id": branch_id,
+            "purchases_min": purchases_min,
+            "after_count": after_count,
+            "after_customer_id": after_customer_id,
+            "limit": limit,
+        },
     )
 
 
-async def customer_loyalty(reader: Reader, customer_id: str) -> Answer:
+async def customer_loyalty(connection: Connection, customer_id: str) -> Answer:
     """Rows of (branch, purchases, time of the latest), by branch; none for an unknown customer."""
     return await _ask(
-        reader,
-        """
-        SELECT branch_id, purchases_count, last_purchase_at
-        FROM customer_loyalty
-        WHERE customer_id = %(customer_id)s
-        ORDER BY branch_id
-        """,
+        connection,
+        "SELECT branch_id, purchases_count, last_purchase_at FROM customer_loyalty WHERE customer_id = %(customer_id)s",
+        "branch_id",
         {"customer_id": customer_id},
     )
 
 
-async def sales_summary(reader: Reader, days: Days | None, branch_id: int | None) -> Answer:
+async def sales_summary(connection: Connection, days: Days | None, branch_id: int | None) -> Answer:
     """One row of (revenue, items, purchases, unique customers); those are None for a range of days."""
     if days is None:
         return await _ask(
-            reader,
+            connection,
             """
             SELECT coalesce(sum(revenue_sum), 0.00)::text, coalesce(sum(items_sum), 0)::bigint,
                 coalesce(sum(purchases_count), 0)::bigint, coalesce(sum(unique_customers_count), 0)::bigint
             FROM sales_totals -- one row, or none before the first purchase
-            WHERE branch_id = coalesce(%(branch_id)s, 0) -- 0 is the whole chain
+            WHERE branch_id = %(branch_id)s
             """,
-            {"branch_id": branch_id},
+            "1",
+            {"branch_id": branch_id or 0},
         )
+    daily: LiteralString = (
+        "daily_sales_of_chain WHERE"
+        if branch_id is None
+        else "daily_sales_by_branch WHERE branch_id = %(branch_id)s AND"
+    )
     return await _ask(
-        reader,
-        """
-        SELECT coalesce(sum(revenue_sum), 0.00)::text, coalesce(sum(items_sum), 0)::bigint,
-            coalesce(sum(purchases_count), 0)::bigint, NULL
-        FROM daily_sales_by_branch
-        WHERE day BETWEEN %(first)s AND %(last)s AND (branch_id = %(branch_id)s OR %(branch_id)s::int IS NULL)
+        connection,
+        f"""
+        SELECT coalesce(sum(sign * revenue_sum), 0.00)::text, coalesce(sum(sign * items_sum), 0)::bigint,
+            coalesce(sum(sign * purchases_count), 0)::bigint, NULL
+        FROM (
+            SELECT 1 AS sign, revenue_sum, items_sum, purchases_count FROM monthly_sales_by_branch
+            WHERE branch_id = %(branch_id)s AND month BETWEEN %(months_first)s AND %(months_last)s
+            UNION ALL SELECT %(start_sign)s, revenue_sum, items_sum, purchases_count
+            FROM {daily} day BETWEEN %(start_first)s AND %(start_last)s
+            UNION ALL SELECT %(end_sign)s, revenue_sum, items_sum, purchases_count
+            FROM {daily} day BETWEEN %(end_first)s AND %(end_last)s
+        ) AS part
         """,
-        {"first": days.first, "last": days.last, "branch_id": branch_id},
+        "1",
+        {"branch_id": branch_id or 0, **_parameters(days)},
     )
 
 
@@ -247,19 +334,33 @@ async def page_token_key(connection: Connection) -> bytes:
     return key
 
 
-async def _ask(reader: Reader, question: LiteralString, parameters: Mapping[str, Any]) -> Answer:
-    """Read the answer and its freshness from one snapshot.
+def _filter(column: LiteralString, ids: Sequence[int]) -> LiteralString:
+    """A condition with the parameter of the column's name. One id is told apart: it has an order of its own."""
+    return f"AND {column} = ANY (%({column})s) " if len(ids) > 1 else f"AND {column} = %({column})s " if ids else ""
 
-    Statements sent as one message are one transaction and one round trip, at a third of the cost of BEGIN, SET, two
-    SELECTs and COMMIT. Such a message has no parameters of its own, so the client quotes them into the text.
-    """
-    cursor = AsyncClientCursor(reader.connection)
-    await cursor.execute(
-        "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY;"
-        "SET LOCAL statement_timeout = %(timeout_ms)s;"
-        "SELECT applied_at, complete_through_at, quarantined_count FROM freshness;" + question,
-        {"timeout_ms": reader.timeout_ms, **parameters},
+
+def _ids(ids: Sequence[int]) -> Sequence[int] | int | None:
+    return list(ids) if len(ids) > 1 else ids[0] if ids else None
+
+
+async def _ask(
+    connection: Connection,
+    question: LiteralString,
+    order: LiteralString,
+    parameters: Mapping[str, Any],
+    *,
+    prepare: bool = True,
+) -> Answer:
+    """Read the answer and its freshness with one statement: one round trip, and one snapshot."""
+    cursor = await connection.execute(
+        f"""
+        SELECT answer.*, applied_at, complete_through_at, quarantined_count
+        FROM freshness LEFT JOIN ({question}) AS answer ON true
+        ORDER BY {order}
+        """,
+        parameters,
+        prepare=prepare,
     )
-    freshness = await (await cursor.set_result(-2)).fetchone()
-    assert freshness is not None  # made by the migration, never deleted
-    return Answer(await (await cursor.set_result(-1)).fetchall(), Freshness(*freshness))
+    rows = await cursor.fetchall()
+    # An empty answer comes as one row without values.
+    return Answer([row[:-3] for row in rows] if rows[0][0] is not None else [], Freshness(*rows[0][-3:]))

@@ -8,11 +8,10 @@ from typing import Any
 
 from analytics_svc import queries
 from analytics_svc.errors import CustomerNotFound
-from analytics_svc.queries import ALL_DAYS, Days, Freshness, Reader
+from analytics_svc.queries import ALL_DAYS, Days, Freshness
 from chassis import wire
 from chassis.errors import DatabaseUnavailable, InvalidRequest, InvalidToken, NotImplementedYet, Violation
-from chassis.grpc_server import CALL_TIMEOUT_S
-from chassis.postgres import POOL_WAIT_S, Pool
+from chassis.postgres import POOL_WAIT_S, Connection, Pool
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1 import analytics_service_pb2_grpc
 
@@ -41,8 +40,10 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         tokens = self._admit(request, violations)
         position = tokens.read(request)
         after = (datetime.date.fromisoformat(position[0]), position[1]) if position else None
-        async with self._reading(context) as reader:
-            rows, freshness = await queries.daily_sales(reader, days, request.branch_ids, after=after, limit=limit + 1)
+        async with self._reading(context) as connection:
+            rows, freshness = await queries.daily_sales(
+                connection, days, request.branch_ids, after=after, limit=limit + 1
+            )
         page = rows[:limit]
         return pb.ListDailySalesResponse(
             daily_sales=[
@@ -69,9 +70,9 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         tokens = self._admit(request, violations)
         position = tokens.read(request)
         after = (datetime.date.fromisoformat(position[0]), position[1], position[2]) if position else None
-        async with self._reading(context) as reader:
+        async with self._reading(context) as connection:
             rows, freshness = await queries.product_sales(
-                reader, days, request.branch_ids, request.product_ids, after=after, limit=limit + 1
+                connection, days, request.branch_ids, request.product_ids, after=after, limit=limit + 1
             )
         page = rows[:limit]
         return pb.ListProductSalesResponse(
@@ -95,13 +96,13 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
             violations.append(Violation("limit", "must not be negative"))
         limit = min(request.limit or TOP_PRODUCTS, queries.TOP_PRODUCTS_MAX)
         branch_id = _branch_id(request, violations)
-        days = _days(request, violations) or ALL_DAYS
+        days = _days(request, violations)
         if request.order not in pb.TopProductsOrder.values():
             violations.append(Violation("order", "must be one of TopProductsOrder"))
         self._admit(request, violations)
-        async with self._reading(context) as reader:
+        async with self._reading(context) as connection:
             rows, freshness = await queries.top_products(
-                reader,
+                connection,
                 days,
                 branch_id,
                 limit=limit,
@@ -111,7 +112,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         return pb.ListTopProductsResponse(
             top_products=[
                 pb.TopProduct(product_id=product_id, quantity=quantity, revenue=wire.decimal(revenue))
-                for product_id, quantity, revenue in rows[: queries.TOP_PRODUCTS_MAX]
+                for product_id, quantity, revenue, _ in rows[: queries.TOP_PRODUCTS_MAX]
             ],
             truncated=len(rows) > queries.TOP_PRODUCTS_MAX,
             **_marks(freshness),
@@ -127,9 +128,9 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         branch_id = _branch_id(request, violations)
         tokens = self._admit(request, violations)
         position = tokens.read(request)
-        async with self._reading(context) as reader:
+        async with self._reading(context) as connection:
             rows, freshness = await queries.loyal_customers(
-                reader,
+                connection,
                 request.min_purchase_count or LOYAL_PURCHASES_MIN,
                 branch_id,
                 after=(position[0], position[1]) if position else None,
@@ -153,8 +154,8 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         known_form = _UUID.fullmatch(request.customer_id)
         self._admit(request, [] if known_form else [Violation("customer_id", UUID_RULE)])
         customer_id = request.customer_id.lower()
-        async with self._reading(context) as reader:
-            rows, freshness = await queries.customer_loyalty(reader, customer_id)
+        async with self._reading(context) as connection:
+            rows, freshness = await queries.customer_loyalty(connection, customer_id)
         if not rows:
             raise CustomerNotFound(
                 f"no purchase of the customer {customer_id} is counted", metadata={"customer_id": customer_id}
@@ -179,8 +180,10 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         branch_id = _branch_id(request, violations)
         days = _days(request, violations)
         self._admit(request, violations)
-        async with self._reading(context) as reader:
-            ((revenue, items, purchases, customers),), freshness = await queries.sales_summary(reader, days, branch_id)
+        async with self._reading(context) as connection:
+            ((revenue, items, purchases, customers),), freshness = await queries.sales_summary(
+                connection, days, branch_id
+            )
         return pb.GetSalesSummaryResponse(
             revenue=wire.decimal(revenue),
             item_count=items,
@@ -206,12 +209,12 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         return self.tokens
 
     @asynccontextmanager
-    async def _reading(self, context: Any) -> AsyncIterator[Reader]:
-        """A connection, and what is left of the caller's time, so that nobody's query lingers."""
+    async def _reading(self, context: Any) -> AsyncIterator[Connection]:
+        """A connection. A query whose caller's time is over is cancelled, and the query with it."""
         remaining = context.time_remaining()
-        timeout_s = CALL_TIMEOUT_S if remaining is None else min(max(remaining, 0.001), CALL_TIMEOUT_S)
-        async with self._pool.connection(timeout=min(timeout_s, POOL_WAIT_S)) as connection:
-            yield Reader(connection, int(timeout_s * 1000))
+        timeout_s = POOL_WAIT_S if remaining is None else min(max(remaining, 0.001), POOL_WAIT_S)
+        async with self._pool.connection(timeout=timeout_s) as connection:
+            yield connection
 
 
 def _marks(freshness: Freshness) -> dict[str, Any]:

@@ -146,12 +146,27 @@ async def test_product_sales(reports: Any, analytics_db: str) -> None:
             ] == [(key, [row[0], f"{row[1]:.2f}"]) for key, row in sorted(sums.items())]
 
 
+def ranges_over_months(seed: int) -> list[Question]:
+    """Ranges that cut months in all ways: at neither end, at one or both, within one month, far beyond the sales."""
+    chance = random.Random(seed)
+    ends = [date(2026, 3, 1) + timedelta(days=chance.randrange(-20, 140)) for _ in range(40)]
+    some = [Question(first, last) for first, last in zip(ends[::2], ends[1::2], strict=True) if first <= last]
+    whole = [
+        Question(date(2026, 4, 1), date(2026, 5, 31)),
+        Question(date(2026, 4, 2), date(2026, 4, 30)),
+        Question(date(2026, 4, 1), date(2026, 4, 1)),
+        Question(first=date(2026, 4, 20)),
+        Question(last=date(2026, 4, 10)),
+    ]
+    return [q._replace(branch_ids=ids) for q in some + whole for ids in ((), (2,), (99,))]
+
+
 @pytest.mark.parametrize("order", [pb.TOP_PRODUCTS_ORDER_UNSPECIFIED, 1, pb.TOP_PRODUCTS_ORDER_REVENUE])
 async def test_top_products(reports: Any, analytics_db: str, order: Any) -> None:
     """The best by quantity or revenue, equal ones by id; with ties, all that sold as much as the last one."""
-    sales = some_sales(120, seed=23)
+    sales = some_sales(50, seed=23) + some_sales(150, seed=28, days=120)
     await record(analytics_db, sales)
-    for question in [q for q in QUESTIONS if len(q.branch_ids) < 2]:
+    for question in [q for q in QUESTIONS if len(q.branch_ids) < 2] + ranges_over_months(seed=29):
         quantities: Counter[int] = Counter()
         revenues: Counter[int] = Counter()
         for sale in filter(question.takes, sales):
@@ -160,7 +175,7 @@ async def test_top_products(reports: Any, analytics_db: str, order: Any) -> None
                 revenues[product_id] += int(quantity * price * 100)
         measure = revenues if order == pb.TOP_PRODUCTS_ORDER_REVENUE else quantities
         ranking = sorted(measure, key=lambda product_id: (-measure[product_id], product_id))
-        for limit in (0, 1, 3, 39, 1_000, 2**31 - 1):
+        for limit in (0, 1, 39, 2**31 - 1):
             cut = limit or 10
             for include_ties in (False, True):
                 reply = await reports.ListTopProducts(
@@ -252,10 +267,10 @@ async def test_unknown_customer(reports: Any, analytics_db: str) -> None:
 @pytest.mark.parametrize("branch_id", [None, 2, 99])
 async def test_sales_summary(reports: Any, analytics_db: str, branch_id: int | None) -> None:
     """Sums over the chain or a branch, of all time or some days; unique customers without dates only."""
-    sales = some_sales(300, seed=25)
+    sales = some_sales(200, seed=25) + some_sales(200, seed=28, days=120)
     await record(analytics_db, sales[:100])
     await record(analytics_db, sales[100:])
-    for question in QUESTIONS[:4] + QUESTIONS[-2:]:
+    for question in QUESTIONS[:4] + QUESTIONS[-2:] + [q for q in ranges_over_months(seed=30) if not q.branch_ids]:
         taken = [s for s in filter(question.takes, sales) if branch_id in (None, s.branch_id)]
         reply = await reports.GetSalesSummary(pb.GetSalesSummaryRequest(branch_id=branch_id, **question.fields()))
         assert (reply.revenue.value, reply.item_count, reply.purchase_count) == (
