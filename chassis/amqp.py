@@ -87,7 +87,16 @@ def close(connection: Connection) -> None:
 
 
 def describe(error: BaseException) -> str:
+    """What happened, without the errors that pika wraps around the one that says it."""
+    while inner := [e for e in _wrapped(error) if isinstance(e, BaseException)]:
+        error = inner[-1]
+    if isinstance(error, BrokerUnavailable):
+        return str(error)
     return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _wrapped(error: BaseException) -> list[object]:
+    return [*error.args, getattr(error, "exception", None), *getattr(error, "exceptions", ())]
 
 
 def _settle(future: "asyncio.Future[Any]", value: Any) -> None:

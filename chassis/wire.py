@@ -1,4 +1,4 @@
-"""Protobuf's well-known values and our own: exact amounts, days, points in time, page tokens."""
+"""Protobuf's well-known values and our own: exact amounts, days, points in time, UUIDs, page tokens."""
 
 import base64
 import binascii
@@ -82,6 +82,15 @@ def parse_timestamp(value: timestamp_pb2.Timestamp) -> datetime.datetime | None:
         return EPOCH + datetime.timedelta(seconds=value.seconds, microseconds=value.nanos // 1_000)
     except OverflowError:
         return None
+
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
+UUID_RULE = "must be a UUID such as 4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
+
+
+def parse_uuid(text: str) -> str | None:
+    """The canonical form of a UUID; None when it is none. Only the usual form: no braces, no bare digits."""
+    return text.lower() if _UUID.fullmatch(text) else None
 
 
 def page_size(asked: int, default: int, most: int, violations: list[Violation]) -> int:

@@ -3,7 +3,6 @@
 Written for speed where it is on the path of every sale: one pass, whole cents, no Decimal objects.
 """
 
-import re
 import unicodedata
 
 from google.type import decimal_pb2
@@ -15,14 +14,7 @@ from purchases_svc.record import Recorded
 from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 
-_UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
-UUID_RULE = "must be a UUID such as 4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
 POSITIVE_RULE = "must be positive"
-
-
-def parse_uuid(text: str) -> str | None:
-    """The canonical form of a UUID; None when it is none. Only the usual form: no braces, no bare digits."""
-    return text.lower() if _UUID.fullmatch(text) else None
 
 
 def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
@@ -34,9 +26,9 @@ def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
     violations: list[Violation] = []
     purchase = request.purchase
 
-    key = parse_uuid(request.idempotency_key)
+    key = wire.parse_uuid(request.idempotency_key)
     if key is None:
-        violations.append(Violation("idempotency_key", UUID_RULE))
+        violations.append(Violation("idempotency_key", wire.UUID_RULE))
     if not request.HasField("purchase"):
         violations.append(Violation("purchase", "is required"))
         raise InvalidPurchase(violations)
@@ -50,9 +42,9 @@ def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
 
     customer_id = None
     if purchase.HasField("customer_id"):
-        customer_id = parse_uuid(purchase.customer_id)
+        customer_id = wire.parse_uuid(purchase.customer_id)
         if customer_id is None:
-            violations.append(Violation("purchase.customer_id", UUID_RULE))
+            violations.append(Violation("purchase.customer_id", wire.UUID_RULE))
 
     purchase_time = None
     if not purchase.HasField("purchase_time"):

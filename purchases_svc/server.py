@@ -76,9 +76,9 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             violations.append(Violation("branch_id", messages.POSITIVE_RULE))
         customer_id = None
         if request.HasField("customer_id"):
-            customer_id = messages.parse_uuid(request.customer_id)
+            customer_id = wire.parse_uuid(request.customer_id)
             if customer_id is None:
-                violations.append(Violation("customer_id", messages.UUID_RULE))
+                violations.append(Violation("customer_id", wire.UUID_RULE))
         start, end = (_optional_time(request, field, violations) for field in ("start_time", "end_time"))
         _raise_if(violations)
         position = self._tokens.read(request)
@@ -155,10 +155,10 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         first, last = (_required_date(request, field, violations) for field in ("first_date", "last_date"))
         if first and last and last < first:
             violations.append(Violation("last_date", "must not be before first_date"))
-        customer_ids = [messages.parse_uuid(text) for text in request.customer_ids]
+        customer_ids = [wire.parse_uuid(text) for text in request.customer_ids]
         for n, customer_id in enumerate(customer_ids[:CUSTOMER_IDS_MAX]):
             if customer_id is None:
-                violations.append(Violation(f"customer_ids[{n}]", messages.UUID_RULE))
+                violations.append(Violation(f"customer_ids[{n}]", wire.UUID_RULE))
         if len(customer_ids) > CUSTOMER_IDS_MAX:
             violations.append(Violation("customer_ids", f"must have at most {CUSTOMER_IDS_MAX:,} customers"))
         _raise_if(violations)
@@ -268,9 +268,9 @@ def _raise_if(violations: list[Violation]) -> None:
 
 
 def _required_uuid(field: str, text: str) -> str:
-    parsed = messages.parse_uuid(text)
+    parsed = wire.parse_uuid(text)
     if parsed is None:
-        raise InvalidRequest([Violation(field, messages.UUID_RULE)])
+        raise InvalidRequest([Violation(field, wire.UUID_RULE)])
     return parsed
 
 

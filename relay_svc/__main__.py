@@ -6,13 +6,17 @@ import sys
 import structlog
 from psycopg import sql
 
-from chassis import grpc_server, lifecycle, logs, postgres, settings
+from chassis import grpc_server, lifecycle, logs, postgres, settings, wire
+from relay_svc import inspection
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
+from relay_svc.server import OutboxServicer
 from relay_svc.settings import ServeSettings
+from retail.relay.v1.outbox_service_pb2_grpc import add_OutboxServiceServicer_to_server
 
 ROLE = "purchases_relay"
 CONNECTIONS = 2
+SERVICE_CONNECTIONS = 4  # of the OutboxService: its calls never wait for the relay's windows
 STATEMENT_TIMEOUT_S = 10.0
 
 log = structlog.get_logger()
@@ -23,7 +27,6 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     host = grpc_server.Server("relay.retail.example")
     async with (
         grpc_server.serving_metrics(config.metrics_listen),
-        host.listening(config.listen, []),
         postgres.open_pool(
             config.database_url,
             role=ROLE,
@@ -31,10 +34,19 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             size=CONNECTIONS,
             statement_timeout_s=STATEMENT_TIMEOUT_S,
         ) as pool,
+        postgres.open_pool(
+            config.database_url,
+            role=ROLE,
+            application_name="relay service",
+            size=SERVICE_CONNECTIONS,
+            statement_timeout_s=grpc_server.CALL_TIMEOUT_S,
+        ) as service_pool,
     ):
-        outbox_exists = sql.SQL("SELECT FROM outbox_events LIMIT 0")
-        if not await postgres.wait_until_up(pool, stop, outbox_exists):
+        migrated = sql.SQL("SELECT FROM outbox_listing")  # the newest of what we need; the migrations are not ours
+        if not await postgres.wait_until_up(pool, stop, migrated):
             return
+        async with service_pool.connection() as connection:
+            tokens = wire.PageTokens(await inspection.page_token_key(connection))
         publisher = Publisher(config.amqp_url, config.confirm_timeout_s)
         relay = Relay(
             pool,
@@ -43,11 +55,16 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             attempts_max=config.attempts_max,
             poll_every_s=config.poll_every_s,
         )
-        await host.set_serving(True)
-        log.info("serving", listen=config.listen, metrics=config.metrics_listen)
+        service = grpc_server.Service(
+            add_OutboxServiceServicer_to_server,
+            OutboxServicer(relay, service_pool, tokens),
+            "retail.relay.v1.OutboxService",
+        )
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with host.listening(config.listen, [service]), asyncio.TaskGroup() as tasks:
                 tasks.create_task(relay.run(stop))
+                await host.set_serving(True)
+                log.info("serving", listen=config.listen, metrics=config.metrics_listen)
                 await stop.wait()
                 await host.set_serving(False)
         finally:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from collections import deque
 from typing import NamedTuple
 
 import structlog
@@ -17,6 +18,7 @@ from relay_svc.publisher import Publisher
 # starts at a floor. What commits late, or waits for another attempt, below the floor is found by a full scan.
 FLOOR_MARGIN_S = 5.0
 FULL_SCAN_EVERY_S = 30.0
+RATE_OVER_S = 60.0
 
 SENT = Counter("relay_events_sent_total", "Events that the broker confirmed.")
 FAULTS = Counter("relay_event_faults_total", "Attempts that failed by the event's own fault.")
@@ -32,6 +34,27 @@ class Step(NamedTuple):
     outage: str | None
 
 
+class Rate:
+    """How much happened per second over the last minute, or since the start when that is less long ago."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._counts: deque[tuple[float, int]] = deque()
+
+    def add(self, count: int) -> None:
+        self._counts.append((time.monotonic(), count))
+        self._forget()
+
+    def per_second(self) -> float:
+        self._forget()
+        seconds = min(time.monotonic() - self._started, RATE_OVER_S)
+        return sum(count for _, count in self._counts) / max(seconds, 1.0)
+
+    def _forget(self) -> None:
+        while self._counts and self._counts[0][0] < time.monotonic() - RATE_OVER_S:
+            self._counts.popleft()
+
+
 class Relay:
     """Publishes what is in the outbox. A crash anywhere means that events are claimed again: repeated, never lost."""
 
@@ -42,7 +65,12 @@ class Relay:
         self._window, self._attempts_max, self._poll_every_s = window, attempts_max, poll_every_s
         self._floor = outbox.NIL
         self._full_scan_at = 0.0
+        self._rate = Rate()
         self.breaker_reason: str | None = None
+
+    def events_per_second(self) -> float:
+        """Events confirmed per second over the last minute."""
+        return self._rate.per_second()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Rounds until `stop`. While the breaker is open, one event at a time is tried, with growing pauses: an outage
@@ -75,6 +103,7 @@ class Relay:
             await outbox.mark_sent(connection, outcome.confirmed)
             await outbox.mark_faulty(connection, outcome.faulty, self._attempts_max)
         SENT.inc(len(outcome.confirmed))
+        self._rate.add(len(outcome.confirmed))
         if outcome.faulty:
             FAULTS.inc(len(outcome.faulty))
             log.error("events cannot be published", faults=outcome.faulty)

@@ -19,6 +19,7 @@ from relay_svc.outbox import NIL, claim
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
 from tests.conftest import eventually, pool
+from tests.integration.outbox_events import all_sent, insert, make_days, states, write
 
 QUEUE = "purchases.created"
 
@@ -31,10 +32,7 @@ def channel(amqp_url: str) -> Iterator[BlockingChannel]:
 
 @pytest.fixture
 async def outbox(purchases_db: str) -> AsyncIterator[Pool]:
-    with psycopg.connect(purchases_db) as connection:
-        connection.execute(
-            "SELECT ensure_outbox_day((now() + n * interval '1 day')::date) FROM generate_series(-2, 1) n"
-        )
+    make_days(purchases_db)
     async with pool(purchases_db, "purchases_relay", size=4) as opened:
         yield opened
 
@@ -48,33 +46,6 @@ def bind(channel: BlockingChannel) -> None:
 def make_relay(outbox: Pool, url: str, window: int = 100) -> tuple[Relay, Publisher]:
     publisher = Publisher(url, confirm_timeout_s=10)
     return Relay(outbox, publisher, window=window, attempts_max=3, poll_every_s=0.05), publisher
-
-
-def write(url: str, count: int, event_type: str = "PurchaseCreated", age_s: float = 0) -> list[str]:
-    """Events as the purchases service writes them."""
-    ids = [str(uuid7(nanoseconds=time.time_ns() - int(age_s * 1e9))) for _ in range(count)]
-    with psycopg.connect(url) as connection:
-        insert(connection, ids, event_type)
-    return ids
-
-
-def insert(connection: "psycopg.Connection[Any]", ids: list[str], event_type: str = "PurchaseCreated") -> None:
-    connection.cursor().executemany(
-        "INSERT INTO outbox_events (event_id, event_type, aggregate_id, occurred_at, payload_json, traceparent)"
-        " VALUES (%s, %s, gen_random_uuid(), now(), %s, '00-trace-01')",
-        [(event_id, event_type, f'{{"event_id": "{event_id}", "amount": 8.90}}') for event_id in ids],
-    )
-
-
-def states(url: str) -> dict[str, tuple[str, int]]:
-    """Status and attempts by event."""
-    with psycopg.connect(url) as connection:
-        rows = connection.execute("SELECT event_id::text, status, attempts FROM outbox_events").fetchall()
-    return {event_id: (status, attempts) for event_id, status, attempts in rows}
-
-
-async def all_sent(url: str) -> bool:
-    return all(status == "SENT" for status, _ in states(url).values())
 
 
 async def _value(value: Any) -> Any:

@@ -73,6 +73,34 @@ BREAKER_STATE_OPEN: BreakerState.ValueType  # 2
 """The broker cannot take events; the relay waits and tries again by itself."""
 Global___BreakerState: _TypeAlias = BreakerState  # noqa: Y015
 
+class _BlockerKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BlockerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockerKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BLOCKER_KIND_UNSPECIFIED: _BlockerKind.ValueType  # 0
+    """Not known."""
+    BLOCKER_KIND_SESSION: _BlockerKind.ValueType  # 1
+    """A session with an open transaction. Ended by pg_terminate_backend(pid)."""
+    BLOCKER_KIND_PREPARED_TRANSACTION: _BlockerKind.ValueType  # 2
+    """A prepared transaction. Ended by COMMIT PREPARED or ROLLBACK PREPARED."""
+    BLOCKER_KIND_REPLICATION_SLOT: _BlockerKind.ValueType  # 3
+    """A replication slot. Ended by pg_drop_replication_slot, if nobody needs it."""
+
+class BlockerKind(_BlockerKind, metaclass=_BlockerKindEnumTypeWrapper):
+    """What keeps PostgreSQL from cleaning up."""
+
+BLOCKER_KIND_UNSPECIFIED: BlockerKind.ValueType  # 0
+"""Not known."""
+BLOCKER_KIND_SESSION: BlockerKind.ValueType  # 1
+"""A session with an open transaction. Ended by pg_terminate_backend(pid)."""
+BLOCKER_KIND_PREPARED_TRANSACTION: BlockerKind.ValueType  # 2
+"""A prepared transaction. Ended by COMMIT PREPARED or ROLLBACK PREPARED."""
+BLOCKER_KIND_REPLICATION_SLOT: BlockerKind.ValueType  # 3
+"""A replication slot. Ended by pg_drop_replication_slot, if nobody needs it."""
+Global___BlockerKind: _TypeAlias = BlockerKind  # noqa: Y015
+
 @_typing.final
 class OutboxEvent(_message.Message):
     """An event in the outbox."""
@@ -129,20 +157,30 @@ Global___OutboxEvent: _TypeAlias = OutboxEvent  # noqa: Y015
 
 @_typing.final
 class BlockingSession(_message.Message):
-    """A database session that keeps PostgreSQL from cleaning up behind the relay."""
+    """What keeps PostgreSQL from cleaning up behind the relay: usually a session
+    with an old transaction.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PID_FIELD_NUMBER: _builtins.int
     APPLICATION_NAME_FIELD_NUMBER: _builtins.int
     TRANSACTION_AGE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TRANSACTIONS_BEHIND_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
-    """Process id of the PostgreSQL backend."""
+    """Process id of the PostgreSQL backend; 0 when there is none."""
     application_name: _builtins.str
-    """Name that the session's application gave."""
+    """Name that the session's application gave; or the id of the prepared
+    transaction, or the name of the replication slot.
+    """
+    kind: Global___BlockerKind.ValueType
+    """What it is."""
+    transactions_behind: _builtins.int
+    """Transactions that have started in the meantime, whose remains cannot go."""
     @_builtins.property
     def transaction_age(self) -> _duration_pb2.Duration:
-        """Age of its transaction."""
+        """Age of its transaction; absent for a replication slot."""
 
     def __init__(
         self,
@@ -150,10 +188,12 @@ class BlockingSession(_message.Message):
         pid: _builtins.int = ...,
         application_name: _builtins.str = ...,
         transaction_age: _duration_pb2.Duration | None = ...,
+        kind: Global___BlockerKind.ValueType = ...,
+        transactions_behind: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transaction_age", b"transaction_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["application_name", b"application_name", "pid", b"pid", "transaction_age", b"transaction_age"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["application_name", b"application_name", "kind", b"kind", "pid", b"pid", "transaction_age", b"transaction_age", "transactions_behind", b"transactions_behind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -190,9 +230,9 @@ class GetOutboxStatusResponse(_message.Message):
     EVENTS_PER_SECOND_FIELD_NUMBER: _builtins.int
     BLOCKING_SESSION_FIELD_NUMBER: _builtins.int
     new_count: _builtins.int
-    """Events that wait to be published."""
+    """Events that wait to be published; counting stops at 1,000,000."""
     failed_count: _builtins.int
-    """Events given up."""
+    """Events given up; counting stops at 1,000,000."""
     breaker_state: Global___BreakerState.ValueType
     """Whether the relay publishes."""
     breaker_reason: _builtins.str
@@ -205,7 +245,9 @@ class GetOutboxStatusResponse(_message.Message):
 
     @_builtins.property
     def blocking_session(self) -> Global___BlockingSession:
-        """The session that holds back the cleaning-up the longest; absent when none does."""
+        """The session that holds back the cleaning-up the most, when its transaction is
+        older than five seconds; absent when there is none.
+        """
 
     def __init__(
         self,
@@ -296,7 +338,9 @@ class RequeueEventsRequest(_message.Message):
     """Requeues every FAILED event; event_ids must be empty then."""
     @_builtins.property
     def event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """UUIDs of the events to requeue, whatever their status; 1,000 at most."""
+        """UUIDs of the events to requeue, whatever their status; 1,000 at most. If one
+        of them is not there, none is requeued.
+        """
 
     def __init__(
         self,
@@ -342,7 +386,9 @@ class ListCommittedEventIdsRequest(_message.Message):
 
     AFTER_SNAPSHOT_FIELD_NUMBER: _builtins.int
     after_snapshot: _builtins.str
-    """snapshot of an earlier answer; empty lists everything."""
+    """snapshot of an earlier answer; empty lists everything. So does one of another
+    server, or of a server that has been set back since.
+    """
     def __init__(
         self,
         *,
@@ -369,7 +415,9 @@ class ListCommittedEventIdsResponse(_message.Message):
     """On the last message only: the snapshot to ask with next time."""
     @_builtins.property
     def event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """UUIDs of some of the events."""
+        """UUIDs of some of the events, 1,000 at most, in no particular order. After a
+        restore an event may be listed again.
+        """
 
     @_builtins.property
     def as_of_time(self) -> _timestamp_pb2.Timestamp:

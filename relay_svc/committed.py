@@ -1,0 +1,107 @@
+"""What was committed since a snapshot: how a reader gets to know every event, without a gap.
+
+A snapshot of ours is PostgreSQL's `xmin:xmax:xip…` behind the realm in which its transaction ids have a meaning. Each
+answer carries the snapshot it was read from; what is visible there but not in the reader's last one is what is new, in
+whatever order transactions started and committed.
+"""
+
+import datetime
+import re
+from collections.abc import AsyncGenerator
+from typing import NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from chassis.errors import InvalidToken
+from chassis.postgres import Connection
+
+CHUNK = 1_000  # ids read and sent at once
+
+# PostgreSQL lets bigger numbers than it has pass, and cuts them.
+_SNAPSHOT = re.compile(
+    r"([0-9]{1,20}\.[0-9A-F]{8}\.[0-9]{1,10}):([0-9]{1,19}:[0-9]{1,19}:(?:[0-9]{1,19}(?:,[0-9]{1,19})*)?)"
+)
+
+
+class Snapshot(NamedTuple):
+    realm: str
+    value: str  # a pg_snapshot's text
+
+    def __str__(self) -> str:
+        return f"{self.realm}:{self.value}"
+
+
+class Listing(NamedTuple):
+    """A part of the ids; the first part, and no other, tells what the listing stands for."""
+
+    event_ids: list[str]
+    snapshot: Snapshot | None
+    as_of_time: datetime.datetime | None
+
+
+async def parse(connection: Connection, text: str) -> Snapshot | None:
+    """A snapshot that was given out earlier; None for "everything".
+
+    Raises:
+        InvalidToken: it is none of ours.
+    """
+    if not text:
+        return None
+    match = _SNAPSHOT.fullmatch(text)
+    if match is None:
+        raise InvalidToken("after_snapshot was not made by this service")
+    try:
+        await connection.execute("SELECT %s::pg_snapshot", [match[2]])
+    except psycopg.DataError:
+        raise InvalidToken("after_snapshot was not made by this service") from None
+    return Snapshot(match[1], match[2])
+
+
+async def remember(connection: Connection, after: Snapshot | None) -> None:
+    """Note what the reader is sure to have: retention keeps the rest."""
+    await connection.execute(
+        "UPDATE outbox_listing SET realm = %s, after_snapshot = %s::pg_snapshot, received_at = now()",
+        [after and after.realm, after and after.value],
+    )
+
+
+async def since(connection: Connection, after: Snapshot | None) -> AsyncGenerator[Listing, None]:
+    """The ids of all events committed since a snapshot, whatever their status, in parts.
+
+    In a transaction of its own, READ COMMITTED: now() is read first, and the ids from a later snapshot. So what was
+    committed before now() is visible there.
+    """
+    await connection.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ ONLY")
+    cursor = await connection.execute(
+        """
+        SELECT now(), transaction_ids_realm(),
+               pg_snapshot_xmax(coalesce(%s, '1:1:')::pg_snapshot) > pg_snapshot_xmax(pg_current_snapshot())
+        """,
+        [after and after.value],
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    as_of_time, realm, in_future = row
+    if after and (after.realm != realm or in_future):
+        after = None  # the server was set back, or is another one: its transactions have other numbers
+    if after:
+        # What another server wrote before a restore may have numbers that this one has not reached: it is in no
+        # snapshot of this one, and was listed with everything.
+        await connection.execute("SET LOCAL enable_seqscan = off")
+        query = sql.SQL("""
+            SELECT pg_current_snapshot()::text UNION ALL
+            SELECT event_id::text FROM outbox_events
+            WHERE created_xid >= pg_snapshot_xmax(%(after)s::pg_snapshot)
+                AND created_xid < pg_snapshot_xmax(pg_current_snapshot())
+                OR created_xid = ANY(ARRAY(SELECT pg_snapshot_xip(%(after)s::pg_snapshot)))
+            """)
+    else:
+        query = sql.SQL("SELECT pg_current_snapshot()::text UNION ALL SELECT event_id::text FROM outbox_events")
+    # A cursor reads from one snapshot, and pg_current_snapshot() is that one.
+    async with connection.cursor(name="committed") as ids:
+        await ids.execute(query, {"after": after.value} if after else None)
+        rows = await ids.fetchmany(CHUNK)
+        yield Listing([event_id for (event_id,) in rows[1:]], Snapshot(realm, rows[0][0]), as_of_time)
+        while rows := await ids.fetchmany(CHUNK):
+            yield Listing([event_id for (event_id,) in rows], None, None)

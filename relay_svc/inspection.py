@@ -1,0 +1,135 @@
+"""The outbox as an operator sees it. Every function takes the connection and never commits."""
+
+import datetime
+from collections.abc import Sequence
+from typing import LiteralString, NamedTuple
+
+from chassis.postgres import Connection
+
+COUNT_MAX = 1_000_000  # counting stops there: it takes a tenth of a second, and the answer is the same
+BLOCKER_AGE_MIN_S = 5.0  # transactions of the daily work are younger
+
+
+class Backlog(NamedTuple):
+    """What has not been sent, and since when the oldest of it waits."""
+
+    new: int
+    failed: int
+    oldest_age: datetime.timedelta | None
+
+
+class Blocker(NamedTuple):
+    """What holds back vacuum: kind, as in the proto's BlockerKind."""
+
+    kind: str
+    pid: int
+    name: str
+    transaction_age: datetime.timedelta | None
+    transactions: int
+
+
+class StoredEvent(NamedTuple):
+    """An event with all that is known of its way, but its payload."""
+
+    event_id: str
+    event_type: str
+    aggregate_id: str
+    occurred_at: datetime.datetime
+    status: str
+    attempts: int
+    last_error: str | None
+    sent_at: datetime.datetime | None
+
+
+async def backlog(connection: Connection) -> Backlog:
+    cursor = await connection.execute(
+        """
+        SELECT (SELECT count(*) FROM (SELECT FROM outbox_events WHERE status = 'NEW' LIMIT %(most)s) AS waiting),
+               (SELECT count(*) FROM (SELECT FROM outbox_events WHERE status = 'FAILED' LIMIT %(most)s) AS given_up),
+               (SELECT greatest(now() - occurred_at, '0 s') FROM outbox_events WHERE status = 'NEW'
+                ORDER BY event_id LIMIT 1)
+        """,
+        {"most": COUNT_MAX},
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    return Backlog(*row)
+
+
+async def cleanup_blocker(connection: Connection) -> Blocker | None:
+    """Who holds back vacuum the most; None when nobody does for longer than a few seconds."""
+    cursor = await connection.execute(
+        "SELECT kind, pid, name, transaction_age, transactions FROM cleanup_blocker(%s)",
+        [datetime.timedelta(seconds=BLOCKER_AGE_MIN_S)],
+    )
+    row = await cursor.fetchone()
+    return Blocker(*row) if row else None
+
+
+async def page(connection: Connection, *, status: str | None, after: str, limit: int) -> list[StoredEvent]:
+    """Events by id, from `after` on."""
+    # Each status has an index of its own, which a parameter would hide from the planner.
+    conditions: dict[str | None, LiteralString] = {
+        None: "true",
+        "NEW": "status = 'NEW'",
+        "SENT": "status = 'SENT'",
+        "FAILED": "status = 'FAILED'",
+    }
+    cursor = await connection.execute(
+        f"""
+        SELECT event_id::text, event_type, aggregate_id::text, occurred_at, status, attempts, last_error, sent_at
+        FROM outbox_events
+        WHERE {conditions[status]} AND event_id > %s ORDER BY event_id LIMIT %s
+        """,
+        [after, limit],
+    )
+    return [StoredEvent(*row) for row in await cursor.fetchall()]
+
+
+async def missing(connection: Connection, event_ids: Sequence[str]) -> list[str]:
+    """Those of the events that are not in the outbox."""
+    cursor = await connection.execute(
+        "SELECT id::text FROM unnest(%s::uuid[]) AS id"
+        " WHERE NOT EXISTS (SELECT FROM outbox_events WHERE event_id = id)",
+        [list(event_ids)],
+    )
+    return [event_id for (event_id,) in await cursor.fetchall()]
+
+
+async def requeue(connection: Connection, event_ids: Sequence[str]) -> int:
+    """Make events NEW, as if they had never been tried; how many were not. Locks in order of ids."""
+    cursor = await connection.execute(
+        """
+        WITH chosen AS (
+            SELECT event_id, status FROM outbox_events
+            WHERE event_id = ANY(%s::uuid[]) AND (status <> 'NEW' OR attempts > 0)
+            ORDER BY event_id FOR UPDATE
+        ), requeued AS (
+            UPDATE outbox_events e SET status = 'NEW', attempts = 0, next_attempt_at = now(), sent_at = NULL
+            FROM chosen WHERE e.event_id = chosen.event_id
+        )
+        SELECT count(*) FROM chosen WHERE status <> 'NEW'
+        """,
+        [list(event_ids)],
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+async def failed_ids(connection: Connection, *, after: str, limit: int) -> list[str]:
+    """Ids of events that were given up, in order, from `after` on."""
+    cursor = await connection.execute(
+        "SELECT event_id::text FROM outbox_events WHERE status = 'FAILED' AND event_id > %s ORDER BY event_id LIMIT %s",
+        [after, limit],
+    )
+    return [event_id for (event_id,) in await cursor.fetchall()]
+
+
+async def page_token_key(connection: Connection) -> bytes:
+    """The secret that signs page tokens; all servers of the database share it."""
+    cursor = await connection.execute("SELECT page_token_key FROM chain_settings")
+    row = await cursor.fetchone()
+    assert row is not None  # the migration's last step writes it
+    key: bytes = row[0]
+    return key

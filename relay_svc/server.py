@@ -1,0 +1,163 @@
+"""The gRPC face: requests to values, values to responses. Errors are raised; `chassis.grpc_server` maps them."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from google.protobuf import duration_pb2
+
+from chassis import wire
+from chassis.errors import InvalidRequest, Violation
+from chassis.grpc_server import CALL_TIMEOUT_S
+from chassis.postgres import Connection, Pool
+from chassis.wire import PageTokens
+from relay_svc import committed, inspection
+from relay_svc.errors import EventNotFound
+from relay_svc.outbox import NIL
+from relay_svc.relay import Relay
+from retail.relay.v1 import outbox_service_pb2 as pb2
+from retail.relay.v1 import outbox_service_pb2_grpc
+
+EVENTS_PER_PAGE = (50, 500)  # by default, at most
+REQUEUE_MAX = 1_000  # events in one request, and in one transaction
+NAMED_MAX = 10  # missing events that an error names
+
+
+class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
+    """`retail.relay.v1.OutboxService`."""
+
+    def __init__(self, relay: Relay, pool: Pool, tokens: PageTokens) -> None:
+        self._relay, self._pool, self._tokens = relay, pool, tokens
+
+    async def GetOutboxStatus(self, request: pb2.GetOutboxStatusRequest, context: Any) -> pb2.GetOutboxStatusResponse:
+        async with _transaction(self._pool, context) as connection:
+            backlog = await inspection.backlog(connection)
+            blocker = await inspection.cleanup_blocker(connection)
+        reason = self._relay.breaker_reason
+        return pb2.GetOutboxStatusResponse(
+            new_count=backlog.new,
+            failed_count=backlog.failed,
+            oldest_pending_age=_duration(backlog.oldest_age),
+            breaker_state=pb2.BREAKER_STATE_OPEN if reason else pb2.BREAKER_STATE_CLOSED,
+            breaker_reason=reason or "",
+            events_per_second=self._relay.events_per_second(),
+            blocking_session=_blocking_session(blocker) if blocker else None,
+        )
+
+    async def ListOutboxEvents(
+        self, request: pb2.ListOutboxEventsRequest, context: Any
+    ) -> pb2.ListOutboxEventsResponse:
+        violations: list[Violation] = []
+        limit = wire.page_size(request.page_size, *EVENTS_PER_PAGE, violations)
+        if request.status not in pb2.OutboxStatus.values():
+            violations.append(Violation("status", "must be a known status"))
+        _raise_if(violations)
+        status = pb2.OutboxStatus.Name(request.status).removeprefix("OUTBOX_STATUS_") if request.status else None
+        position = self._tokens.read(request)
+        async with _transaction(self._pool, context) as connection:
+            events = await inspection.page(
+                connection, status=status, after=position[0] if position else NIL, limit=limit + 1
+            )
+        page = events[:limit]
+        token = self._tokens.issue(request, [page[-1].event_id]) if len(events) > limit else ""
+        return pb2.ListOutboxEventsResponse(outbox_events=map(_outbox_event, page), next_page_token=token)
+
+    async def RequeueEvents(self, request: pb2.RequeueEventsRequest, context: Any) -> pb2.RequeueEventsResponse:
+        if request.all_failed:
+            _raise_if([Violation("event_ids", "must be empty when all_failed is set")] if request.event_ids else [])
+            return pb2.RequeueEventsResponse(requeued_count=await self._requeue_all_failed(context))
+        event_ids = _event_ids(request)
+        async with _transaction(self._pool, context) as connection:
+            if missing := await inspection.missing(connection, event_ids):
+                named = ", ".join(missing[:NAMED_MAX]) + (", …" if len(missing) > NAMED_MAX else "")
+                raise EventNotFound(
+                    f"{len(missing)} of the events are not in the outbox, so none was requeued: {named}",
+                    metadata={"event_ids": ",".join(missing[:NAMED_MAX])},
+                )
+            requeued = await inspection.requeue(connection, event_ids)
+        return pb2.RequeueEventsResponse(requeued_count=requeued)
+
+    async def _requeue_all_failed(self, context: Any) -> int:
+        """A thousand at a time, each in a transaction of its own. What fails again meanwhile is passed already."""
+        requeued, after = 0, NIL
+        while True:
+            async with _transaction(self._pool, context) as connection:
+                event_ids = await inspection.failed_ids(connection, after=after, limit=REQUEUE_MAX)
+                requeued += await inspection.requeue(connection, event_ids)
+            if len(event_ids) < REQUEUE_MAX:
+                return requeued
+            after = event_ids[-1]
+
+    async def ListCommittedEventIds(
+        self, request: pb2.ListCommittedEventIdsRequest, context: Any
+    ) -> AsyncIterator[pb2.ListCommittedEventIdsResponse]:
+        async with self._pool.connection() as connection:
+            after = await committed.parse(connection, request.after_snapshot)
+            await committed.remember(connection, after)
+            async with connection.transaction(), aclosing(committed.since(connection, after)) as parts:
+                first = await anext(parts)
+                yield pb2.ListCommittedEventIdsResponse(event_ids=first.event_ids)
+                async for part in parts:
+                    yield pb2.ListCommittedEventIdsResponse(event_ids=part.event_ids)
+        assert first.as_of_time is not None
+        yield pb2.ListCommittedEventIdsResponse(
+            snapshot=str(first.snapshot), as_of_time=wire.timestamp(first.as_of_time)
+        )
+
+
+@asynccontextmanager
+async def _transaction(pool: Pool, context: Any) -> AsyncIterator[Connection]:
+    """A transaction whose statements end when the caller's deadline does, so that nobody's query lingers."""
+    remaining = context.time_remaining()
+    timeout_s = CALL_TIMEOUT_S if remaining is None else min(max(remaining, 0.001), CALL_TIMEOUT_S)
+    async with pool.connection(timeout=timeout_s) as connection, connection.transaction():
+        await connection.execute(
+            "SELECT set_config('statement_timeout', %s, true)", [str(max(int(timeout_s * 1000), 1))]
+        )
+        yield connection
+
+
+def _event_ids(request: pb2.RequeueEventsRequest) -> list[str]:
+    violations = []
+    if not 1 <= len(request.event_ids) <= REQUEUE_MAX:
+        violations.append(Violation("event_ids", f"must have 1 to {REQUEUE_MAX:,} events, or all_failed must be set"))
+    event_ids = [wire.parse_uuid(text) for text in request.event_ids]
+    violations += [Violation(f"event_ids[{n}]", wire.UUID_RULE) for n, known in enumerate(event_ids) if known is None]
+    _raise_if(violations)
+    return [event_id for event_id in event_ids if event_id is not None]
+
+
+def _outbox_event(event: inspection.StoredEvent) -> pb2.OutboxEvent:
+    return pb2.OutboxEvent(
+        event_id=event.event_id,
+        event_type=event.event_type,
+        aggregate_id=event.aggregate_id,
+        occur_time=wire.timestamp(event.occurred_at),
+        status=pb2.OutboxStatus.Value(f"OUTBOX_STATUS_{event.status}"),
+        attempt_count=event.attempts,
+        last_error=event.last_error or "",
+        send_time=wire.timestamp(event.sent_at) if event.sent_at else None,
+    )
+
+
+def _blocking_session(blocker: inspection.Blocker) -> pb2.BlockingSession:
+    return pb2.BlockingSession(
+        pid=blocker.pid,
+        application_name=blocker.name,
+        transaction_age=_duration(blocker.transaction_age),
+        kind=pb2.BlockerKind.Value(f"BLOCKER_KIND_{blocker.kind}"),
+        transactions_behind=blocker.transactions,
+    )
+
+
+def _duration(age: Any) -> duration_pb2.Duration | None:
+    if age is None:
+        return None
+    duration = duration_pb2.Duration()
+    duration.FromTimedelta(age)
+    return duration
+
+
+def _raise_if(violations: list[Violation]) -> None:
+    if violations:
+        raise InvalidRequest(violations)
