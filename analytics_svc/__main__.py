@@ -2,17 +2,26 @@
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
+import grpc
 import psycopg
 import structlog
 
 from analytics_svc import queries
+from analytics_svc.announce import Announcement
 from analytics_svc.consumer import Consumer
+from analytics_svc.inclusion import Inclusion
+from analytics_svc.keeper import KEEPER_SESSION, Keeper
+from analytics_svc.listener import Listener
+from analytics_svc.outbox import Outbox
 from analytics_svc.server import AnalyticsServicer
 from analytics_svc.settings import ConsumeSettings, MigrateSettings, ServeSettings
 from analytics_svc.settling import Settler
+from analytics_svc.watch import Watchers
 from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
 from chassis.wire import PageTokens
 from retail.analytics.v1 import analytics_service_pb2_grpc as analytics_grpc
@@ -21,6 +30,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 DOMAIN = "analytics.retail.example"
 CONSUMER_CONNECTIONS = 2  # one batch at a time; the other is there when one breaks
 APPLY_TIMEOUT_S = 10.0  # for each statement of a batch; the slowest takes some tens of milliseconds
+LIVE_CONNECTIONS = 3  # to listen, to look for purchases that are waited for, to read for watchers
 STOP_TIMEOUT_S = 10.0  # for the batch in flight; what is not applied by then is delivered again
 
 log = structlog.get_logger()
@@ -50,28 +60,63 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             set_serving=host.set_serving,
         )
         log.info("ready", listen=config.listen, metrics=config.metrics_listen, time_zone=config.business_time_zone)
-        consuming, stopping = asyncio.create_task(consumer.run(stop)), asyncio.create_task(stop.wait())
-        await asyncio.wait({consuming, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        await host.set_serving(False)
-        try:
-            await asyncio.wait_for(consuming, STOP_TIMEOUT_S)
-        except TimeoutError:
-            log.warning("the batch in flight was given up; it will be delivered again")
+        async with keeping(config):
+            consuming, stopping = asyncio.create_task(consumer.run(stop)), asyncio.create_task(stop.wait())
+            await asyncio.wait({consuming, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            await host.set_serving(False)
+            try:
+                await asyncio.wait_for(consuming, STOP_TIMEOUT_S)
+            except TimeoutError:
+                log.warning("the batch in flight was given up; it will be delivered again")
     log.info("stopped")
+
+
+@asynccontextmanager
+async def keeping(config: ConsumeSettings) -> AsyncIterator[None]:
+    """Keep complete_through_time while the block lasts, or stand by for the process that does."""
+    async with (
+        postgres.open_pool(
+            config.database_url,
+            role="analytics_consumer",
+            application_name="analytics keeper",
+            size=1,
+            statement_timeout_s=APPLY_TIMEOUT_S,
+            settings=KEEPER_SESSION,
+        ) as pool,
+        grpc.aio.insecure_channel(config.relay_target) as relay,
+        lifecycle.beside(Keeper(pool, Outbox(relay).list_committed).run()),
+    ):
+        yield
 
 
 async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     """Answer until `stop`, then finish what is in flight."""
     host = grpc_server.Server(DOMAIN)
-    async with postgres.open_pool(
-        config.database_url,
-        role="analytics_server",
-        application_name="analytics serve",
-        size=config.read_connections,
-        statement_timeout_s=grpc_server.CALL_TIMEOUT_S,
-    ) as pool:
-        servicer = AnalyticsServicer(pool)
+    async with (
+        postgres.open_pool(
+            config.database_url,
+            role="analytics_server",
+            application_name="analytics serve",
+            size=config.read_connections,
+            statement_timeout_s=grpc_server.CALL_TIMEOUT_S,
+        ) as pool,
+        postgres.open_pool(
+            config.database_url,
+            role="analytics_server",
+            application_name="analytics serve: live",
+            size=LIVE_CONNECTIONS,
+            statement_timeout_s=APPLY_TIMEOUT_S,
+        ) as live_pool,
+    ):
+        inclusion, watchers = Inclusion(live_pool), Watchers(live_pool)
+
+        def tell(announcement: Announcement) -> None:
+            inclusion.on_announcement(announcement)
+            watchers.on_announcement(announcement)
+
+        listener = Listener(live_pool, tell, host.set_serving)
+        servicer = AnalyticsServicer(pool, inclusion, watchers)
         service = grpc_server.Service(
             analytics_grpc.add_AnalyticsServiceServicer_to_server, servicer, "retail.analytics.v1.AnalyticsService"
         )
@@ -80,9 +125,11 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
                 return
             async with pool.connection() as connection:
                 servicer.tokens = PageTokens(await queries.page_token_key(connection))
-            await host.set_serving(True)
-            log.info("serving", listen=config.listen, metrics=config.metrics_listen)
-            await stop.wait()
+            async with lifecycle.beside(listener.run(), inclusion.run(), watchers.run()):
+                log.info("serving", listen=config.listen, metrics=config.metrics_listen)
+                await stop.wait()
+                inclusion.drain()  # who waits or watches may do so elsewhere; all others are answered
+                watchers.drain()
     log.info("stopped")
 
 

@@ -2,7 +2,10 @@
 
 Rejected                     an event that must not be counted
 ServiceError
-└── CustomerNotFound         a customer of whom no purchase is counted
+├── CustomerNotFound         a customer of whom no purchase is counted
+├── NotYetVisible            the purchase of a consistency token is not included within the caller's time
+├── PurchaseQuarantined      its event is quarantined: waiting does not help
+└── WatcherTooSlow           a watcher does not take what it is sent
 """
 
 from grpc import StatusCode
@@ -31,3 +34,20 @@ def quoted(value: object) -> str:
 class CustomerNotFound(ServiceError):
     code = StatusCode.NOT_FOUND
     reason = "CUSTOMER_NOT_FOUND"
+
+
+class NotYetVisible(ServiceError):
+    code = StatusCode.UNAVAILABLE
+    reason = "NOT_YET_VISIBLE"
+    retry_after_s = 1.0
+
+
+class PurchaseQuarantined(ServiceError):
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "PURCHASE_QUARANTINED"
+
+
+class WatcherTooSlow(ServiceError):
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "WATCHER_TOO_SLOW"
+    retry_after_s = 1.0

@@ -1,16 +1,19 @@
 """The gRPC face: requests to questions, rows to responses. Errors are raised; `chassis.grpc_server` maps them."""
 
+import asyncio
 import datetime
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from analytics_svc import queries
-from analytics_svc.errors import CustomerNotFound
+from analytics_svc.errors import CustomerNotFound, WatcherTooSlow
+from analytics_svc.inclusion import Inclusion
 from analytics_svc.queries import ALL_DAYS, Days, Freshness
+from analytics_svc.watch import Watchers
 from chassis import wire
-from chassis.errors import DatabaseUnavailable, InvalidRequest, InvalidToken, NotImplementedYet, Violation
+from chassis.errors import DatabaseUnavailable, InvalidRequest, InvalidToken, Violation
 from chassis.postgres import POOL_WAIT_S, Connection, Pool
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1 import analytics_service_pb2_grpc
@@ -20,6 +23,7 @@ CUSTOMERS_PER_PAGE = (50, 500)
 TOP_PRODUCTS = 10
 LOYAL_PURCHASES_MIN = 3
 IDS_MAX = 1_000  # in one filter
+SLOW_WATCHER_S = 10.0  # without reading anything: then a watcher is cut off, rather than kept for ever
 
 UUID_RULE = "must be a UUID, such as 4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -28,8 +32,8 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
     """`retail.analytics.v1.AnalyticsService`."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, pool: Pool, inclusion: Inclusion, watchers: Watchers) -> None:
+        self._pool, self._inclusion, self._watchers = pool, inclusion, watchers
         self.tokens: wire.PageTokens | None = None  # comes when the database is up and proven to be ours
 
     async def ListDailySales(self, request: pb.ListDailySalesRequest, context: Any) -> pb.ListDailySalesResponse:
@@ -40,23 +44,13 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         tokens = self._admit(request, violations)
         position = tokens.read(request)
         after = (datetime.date.fromisoformat(position[0]), position[1]) if position else None
-        async with self._reading(context) as connection:
+        async with self._reading(request, context) as connection:
             rows, freshness = await queries.daily_sales(
                 connection, days, request.branch_ids, after=after, limit=limit + 1
             )
         page = rows[:limit]
         return pb.ListDailySalesResponse(
-            daily_sales=[
-                pb.DailySales(
-                    sales_date=wire.date(day),
-                    branch_id=branch_id,
-                    revenue=wire.decimal(revenue),
-                    item_count=items,
-                    purchase_count=purchases,
-                    purchase_with_customer_count=with_customer,
-                )
-                for day, branch_id, revenue, items, purchases, with_customer in page
-            ],
+            daily_sales=[_daily_sales(row) for row in page],
             next_page_token=tokens.issue(request, [str(page[-1][0]), page[-1][1]]) if len(rows) > limit else "",
             **_marks(freshness),
         )
@@ -70,7 +64,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         tokens = self._admit(request, violations)
         position = tokens.read(request)
         after = (datetime.date.fromisoformat(position[0]), position[1], position[2]) if position else None
-        async with self._reading(context) as connection:
+        async with self._reading(request, context) as connection:
             rows, freshness = await queries.product_sales(
                 connection, days, request.branch_ids, request.product_ids, after=after, limit=limit + 1
             )
@@ -100,7 +94,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         if request.order not in pb.TopProductsOrder.values():
             violations.append(Violation("order", "must be one of TopProductsOrder"))
         self._admit(request, violations)
-        async with self._reading(context) as connection:
+        async with self._reading(request, context) as connection:
             rows, freshness = await queries.top_products(
                 connection,
                 days,
@@ -128,7 +122,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         branch_id = _branch_id(request, violations)
         tokens = self._admit(request, violations)
         position = tokens.read(request)
-        async with self._reading(context) as connection:
+        async with self._reading(request, context) as connection:
             rows, freshness = await queries.loyal_customers(
                 connection,
                 request.min_purchase_count or LOYAL_PURCHASES_MIN,
@@ -154,7 +148,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         known_form = _UUID.fullmatch(request.customer_id)
         self._admit(request, [] if known_form else [Violation("customer_id", UUID_RULE)])
         customer_id = request.customer_id.lower()
-        async with self._reading(context) as connection:
+        async with self._reading(request, context) as connection:
             rows, freshness = await queries.customer_loyalty(connection, customer_id)
         if not rows:
             raise CustomerNotFound(
@@ -180,7 +174,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         branch_id = _branch_id(request, violations)
         days = _days(request, violations)
         self._admit(request, violations)
-        async with self._reading(context) as connection:
+        async with self._reading(request, context) as connection:
             ((revenue, items, purchases, customers),), freshness = await queries.sales_summary(
                 connection, days, branch_id
             )
@@ -192,29 +186,63 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
             **_marks(freshness),
         )
 
-    async def WatchDailySales(
+    async def WatchDailySales(  # type: ignore[override] # gRPC takes a coroutine as well
         self, request: pb.WatchDailySalesRequest, context: Any
-    ) -> AsyncIterator[pb.WatchDailySalesResponse]:
-        raise NotImplementedYet("WatchDailySales is not available yet; use ListDailySales")
-        yield
+    ) -> None:
+        """Writes to the context itself, as it knows best how long to wait for a reader."""
+        violations: list[Violation] = []
+        days = _days(request, violations) or ALL_DAYS
+        _check_ids("branch_ids", request.branch_ids, violations)
+        self._admit(request, violations)
+        await self._included(request, context)
+        async with aclosing(self._watchers.watch(days, request.branch_ids)) as updates:
+            async for rows, freshness in updates:
+                try:
+                    async with asyncio.timeout(SLOW_WATCHER_S):
+                        await context.write(
+                            pb.WatchDailySalesResponse(
+                                daily_sales=[_daily_sales(row) for row in rows], **_marks(freshness)
+                            )
+                        )
+                except TimeoutError:
+                    raise WatcherTooSlow(f"nothing that was sent was read for {SLOW_WATCHER_S:g} s") from None
 
     def _admit(self, request: Any, violations: list[Violation]) -> wire.PageTokens:
         """Refuse a request that is wrong, or comes too early; returns what reads and makes its page tokens."""
         if violations:
             raise InvalidRequest(violations)
-        if request.consistency_token:
+        if request.consistency_token and not _UUID.fullmatch(request.consistency_token):
             raise InvalidToken("consistency_token was not made by this system")
         if self.tokens is None:
             raise DatabaseUnavailable("the database is not available")
         return self.tokens
 
+    async def _included(self, request: Any, context: Any) -> None:
+        """Wait until the purchase of the request's token is included; a snapshot that is taken from now on has it."""
+        if request.consistency_token:
+            await self._inclusion.wait(request.consistency_token.lower(), context.time_remaining())
+
     @asynccontextmanager
-    async def _reading(self, context: Any) -> AsyncIterator[Connection]:
-        """A connection. A query whose caller's time is over is cancelled, and the query with it."""
+    async def _reading(self, request: Any, context: Any) -> AsyncIterator[Connection]:
+        """A connection, once the purchase of the request's token is included. A call whose time is over is cancelled,
+        and its query with it."""
+        await self._included(request, context)
         remaining = context.time_remaining()
         timeout_s = POOL_WAIT_S if remaining is None else min(max(remaining, 0.001), POOL_WAIT_S)
         async with self._pool.connection(timeout=timeout_s) as connection:
             yield connection
+
+
+def _daily_sales(row: Sequence[Any]) -> pb.DailySales:
+    day, branch_id, revenue, items, purchases, with_customer = row
+    return pb.DailySales(
+        sales_date=wire.date(day),
+        branch_id=branch_id,
+        revenue=wire.decimal(revenue),
+        item_count=items,
+        purchase_count=purchases,
+        purchase_with_customer_count=with_customer,
+    )
 
 
 def _marks(freshness: Freshness) -> dict[str, Any]:

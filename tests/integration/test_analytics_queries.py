@@ -438,26 +438,6 @@ async def test_pages_stay_correct_while_sales_arrive(reports: Any, analytics_db:
     assert {(day_of(row), row.branch_id) for row in before} <= set(seen)
 
 
-async def test_consistency_tokens_are_refused(reports: Any) -> None:
-    """No token of that kind is made yet: one that comes was not made by us."""
-    for request in (
-        pb.ListDailySalesRequest(consistency_token="x"),
-        pb.ListProductSalesRequest(consistency_token="x"),
-        pb.ListTopProductsRequest(consistency_token="x"),
-        pb.ListLoyalCustomersRequest(consistency_token="x"),
-        pb.GetCustomerLoyaltyRequest(consistency_token="x", customer_id=str(uuid.uuid4())),
-        pb.GetSalesSummaryRequest(consistency_token="x"),
-    ):
-        method = getattr(reports, type(request).__name__.removesuffix("Request"))
-        assert (await refusal(method(request))).reason == "INVALID_TOKEN"
-
-
-async def test_watching_is_not_there_yet(reports: Any) -> None:
-    """The one method that is not answered yet says so."""
-    found = await refusal(reports.WatchDailySales(pb.WatchDailySalesRequest()).read())
-    assert (found.code, found.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
-
-
 async def test_a_query_ends_with_its_callers_deadline(reports: Any, analytics_db: str) -> None:
     """A caller that waits half a second leaves no query behind in the database."""
     with psycopg.connect(analytics_db) as holder:

@@ -1,0 +1,247 @@
+"""Keeps the promise of `complete_through_time`: every purchase committed before it is counted or quarantined.
+
+One tick: list what was committed since the last one (the relay reads the time first, then the ids), wait until each of
+these ids is counted or quarantined, then store the listing's snapshot and time. One keeper works at a time, whoever
+holds the lock. It does all on the connection that holds the lock: one that lost it can store nothing any more.
+
+- What holds the time back: an event that is FAILED, or lost between outbox and log, until it is requeued or its day is
+  rebuilt. Quarantined events do not. An outage of the relay or a database does, too: no news, no promise.
+- A purchases database that was restored, or has lost commits in a failover: the relay sees that the snapshot is not of
+  its server's present history and lists everything. What the restored database has of before was counted then, or is
+  waited for now; so the old promise still holds, and the time goes on from where it was. It never goes back.
+- An analytics database that was restored brings along the snapshot, time and log of one moment: the promise goes on
+  from there. What was counted since is missing, so the time stands still until that is published again or rebuilt.
+- A clock of the purchases database that was set back: the time stands still until the clock has passed it.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from datetime import datetime
+from typing import NamedTuple
+
+import psycopg
+import structlog
+from prometheus_client import Counter, Gauge
+
+from analytics_svc.announce import announce
+from analytics_svc.outbox import Listed, RelayUnavailable, SnapshotRefused
+from chassis.lifecycle import Backoff
+from chassis.postgres import UNAVAILABLE, Connection, Pool
+
+KEEPER_LOCK = 7_265_746_171  # any number; advisory locks are per database
+LOCK_EVERY_S = 1.0  # how often a standby tries to become the keeper
+TICK_EVERY_S = 0.5  # from start to start; the time lags by half of it, and by what an event takes to be counted
+CHECK_FIRST_S, CHECK_MOST_S = 0.05, 0.5  # pauses before an id that is waited for is looked up again
+AWAITED_MAX = (
+    1_000_000  # ids kept by a tick, 37 bytes each: the outbox's default limit. With more, it starts over later
+)
+SHOW_AFTER_S = 1.0  # of waiting: from then on the oldest id is shown to the retention of the log, and to people
+WARN_AFTER_S = 30.0
+
+# For the keeper's sessions. One that is frozen or cut off must lose the lock, so that another process takes over: it
+# asks something at least every `outbox.SILENCE_S`.
+KEEPER_SESSION = {
+    "idle_session_timeout": "60s",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+}
+
+TICKS = Counter("analytics_keeper_ticks_total", "Times that complete_through_time was stored.")
+LISTED = Counter("analytics_keeper_listed_total", "Event ids that the relay listed as committed.")
+KEEPING = Gauge("analytics_keeper_active", "1 while this process is the keeper of complete_through_time.")
+AWAITED = Gauge("analytics_keeper_awaited", "Committed events that the present tick still waits for.")
+LAG = Gauge(
+    "analytics_complete_through_lag_seconds", "Age of complete_through_time; NaN in processes that do not keep it."
+)
+
+log = structlog.get_logger()
+
+
+class Mark(NamedTuple):
+    """How far the promise goes: the listing up to which everything is settled, and that listing's time."""
+
+    snapshot: str | None
+    complete_through: datetime | None
+
+
+class Awaited(NamedTuple):
+    """Ids that are not settled, in PostgreSQL's text form of an array: a million of them are 37 MB."""
+
+    ids: str
+    size: int
+    oldest: str
+
+
+class Keeper:
+    """Moves complete_through_time; any number of processes may run one, and one of them works."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        list_committed: Callable[[str], AsyncGenerator[Listed, None]],
+        *,
+        awaited_max: int = AWAITED_MAX,
+    ) -> None:
+        self._pool, self._list_committed, self._awaited_max = pool, list_committed, awaited_max
+        self._complete_through: datetime | None = None
+        LAG.set_function(self._lag_s)
+
+    async def run(self) -> None:
+        """Keep, or stand by for the one that does, until cancelled. Trouble only means that nothing new is promised."""
+        backoff = Backoff(0.2, 5.0)
+        while True:
+            try:
+                async with self._pool.connection() as connection:
+                    try:
+                        await self._keep(connection, backoff)
+                    finally:
+                        self._complete_through = None
+                        KEEPING.set(0)
+                        AWAITED.set(0)
+                        await connection.close()  # and with it goes the lock
+            except Exception as error:
+                known = isinstance(error, (*UNAVAILABLE, psycopg.Error, RelayUnavailable))
+                pause_s = backoff.next_s()
+                log.warning(
+                    "complete_through_time stands still; trying again",
+                    error=str(error).strip(),
+                    pause_s=round(pause_s, 1),
+                    exc_info=not known,
+                )
+                await asyncio.sleep(pause_s)
+
+    async def _keep(self, connection: Connection, backoff: Backoff) -> None:
+        while not await try_lock(connection):  # noqa: ASYNC110 (another process's lock sets no event here)
+            await asyncio.sleep(LOCK_EVERY_S)
+        KEEPING.set(1)
+        log.info("this process keeps complete_through_time")
+        while True:
+            started = time.monotonic()
+            await self.run_once(connection)
+            backoff.reset()
+            await asyncio.sleep(started + TICK_EVERY_S - time.monotonic())
+
+    async def run_once(self, connection: Connection) -> bool:
+        """One tick on the connection that holds the lock; True when the time has moved."""
+        mark = await read_mark(connection)
+        try:
+            awaited, listed = await self._list(connection, mark.snapshot or "")
+        except SnapshotRefused as error:
+            log.warning("the relay does not know the stored snapshot; listing everything", error=str(error))
+            awaited, listed = await self._list(connection, "")
+        await self._wait_settled(connection, awaited)
+        if listed is None:
+            return False  # there was more than could be kept: the next tick lists it
+        assert listed.as_of is not None
+        async with connection.transaction():
+            moved = await store(connection, mark, listed.snapshot, listed.as_of)
+        if not moved:
+            log.warning("complete_through_time was changed by others; starting over")
+            return False
+        if mark.complete_through and listed.as_of < mark.complete_through:
+            log.warning("the purchases database's clock was set back", by=str(mark.complete_through - listed.as_of))
+        self._complete_through = max(listed.as_of, mark.complete_through or listed.as_of)
+        TICKS.inc()
+        return True
+
+    async def _list(self, connection: Connection, after_snapshot: str) -> tuple[list[Awaited], Listed | None]:
+        """What a listing has that is not settled, and its last part; that is None when it was too much to keep."""
+        awaited: list[Awaited] = []
+        count = 0
+        async with aclosing(self._list_committed(after_snapshot)) as parts:
+            async for part in parts:
+                LISTED.inc(len(part.event_ids))
+                if part.event_ids and (rest := await unsettled(connection, "{" + ",".join(part.event_ids) + "}")):
+                    awaited.append(rest)
+                    count += rest.size
+                    AWAITED.set(count)
+                if part.snapshot:
+                    return awaited, part
+                if count >= self._awaited_max:
+                    return awaited, None
+        raise RelayUnavailable("the listing has no end")
+
+    async def _wait_settled(self, connection: Connection, awaited: list[Awaited]) -> None:
+        """Part after part, so that each is looked up a few times, however long the others take."""
+        begin, pauses, shown = time.monotonic(), Backoff(CHECK_FIRST_S, CHECK_MOST_S), None
+        warn_at = begin + WARN_AFTER_S
+        while awaited:
+            rest = await unsettled(connection, awaited[0].ids)
+            if rest is None:
+                awaited.pop(0)
+                continue
+            if rest.size < awaited[0].size:
+                pauses.reset()
+            awaited[0] = rest
+            count = sum(part.size for part in awaited)
+            oldest = min(part.oldest for part in awaited)
+            AWAITED.set(count)
+            now = time.monotonic()
+            if now > begin + SHOW_AFTER_S and oldest != shown:
+                await show_oldest(connection, oldest)
+                shown = oldest
+            if now > warn_at:
+                log.warning("complete_through_time waits for events", awaited=count, oldest_event_id=oldest)
+                warn_at = now + WARN_AFTER_S
+            await asyncio.sleep(pauses.next_s())
+        AWAITED.set(0)
+
+    def _lag_s(self) -> float:
+        return time.time() - self._complete_through.timestamp() if self._complete_through else float("nan")
+
+
+async def try_lock(connection: Connection) -> bool:
+    """Become the keeper, for as long as the connection lives; False when there is another one."""
+    cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", [KEEPER_LOCK])
+    ((locked,),) = await cursor.fetchall()
+    return bool(locked)
+
+
+async def read_mark(connection: Connection) -> Mark:
+    cursor = await connection.execute("SELECT after_snapshot, complete_through_at FROM freshness")
+    (row,) = await cursor.fetchall()
+    return Mark(*row)
+
+
+async def unsettled(connection: Connection, ids: str) -> Awaited | None:
+    """Those of the ids that are neither counted nor quarantined; None when there is none.
+
+    The log has forgotten ids below its floor, none of which was waited for: they count as settled.
+    """
+    cursor = await connection.execute(
+        """
+        SELECT array_agg(id)::text, count(*), min(id::text)
+        FROM unnest(%s::uuid[]) AS id
+        WHERE NOT EXISTS (SELECT FROM analytics_event_log WHERE event_id = id)
+            AND NOT EXISTS (SELECT FROM quarantined_events WHERE event_id = id)
+            AND NOT EXISTS (SELECT FROM freshness WHERE id < log_floor)
+        """,
+        [ids],
+    )
+    (row,) = await cursor.fetchall()
+    return Awaited(*row) if row[1] else None
+
+
+async def show_oldest(connection: Connection, event_id: str) -> None:
+    """Show what is waited for: the log's retention stops there."""
+    await connection.execute("UPDATE freshness SET oldest_awaited_id = %s", [event_id])
+
+
+async def store(connection: Connection, before: Mark, snapshot: str, as_of: datetime) -> bool:
+    """Promise that everything up to a listing is settled; False when the mark is no longer the one it started from."""
+    cursor = await connection.execute(
+        """
+        UPDATE freshness SET
+            after_snapshot = %(snapshot)s,
+            complete_through_at = greatest(complete_through_at, %(as_of)s),
+            oldest_awaited_id = NULL
+        WHERE after_snapshot IS NOT DISTINCT FROM %(before)s
+        """,
+        {"snapshot": snapshot, "as_of": as_of, "before": before.snapshot},
+    )
+    if cursor.rowcount:
+        await announce(connection, (), counted=False)
+    return bool(cursor.rowcount)

@@ -1,0 +1,65 @@
+"""The outbox as analytics sees it: through the relay's OutboxService. The only file that knows its messages."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import grpc
+
+from chassis import wire
+from retail.relay.v1 import outbox_service_pb2 as pb
+from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceStub
+
+SILENCE_S = 20.0  # between two messages of a listing; a longer one is an outage
+
+
+class RelayUnavailable(Exception):
+    """The relay cannot be asked, or did not finish its answer; the text says why."""
+
+
+class SnapshotRefused(Exception):
+    """The relay cannot read a snapshot that it made, so it must be an earlier version's: list everything."""
+
+
+class Listed(NamedTuple):
+    """Part of a listing. The last one says for which time the listing is complete."""
+
+    event_ids: list[str]
+    snapshot: str = ""  # on the last part only: what to ask with next time
+    as_of: datetime | None = None
+
+
+class Outbox:
+    """Asks the relay."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = OutboxServiceStub(channel)
+
+    async def list_committed(self, after_snapshot: str) -> AsyncGenerator[Listed, None]:
+        """The ids of all events committed since a snapshot, part by part; since ever, if it is empty.
+
+        Raises:
+            RelayUnavailable: no connection, no answer, or one that breaks off.
+            SnapshotRefused: it cannot read the snapshot.
+        """
+        call = self._stub.ListCommittedEventIds(pb.ListCommittedEventIdsRequest(after_snapshot=after_snapshot))
+        try:
+            while True:
+                async with asyncio.timeout(SILENCE_S):
+                    reply: Any = await call.read()
+                if reply is grpc.aio.EOF:
+                    raise RelayUnavailable("the listing ended without its last message")
+                if not reply.snapshot:
+                    yield Listed(list(reply.event_ids))
+                    continue
+                yield Listed(list(reply.event_ids), reply.snapshot, wire.parse_timestamp(reply.as_of_time))
+                return
+        except TimeoutError:
+            raise RelayUnavailable(f"no message for {SILENCE_S:g} s") from None
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                raise SnapshotRefused(error.details()) from error
+            raise RelayUnavailable(f"{error.code().name}: {error.details()}") from error
+        finally:
+            call.cancel()
