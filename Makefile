@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 LOCAL := exec $(PYTHON) -m deploy.local
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run start stop status demo test lint proto bench
+.PHONY: help ready run start stop status demo test lint proto bench faults
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -39,3 +39,6 @@ proto: ready ## generate the Python code from proto/
 
 bench: ready ## measure; [ONLY=write|pipeline|analytics] [REPORT=out.json]
 	@exec $(PYTHON) -m tests.bench
+
+faults: ready ## break the running system and count every cent; [FAULTS=n] [SEED=n] [REPORT=out.json]
+	@PYTHONPATH=.:generated exec $(PYTHON) -m tests.faults

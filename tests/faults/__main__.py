@@ -1,0 +1,78 @@
+"""`make faults [FAULTS=n] [SEED=n] [REPORT=out.json]`: break the running system, then count every cent."""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from deploy.local.machine import StackError
+from tests.faults import show
+from tests.faults.run import Options, Result, Run
+from tests.faults.system import running
+
+INTERRUPTED = 130
+
+
+class Interrupted(BaseException):
+    """Somebody wants us to end: first we clean up."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--faults", type=int, default=int(os.environ.get("FAULTS") or 200))
+    parser.add_argument("--seed", type=int, default=int(os.environ.get("SEED") or random.randrange(1, 1_000_000)))
+    parser.add_argument("--report", type=Path, default=os.environ.get("REPORT") or None)
+    parser.add_argument("--only", default=os.environ.get("KINDS") or "", help="kinds, separated by commas")
+    parser.add_argument("--planted", help="a bug of tests/faults/planted")
+    parser.add_argument("--rate", type=float, default=60.0, help="sales a second")
+    parser.add_argument("--long", type=float, default=45.0, help="seconds of faults that outlast every timeout")
+    parser.add_argument("--gap", type=float, default=1.5, help="seconds between faults, on average")
+    parser.add_argument("--keep", action="store_true", help="leave ledger and logs behind")
+    chosen = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    options = Options(
+        chosen.faults,
+        chosen.seed,
+        [kind for kind in chosen.only.split(",") if kind],
+        rate=chosen.rate,
+        long_s=chosen.long,
+        gap_s=chosen.gap,
+    )
+    try:
+        result = _run(options, chosen.planted, chosen.keep)
+    except StackError as error:
+        show.fail(str(error))
+        return 1
+    except Interrupted:
+        return INTERRUPTED
+    show.table(result)
+    if chosen.report:
+        chosen.report.write_text(json.dumps(result.report(), indent=2) + "\n")
+    return 0 if not result.findings and result.hits.total() >= options.faults else 1
+
+
+def _run(options: Options, planted: str | None, keep: bool) -> Result:
+    show.say(f"seed {options.seed}: `make faults FAULTS={options.faults} SEED={options.seed}` plays it again")
+    with running(show.say, planted) as system:
+        run = Run(system, options, show.fault)
+        with show.progress(run):
+            result = run.run()
+        system.keep = keep or bool(result.findings)
+        if system.keep:
+            show.say(f"ledger and logs stay in {system.directory}")
+        return result
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

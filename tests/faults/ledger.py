@@ -1,0 +1,93 @@
+"""What the tills know: every sale they sent and what they were told about it, as JSON lines.
+
+    sent     the sale, in full, before it first leaves the till
+    unknown  no answer, or one that says nothing about the sale: sent again, with the same key
+    ok       acknowledged: from here on it must never be lost
+    refused  with the reason; it must not be stored
+    wrong    an answer that no till should ever get
+
+and beside them: `poison` (a message that must end in quarantine, published by the rig), `dropped` (retention was let
+loose), `fault`, `finding`.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Sale(NamedTuple):
+    """A sale as the till has it. `time_us` is microseconds since 1970, amounts are whole cents."""
+
+    number: int
+    key: str
+    receipt_id: str
+    branch_id: int
+    cashier_id: int
+    pos_id: str
+    customer_id: str | None
+    time_us: int
+    items: tuple[tuple[int, int], ...]  # product, cents
+    register: bool  # the customer, with the sale
+
+    @property
+    def cents(self) -> int:
+        return sum(cents for _, cents in self.items)
+
+
+class Ledger:
+    """Written by many threads, one line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("w", encoding="utf-8")
+        self._lock = threading.Lock()
+        self.sent = self.acknowledged = self.refused = self.unknown = 0
+        self._acknowledged_events: list[tuple[float, str]] = []
+
+    def write(self, what: str, **values: Any) -> float:
+        """One line; returns its time, in seconds since 1970."""
+        with self._lock:
+            at = time.time()
+            self._file.write(json.dumps({"what": what, "at": at, **values}, separators=(",", ":")) + "\n")
+            self._file.flush()
+            return at
+
+    def sale_sent(self, sale: Sale) -> None:
+        self.sent += 1
+        self.write("sent", **sale._asdict())
+
+    def sale_ok(self, sale: Sale, purchase_id: str, event_id: str) -> None:
+        at = self.write("ok", number=sale.number, purchase_id=purchase_id, event_id=event_id)
+        self.acknowledged += 1
+        if event_id:
+            self._acknowledged_events.append((at, event_id))
+
+    def sale_refused(self, sale: Sale, reason: str) -> None:
+        self.refused += 1
+        self.write("refused", number=sale.number, reason=reason)
+
+    def sale_unknown(self, sale: Sale, why: str) -> None:
+        self.unknown += 1
+        self.write("unknown", number=sale.number, why=why)
+
+    def acknowledged_since(self, index: int) -> list[tuple[float, str]]:
+        """When each sale was acknowledged, and its event's id, from `index` on."""
+        return self._acknowledged_events[index:]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def sale_of(line: dict[str, Any]) -> Sale:
+    values = {name: line[name] for name in Sale._fields}
+    values["items"] = tuple((product, cents) for product, cents in line["items"])
+    return Sale(**values)

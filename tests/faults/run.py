@@ -1,0 +1,260 @@
+"""One run: load, faults one after another and over each other, then silence, then the count.
+
+A run is cut into rounds. Each ends with everything mended and everybody done, and must then be quiet and correct, so
+that a finding is known to be of this round.
+"""
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import psycopg
+from pika.exceptions import AMQPError
+
+from deploy.local.machine import StackError, wait_until
+from tests.faults.answers import check_answers
+from tests.faults.checker import (
+    DOUBLED,
+    FALSELY_SENT,
+    LOST,
+    NOT_QUIET,
+    PARKED_GOOD,
+    Checker,
+    Findings,
+    unchecked_tables,
+)
+from tests.faults.kinds import EXCHANGE, QUEUE, Faults
+from tests.faults.ledger import Ledger
+from tests.faults.messages import Messages
+from tests.faults.sampler import Sampler
+from tests.faults.system import TIME_ZONE, System
+from tests.faults.tills import Numbers, Tills
+
+ROUND = 25  # faults
+AT_ONCE_MAX = 3  # faults that overlap
+FAULT_TIME_MAX_S = 240.0  # with the restarts that it causes; longer, and the rig itself hangs
+QUIET_WITHIN_S = 60.0  # after everything was mended
+POLL_S = 0.2
+
+
+class Options(NamedTuple):
+    faults: int
+    seed: int
+    kinds: Sequence[str] = ()  # all, when empty
+    tills: int = 8
+    rate: float = 60.0  # sales a second
+    long_s: float = 12.0  # of faults that outlast timeouts
+    gap_s: float = 1.5  # between the beginnings of two faults, on average
+
+
+@dataclass
+class Result:
+    """What a run has seen."""
+
+    seed: int
+    hits: Counter[str] = field(default_factory=Counter)
+    misses: Counter[str] = field(default_factory=Counter)
+    seconds_broken: Counter[str] = field(default_factory=Counter)
+    findings: Findings = field(default_factory=Findings)
+    sent: int = 0
+    acknowledged: int = 0
+    refused: int = 0
+    unknown: int = 0
+    samples: int = 0
+    claims: int = 0
+    rounds: int = 0
+    restarts: int = 0
+    seconds: float = 0.0
+    unchecked: set[str] = field(default_factory=set)
+
+    def report(self) -> dict[str, Any]:
+        counts = self.findings.counts
+        return {
+            "faults": self.hits.total(),
+            "kinds": dict(sorted(self.hits.items())),
+            "acknowledged": self.acknowledged,
+            "lost": counts[LOST],
+            "doubled": counts[DOUBLED],
+            "falsely_sent": counts[FALSELY_SENT],
+            "parked_good": counts[PARKED_GOOD],
+            "seed": self.seed,
+            "seconds": round(self.seconds, 1),
+            "other_findings": {
+                kind: count for kind, count in counts.items() if kind not in (LOST, DOUBLED, FALSELY_SENT, PARKED_GOOD)
+            },
+        }
+
+
+class Run:
+    """`tell` hears of every fault as it ends: its number, kind, whether it happened, and how long it took."""
+
+    def __init__(self, system: System, options: Options, tell: Callable[["Run", int, str, bool, float], None]) -> None:
+        self._system, self._options, self._tell = system, options, tell
+        self.ledger = Ledger(system.directory / "ledger.jsonl")
+        self.result = Result(options.seed)
+        self.under_way: set[str] = set()
+        self._numbers = Numbers()
+        self._tills: Tills | None = None
+        messages = Messages(system, self.ledger)
+        self._faults = Faults(system, lambda: self._tills, self.ledger, messages, options.long_s)  # type: ignore[arg-type,return-value] # there are tills while there are faults
+        unknown = set(options.kinds) - self._faults.kinds.keys()
+        if unknown:
+            raise StackError(f"no such kinds of faults: {', '.join(sorted(unknown))}")
+        self._schedule = self._deal()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self.sampler = Sampler(system.url("analytics"), self.ledger, self.result.findings)
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(self._options.kinds or self._faults.kinds)
+
+    def run(self) -> Result:
+        begin = time.monotonic()
+        self.sampler.start()
+        try:
+            while (left := self._options.faults - self.result.hits.total()) > 0 and not self.result.findings:
+                attempts = self.result.hits.total() + self.result.misses.total()
+                if attempts >= 2 * self._options.faults:
+                    break  # the report tells how few there were
+                self._round(min(left, ROUND))
+        finally:
+            self._system.ending.set()
+            for thread in self._threads:
+                thread.join(FAULT_TIME_MAX_S)
+            self.sampler.stop()
+            self.ledger.close()
+            self.result.seconds = time.monotonic() - begin
+        return self.result
+
+    def _deal(self) -> Iterator[tuple[int, str, random.Random]]:
+        """All kinds in random order, then again: none is rare. The seed decides, and nothing else."""
+        dealer, number = random.Random(f"{self._options.seed}/faults"), 0
+        while True:
+            kinds = self.kinds
+            dealer.shuffle(kinds)
+            for kind in kinds:
+                number += 1
+                yield number, kind, random.Random(f"{self._options.seed}/fault/{number}")
+
+    def _round(self, faults: int) -> None:
+        self.result.rounds += 1
+        options = self._options
+        self._tills = Tills(
+            [self._system.target(instance) for instance in self._system.of("purchases")],
+            self.ledger,
+            self._numbers,
+            seed=f"{options.seed}/{self.result.rounds}",
+            count=options.tills,
+            rate=options.rate,
+        )
+        self._tills.start()
+        try:
+            self._break_things(faults)
+            self._heal()
+            if not self._tills.finish(QUIET_WITHIN_S):
+                self.result.findings.add(NOT_QUIET, "tills still have no answer, though everything is well again")
+        finally:
+            self._tills.close()
+        self._await_quiet()
+        self._check()
+
+    def _break_things(self, faults: int) -> None:
+        room = threading.Semaphore(AT_ONCE_MAX)
+        goal = self.result.hits.total() + faults
+        most = 2 * faults
+        while most and self.result.hits.total() + len(self.under_way) < goal:
+            most -= 1
+            number, kind, chance = next(self._schedule)
+            time.sleep(chance.uniform(0, 2) * self._options.gap_s)
+            room.acquire()
+            self.under_way.add(f"{number} {kind}")
+            thread = threading.Thread(target=self._fault, args=[number, kind, chance, room], name=kind, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+            if self.result.hits.total() + len(self.under_way) >= goal:  # unless some of these miss, that was all
+                self._join_faults()
+        self._join_faults()
+
+    def _join_faults(self) -> None:
+        for thread in self._threads:
+            thread.join(FAULT_TIME_MAX_S)
+            if thread.is_alive():
+                raise StackError(f"the fault {thread.name} does not end")
+        self._threads.clear()
+
+    def _fault(self, number: int, kind: str, chance: random.Random, room: threading.Semaphore) -> None:
+        begin = time.monotonic()
+        self.ledger.write("fault", number=number, kind=kind)
+        try:
+            hit = self._faults.kinds[kind](chance)
+        except (psycopg.Error, AMQPError, OSError, StackError) as error:
+            self.ledger.write("missed", number=number, kind=kind, why=str(error))
+            hit = False
+        seconds = time.monotonic() - begin
+        with self._lock:
+            (self.result.hits if hit else self.result.misses)[kind] += 1
+            self.result.seconds_broken[kind] += round(seconds)
+            self.under_way.discard(f"{number} {kind}")
+            self._count()
+            self._tell(self, number, kind, hit, seconds)
+        self.ledger.write("mended", number=number, kind=kind, hit=hit)
+        room.release()
+
+    def _count(self) -> None:
+        result, book = self.result, self.ledger
+        result.sent, result.acknowledged, result.refused, result.unknown = (
+            book.sent,
+            book.acknowledged,
+            book.refused,
+            book.unknown,
+        )
+        result.samples, result.claims = self.sampler.samples, self.sampler.claims
+        result.restarts = sum(instance.starts - 1 for instance in self._system.instances.values())
+
+    def _heal(self) -> None:
+        self._system.postgres.start()
+        self._system.rabbitmq.start()
+        self._system.heal()
+        with self._system.channel() as channel:
+            channel.queue_bind(QUEUE, EXCHANGE, QUEUE)
+        self._system.wait_ready()
+
+    def _await_quiet(self) -> None:
+        """No work is left anywhere, soon enough."""
+        if not wait_until(self._quiet, QUIET_WITHIN_S):
+            self.result.findings.add(NOT_QUIET, f"{QUIET_WITHIN_S:.0f} s after everything is well: {self._left()}")
+
+    def _left(self) -> dict[str, int]:
+        with self._system.database("purchases") as purchases, self._system.database("analytics") as analytics:
+            unsent = purchases.execute("SELECT count(*) FROM outbox_events WHERE status <> 'SENT'").fetchone()
+            events = purchases.execute("SELECT count(*) FROM outbox_events").fetchone()
+            counted = analytics.execute("SELECT count(*) FROM analytics_event_log").fetchone()
+        assert unsent and events and counted
+        left = {"not sent": int(str(unsent[0])), "not counted": int(str(events[0])) - int(str(counted[0]))}
+        if not any(left.values()):
+            left["on the queue"] = self._queued()
+        return left
+
+    def _queued(self) -> int:
+        lines = self._system.rabbitmq.ctl("list_queues", "name", "messages").splitlines()
+        return sum(int(line.split("\t")[1]) for line in lines if line.startswith(QUEUE + "\t"))
+
+    def _quiet(self) -> bool:
+        return not any(self._left().values())
+
+    def _check(self) -> None:
+        with (
+            psycopg.connect(self._system.url("purchases")) as purchases,
+            psycopg.connect(self._system.url("analytics")) as analytics,
+        ):
+            checker = Checker(self.ledger.path, purchases, analytics, TIME_ZONE, self.result.findings)
+            checker.check()
+            self.result.unchecked = unchecked_tables(analytics)
+        (server,) = self._system.of("analytics")
+        check_answers(server.address, checker.counted, self.result.findings)
+        self._count()

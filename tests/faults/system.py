@@ -1,0 +1,347 @@
+"""The whole system, out of process: servers of its own, each service twice, a proxy on every connection.
+
+Whatever dies is started again a moment later, as an operator's supervisor would. Nothing here touches a developer's
+stack: ports, data and processes are this run's own, below `.local/faults`, and are gone in the end.
+"""
+
+import fcntl
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pika
+import psycopg
+from pika.adapters.blocking_connection import BlockingChannel
+
+from deploy.healthcheck import is_serving
+from deploy.local import machine
+from deploy.local.machine import StackError, pick_port, wait_until
+from deploy.local.postgres import Postgres
+from deploy.local.rabbitmq import RabbitMQ
+from deploy.local.services import ANALYTICS, BROKER_SETTING, PURCHASES, SERVICES, Service, common_environ
+from deploy.local.services import service_environ as environ_of
+from tests.faults.proxy import Loop, Proxy
+
+ROOT = Path(__file__).resolve().parents[2]
+HOME = ROOT / ".local" / "faults"
+COPIES = {"purchases": 2, "relay": 2, "consumer": 2, "analytics": 1}
+START_TIMEOUT_S = 120.0
+MIGRATE_TIMEOUT_S = 120.0
+SUPERVISE_EVERY_S = 0.05
+BROKER_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 10.0
+QUEUE_SETTLE_S = 2.5  # RabbitMQ 3.10, killed within two seconds of declaring a quorum queue, leaves it broken
+
+# Not UTC, and not this machine's: whoever cuts days by the wrong clock is found out.
+TIME_ZONE = "America/New_York"
+SETTINGS = {
+    "BUSINESS_TIME_ZONE": TIME_ZONE,
+    "RELAY_CONFIRM_TIMEOUT_S": "3",  # sooner than by default, so that a fault need not last as long
+    "PURCHASES_FLUSH_TIMEOUT_S": "5",
+}
+POSTGRES_SETTINGS = {"shared_buffers": "128MB", "max_wal_size": "1GB"}
+
+
+@dataclass(eq=False)
+class Instance:
+    """One process of a service, and its successors."""
+
+    name: str
+    service: Service
+    environ: dict[str, str]
+    address: str  # where it listens
+    directory: Path
+    process: "subprocess.Popen[bytes] | None" = None
+    wanted: bool = True
+    not_before: float = 0.0  # monotonic: when it may be started again
+    starts: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held by the fault that has it
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "log" / f"{self.name}.log"
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def ready(self) -> bool:
+        return self.alive and is_serving(self.address)
+
+    @property
+    def arming(self) -> Path:
+        """The file that tells `tests.faults.crashing` where to die."""
+        return self.directory / "armed" / self.name
+
+    def send(self, number: int) -> None:
+        """Nothing happens when it is dead: Popen knows its own child."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+    def kill(self, down_s: float = 0.0) -> None:
+        """kill -9; it comes back after `down_s`."""
+        self.not_before = time.monotonic() + KILL_TIMEOUT_S + down_s
+        self.send(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait(KILL_TIMEOUT_S)
+        self.not_before = time.monotonic() + down_s
+
+
+class System:
+    """See the module. Use it as `with running(...) as system`."""
+
+    def __init__(self, directory: Path, planted: str | None) -> None:
+        self.directory, self._planted = directory, planted
+        for name in ("log", "armed"):
+            (directory / name).mkdir(parents=True, exist_ok=True)
+        log = directory / "log"
+        self.postgres = Postgres(directory / "postgres", log=log / "postgres.log", settings=POSTGRES_SETTINGS)
+        self.rabbitmq = RabbitMQ(directory / "rabbitmq", log=log / "rabbitmq.log")
+        self.postgres_lock, self.rabbitmq_lock = threading.Lock(), threading.Lock()
+        self.loop = Loop()
+        self.proxies: dict[str, Proxy] = {}  # "relay-1>rabbitmq"
+        self.instances: dict[str, Instance] = {}
+        self._stop = threading.Event()
+        self.ending = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self.keep = False
+        self.trouble: list[str] = []  # what nobody ordered: a process that ended by itself
+
+    # --- where everything is ---
+
+    def url(self, database: str) -> str:
+        """A superuser's, straight to the server: for the rig itself."""
+        return self.postgres.url(database)
+
+    @property
+    def amqp_url(self) -> str:
+        return self.rabbitmq.url
+
+    def of(self, service: str) -> list[Instance]:
+        return [instance for instance in self.instances.values() if instance.service.name == service]
+
+    def target(self, instance: Instance) -> str:
+        """Where the tills find it."""
+        return self.proxies[f"tills>{instance.name}"].address
+
+    def proxies_to(self, server: str) -> list[Proxy]:
+        """`postgres`, `rabbitmq`, or a service's name for those on the way to it."""
+        return [proxy for name, proxy in self.proxies.items() if name.partition(">")[2].startswith(server)]
+
+    # --- start ---
+
+    def start(self, say: Callable[[str], None]) -> None:
+        say("starting a PostgreSQL and a RabbitMQ of its own")
+        self.rabbitmq.launch()
+        self.postgres.start()
+        for database in (PURCHASES, ANALYTICS):
+            self.postgres.ensure_login(database.owner, creates_roles=True)
+            self.postgres.ensure_database(database.name, database.owner)
+            self._migrate(database.setting, self.postgres.url(database.name, database.owner), database.migrate)
+        for service in SERVICES:
+            self.postgres.ensure_login(service.login, member_of=service.role)
+        self.rabbitmq.wait()
+        self._make_instances()
+        say("starting the services")
+        self._supervisor.start()
+        self.wait_ready()
+        time.sleep(QUEUE_SETTLE_S)
+
+    def _migrate(self, setting: str, url: str, command: tuple[str, ...]) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            env={**_clean_environ(), **common_environ(ROOT, self.directory), **SETTINGS, setting: url},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=MIGRATE_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode:
+            raise StackError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+    def _make_instances(self) -> None:
+        services = {service.name: service for service in SERVICES}
+        names = [(name, number) for name, copies in COPIES.items() for number in range(1, copies + 1)]
+        ports = {f"{name}-{number}": pick_port() for name, number in names}
+        for name, number in names:
+            service, own = services[name], f"{name}-{number}"
+            address = f"127.0.0.1:{ports[own]}"
+            settings = SETTINGS | {
+                f"{name.upper()}_LISTEN": address,
+                f"{name.upper()}_METRICS_LISTEN": f"127.0.0.1:{pick_port()}",
+            }
+            for called in service.calls:  # the first copy calls the first, the second the second
+                callee = f"{called}-{min(number, COPIES[called])}"
+                proxy = self._proxy(own, callee, ("127.0.0.1", ports[callee]))
+                settings[f"{called.upper()}_TARGET"] = proxy.address
+            urls = {
+                BROKER_SETTING: self._through(own, "rabbitmq", self.rabbitmq.url),
+                name: self._through(own, "postgres", self.postgres.url(service.database.name, service.login)),
+            }
+            environ = {**_clean_environ(), **common_environ(ROOT, self.directory)}
+            environ |= environ_of(service, SERVICES, settings, urls)
+            instance = Instance(own, service, environ, address, self.directory)
+            instance.environ["FAULT_FILE"] = str(instance.arming)
+            if self._planted:
+                instance.environ["PLANTED"] = self._planted
+            self.instances[own] = instance
+            if name == "purchases":
+                self._proxy("tills", own, ("127.0.0.1", ports[own]))
+
+    def _proxy(self, client: str, server: str, target: tuple[str, int]) -> Proxy:
+        name = f"{client}>{server}"
+        if name not in self.proxies:
+            self.proxies[name] = Proxy(self.loop, name, target)
+        return self.proxies[name]
+
+    def _through(self, client: str, server: str, url: str) -> str:
+        """The URL with a proxy's address in it."""
+        parts = urlsplit(url)
+        assert parts.hostname and parts.port
+        proxy = self._proxy(client, server, (parts.hostname, parts.port))
+        return parts._replace(netloc=f"{parts.netloc.rpartition('@')[0]}@{proxy.address}").geturl()
+
+    # --- life ---
+
+    def _supervise(self) -> None:
+        """Start what is wanted and dead. All services are children of this one thread: they die with it."""
+        while not self._stop.wait(SUPERVISE_EVERY_S):
+            for instance in self.instances.values():
+                if instance.wanted and not instance.alive and time.monotonic() >= instance.not_before:
+                    self._spawn(instance)
+
+    def _spawn(self, instance: Instance) -> None:
+        if instance.process is not None and instance.process.returncode not in (0, -signal.SIGKILL):
+            instance.not_before = time.monotonic() + 1  # once a second is often enough
+            self.trouble.append(f"{instance.name} ended by itself with exit code {instance.process.returncode}")
+        with instance.log.open("ab") as log:
+            instance.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.faults.crashing", *instance.service.command],
+                env=instance.environ,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        instance.starts += 1
+
+    def wait_ready(self, within_s: float = START_TIMEOUT_S) -> None:
+        everything = self.instances.values()
+
+        def settled() -> bool:
+            return bool(self.trouble) or all(instance.ready for instance in everything)
+
+        if not wait_until(settled, within_s) or self.trouble:
+            late = [instance for instance in self.instances.values() if not instance.ready]
+            ends = "\n".join(f"{instance.name}:\n{machine.tail(instance.log)}" for instance in late)
+            raise StackError("\n".join([*self.trouble, f"not ready within {within_s:.0f} s: {ends}"]))
+
+    def heal(self) -> None:
+        """End every fault that has not ended by itself."""
+        for proxy in self.proxies.values():
+            proxy.heal()
+        for instance in self.instances.values():
+            instance.arming.unlink(missing_ok=True)
+            instance.wanted, instance.not_before = True, 0.0
+            instance.send(signal.SIGCONT)
+
+    def pause(self, seconds: float) -> None:
+        """For faults, between breaking and mending. Raises StackError when the run ends meanwhile."""
+        if self.ending.wait(seconds):
+            raise StackError("the run ends")
+
+    @contextmanager
+    def database(self, name: str) -> Iterator["psycopg.Connection[tuple[object, ...]]"]:
+        with psycopg.connect(self.url(name), autocommit=True, connect_timeout=5) as connection:
+            yield connection
+
+    @contextmanager
+    def channel(self) -> Iterator[BlockingChannel]:
+        """A channel straight to the broker."""
+        parameters = pika.URLParameters(self.rabbitmq.url)
+        parameters.socket_timeout = parameters.stack_timeout = parameters.blocked_connection_timeout = BROKER_TIMEOUT_S
+        with pika.BlockingConnection(parameters) as connection:
+            yield connection.channel()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._supervisor.is_alive():
+            self._supervisor.join()
+        for instance in self.instances.values():
+            instance.send(signal.SIGKILL)
+        for instance in self.instances.values():
+            if instance.process is not None:
+                instance.process.wait(10)
+        for proxy in self.proxies.values():
+            proxy.close()
+        self.loop.close()
+        self.rabbitmq.kill()
+        self.postgres.kill()
+
+
+def _clean_environ() -> dict[str, str]:
+    """The caller's, without what configures our services or any other stack."""
+    prefixes = (
+        "PURCHASES_",
+        "RELAY_",
+        "CONSUMER_",
+        "ANALYTICS_",
+        "AMQP_",
+        "BUSINESS_",
+        "LOG_",
+        "FAULT",
+        "PLANTED",
+        "PG",
+    )
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+
+
+@contextmanager
+def running(say: Callable[[str], None], planted: str | None = None) -> Iterator[System]:
+    """The system from its start to its end; with `system.keep`, logs and ledger stay behind."""
+    HOME.mkdir(parents=True, exist_ok=True)
+    _clean_up_after_the_dead()
+    directory = HOME / f"{os.getpid()}-{random.SystemRandom().randrange(10_000):04}"
+    directory.mkdir()
+    with ExitStack() as stack:
+        lock = stack.enter_context((directory / "lock").open("w"))
+        machine.try_lock(lock.fileno(), fcntl.LOCK_EX)
+        system = System(directory, planted)
+        stack.callback(_throw_away, system)
+        stack.callback(system.close)
+        system.start(say)
+        yield system
+
+
+def _throw_away(system: System) -> None:
+    for name in ("postgres", "rabbitmq") if system.keep else ("",):
+        shutil.rmtree(system.directory / name, ignore_errors=True)
+
+
+def _clean_up_after_the_dead() -> None:
+    """A run that was killed has left its servers behind (its services die with it): nobody holds its lock any more."""
+    for directory in HOME.iterdir():
+        lock = directory / "lock"
+        if not lock.exists():
+            continue
+        with lock.open("w") as file:
+            if machine.try_lock(file.fileno(), fcntl.LOCK_EX):
+                with suppress(OSError, StackError):
+                    Postgres(directory / "postgres").kill()
+                    RabbitMQ(directory / "rabbitmq").kill()
+                if (directory / "postgres").exists():  # else it was kept on purpose
+                    shutil.rmtree(directory, ignore_errors=True)

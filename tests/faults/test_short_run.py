@@ -1,0 +1,40 @@
+"""A short run under fire, as part of CI: every kind of fault about once. The long one is `make faults`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+FAULTS = 30
+SEED = 20_260_106
+MOST_S = 240
+
+
+@pytest.mark.timeout(MOST_S + 30)
+def test_nothing_is_lost_under_fire(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "tests.faults", "--faults", str(FAULTS), "--seed", str(SEED), "--long", "8"]
+    done = subprocess.run(
+        [*command, "--report", str(report)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}"},
+        capture_output=True,
+        text=True,
+        timeout=MOST_S,
+        check=False,
+    )
+    print(done.stdout, done.stderr)  # the table, for whoever looks at a failure
+    assert done.returncode == 0
+    figures = json.loads(report.read_text())
+    assert figures["faults"] == FAULTS
+    assert figures["acknowledged"] > 300
+    assert {name: figures[name] for name in ("lost", "doubled", "falsely_sent", "parked_good")} == {
+        "lost": 0,
+        "doubled": 0,
+        "falsely_sent": 0,
+        "parked_good": 0,
+    }
