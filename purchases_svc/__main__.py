@@ -1,20 +1,18 @@
 """`python -m purchases_svc serve | migrate | partitions [--drop]`: the wiring."""
 
 import asyncio
-import datetime
 import sys
 from pathlib import Path
 
 import psycopg
 import structlog
 from psycopg import sql
-from rich.console import Console
-from rich.table import Column, Table
 
 from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
 from chassis.wire import PageTokens
 from purchases_svc import retention, server, stored, workers
 from purchases_svc.backlog import Backlog
+from purchases_svc.commands import partitions as partitions_command
 from purchases_svc.partitions import Partitions
 from purchases_svc.record import Recorder
 from purchases_svc.settings import MigrateSettings, ServeSettings
@@ -23,7 +21,6 @@ from retail.purchases.v1 import customers_service_pb2_grpc as customers_grpc
 from retail.purchases.v1 import purchases_service_pb2_grpc as purchases_grpc
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-ROLE = "purchases_service"
 WRITE_CONNECTIONS = 2  # one flush at a time; the other makes partitions and looks up known keys meanwhile
 READ_TIMEOUT_S = grpc_server.CALL_TIMEOUT_S
 
@@ -44,7 +41,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         grpc_server.serving_metrics(metrics_listen),
         postgres.open_pool(
             config.database_url,
-            role=ROLE,
+            role=stored.ROLE,
             application_name="purchases write",
             size=WRITE_CONNECTIONS,
             statement_timeout_s=config.flush_timeout_s,
@@ -53,18 +50,25 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         ) as write_pool,
         postgres.open_pool(
             config.database_url,
-            role=ROLE,
+            role=stored.ROLE,
             application_name="purchases read",
             size=config.read_connections,
             statement_timeout_s=READ_TIMEOUT_S,
         ) as read_pool,
         postgres.open_pool(
             config.database_url,
-            role=ROLE,
+            role=stored.ROLE,
             application_name="purchases export",
             size=config.export_connections,
             statement_timeout_s=READ_TIMEOUT_S,
         ) as export_pool,
+        postgres.open_pool(
+            config.database_url,
+            role=stored.ROLE,
+            application_name="purchases retention",
+            size=1,
+            statement_timeout_s=retention.STATEMENT_TIMEOUT_S,
+        ) as retention_pool,
     ):
         if not await postgres.wait_until_up(write_pool, stop):
             return
@@ -101,7 +105,8 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             host.listening(config.listen, services, share_port=worker is not None),
             asyncio.TaskGroup() as tasks,
         ):
-            tasks.create_task(partitions.keep(stop, config.retention_months))
+            tasks.create_task(partitions.keep(stop))
+            tasks.create_task(retention.keep(retention_pool, stop, config.retention_months))
             tasks.create_task(backlog.watch(stop))
             await host.set_serving(True)
             log.info("serving", listen=config.listen, metrics=metrics_listen, time_zone=time_zone)
@@ -139,28 +144,6 @@ def migrate_database(config: MigrateSettings) -> None:
         require_time_zone(config.business_time_zone, row[0])
 
 
-async def show_partitions(config: ServeSettings, drop: bool) -> None:
-    """Print the months, their sizes and what retention does with each; with `drop`, let it do so."""
-    async with postgres.open_pool(
-        config.database_url, role=ROLE, application_name="partitions", size=1, statement_timeout_s=READ_TIMEOUT_S
-    ) as pool:
-        today = datetime.datetime.now(datetime.UTC).date()
-        if drop:
-            await retention.drop_old_months(pool, config.retention_months, today)
-        horizon = retention.horizon(config.retention_months, today)
-        table = Table(
-            "month", *(Column(name, justify="right") for name in ("purchases", "size", "unsent")), "retention"
-        )
-        for month in await retention.months(pool):
-            size = f"{month.bytes / 2**20:,.1f} MiB"
-            row = (f"{month.month:%Y-%m}", f"~{month.purchases:,}", size, f"{month.unsent:,}", month.verdict(horizon))
-            table.add_row(*row)
-        console = Console(highlight=False)
-        console.print(table)
-        keeps = f"months before {horizon:%Y-%m} may go" if horizon else "off: PURCHASES_RETENTION_MONTHS is not set"
-        console.print(f"Retention: {keeps}. `--drop` drops now; a service that has the setting does so every hour.")
-
-
 def main() -> None:
     try:
         match sys.argv[1:]:
@@ -171,7 +154,7 @@ def main() -> None:
             case ["partitions", *options] if options in ([], ["--drop"]):
                 config = settings.load(ServeSettings)
                 logs.configure("purchases-partitions", config.log_level)
-                asyncio.run(show_partitions(config, drop=bool(options)))
+                asyncio.run(partitions_command.run(config, drop=bool(options)))
             case ["migrate"]:
                 migration = settings.load(MigrateSettings)
                 logs.configure("purchases-migrate", migration.log_level)

@@ -10,7 +10,6 @@ from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import Backoff, wait_set
 from chassis.postgres import Pool
-from purchases_svc.retention import drop_old_months
 
 MONTHS_AHEAD = 2  # besides the current one
 DAYS_AHEAD = 3
@@ -67,14 +66,12 @@ class Partitions:
                     raise
                 await asyncio.sleep(backoff.next_s())
 
-    async def keep(self, stop: asyncio.Event, retention_months: int) -> None:
-        """Create the months and days to come, and drop those past their retention, now and every hour."""
+    async def keep(self, stop: asyncio.Event) -> None:
+        """Create the months and days to come, now and every hour."""
         while not stop.is_set():
             today = datetime.datetime.now(datetime.UTC).date()
             try:
                 await self.ensure(*_upcoming(today))
-                if retention_months and await drop_old_months(self._pool, retention_months, today):
-                    self.forget()
             except (psycopg.Error, PoolTimeout) as error:  # whatever it is, it must not take the sales down with it
                 log.warning("partitions are not taken care of", error=str(error).strip())
                 await wait_set(stop, 5.0)

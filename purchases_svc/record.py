@@ -223,24 +223,24 @@ class Recorder:
                 return
             match failure:
                 case psycopg.errors.DatetimeFieldOverflow() if len(batch) == 1:
-                    # Its month was dropped, by a retention that this process does not know of.
-                    failure = self._out_of_range(batch[0].purchase.sale, batch[0].purchase.created_at)
-                    break
-                case psycopg.IntegrityError() | psycopg.DataError():
-                    # Either retention dropped a partition that we knew ("no partition found" is a check violation) ...
+                    # Its month is closed, by a retention that this process does not know of.
+                    entry = batch[0]
+                    (outcome,) = await self._known_or_out_of_range([entry.purchase.sale], entry.purchase.created_at)
+                    entry.settle(outcome)
+                    return
+                case psycopg.IntegrityError() | psycopg.DataError() | TransactionConflict():
+                    # One row spoils the statement, such as a receipt number that two sales claim at this very moment:
+                    # apart, the first gets it, and the others are told. Or what stood in the way is gone: a customer
+                    # came with this very batch, say. Or retention closed a month that we counted on.
                     self._partitions.forget()
-                    # ... or one row spoils the statement, such as a receipt number that two sales claim at this very
-                    # moment. Apart, the first gets it, and the others are told.
                     if len(batch) > 1 and attempt > 1:
                         await self._flush(batch[: len(batch) // 2])
                         await self._flush(batch[len(batch) // 2 :])
                         return
                 case psycopg.errors.QueryCanceled() | PoolTimeout():
                     break  # the time is used up
-                case psycopg.OperationalError() | psycopg.InterfaceError() | TransactionConflict():
-                    # A conflict; or a connection lost in mid-commit, of which the next attempt finds out by the key; or
-                    # what stood in the way is gone: the customer came with this very batch, say.
-                    continue
+                case psycopg.OperationalError() | psycopg.InterfaceError():
+                    continue  # a conflict; or a connection lost in mid-commit, of which the next attempt finds out
                 case _:
                     break  # a bug: the callers must hear of it, and we go on
         for entry in batch:

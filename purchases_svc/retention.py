@@ -1,14 +1,21 @@
-"""Dropping months that are older than the retention, and showing the operator what there is."""
+"""Dropping months that are older than the retention, and telling the operator what there is."""
 
+import asyncio
 import datetime
 from typing import NamedTuple
 
 import psycopg
 import structlog
+from psycopg_pool import PoolTimeout
 
+from chassis.lifecycle import wait_set
 from chassis.postgres import Pool
 
-KEYS_PER_TRANSACTION = 20_000  # bounded, so that no transaction is long
+LOOK_EVERY_S = 3600.0
+TRY_AGAIN_S = 60.0
+KEYS_PER_TRANSACTION = 10_000  # some hundred milliseconds: bounded, so that no transaction is long
+# Of one such statement, and of dropping a month, which looks through the unsent events first.
+STATEMENT_TIMEOUT_S = 60.0
 
 log = structlog.get_logger()
 
@@ -48,30 +55,57 @@ async def drop_old_months(pool: Pool, keep_months: int, today: datetime.date) ->
 
     What could not be locked within a second, or is not sent, stays until the next time.
     """
+    await delete_keys(pool)  # of months that were dropped by somebody who did not come that far
     first_kept = horizon(keep_months, today)
     dropped = []
     for month in await months(pool):
         if first_kept is None or month.month >= first_kept:
             break
-        if month.unsent:
-            log.warning("a month past its retention is kept", month=month.month, unsent_events=month.unsent)
-            continue
-        async with pool.connection() as connection:
+        reason = "some of its events are not sent" if month.unsent else await _drop(pool, month.month, keep_months)
+        if reason:
+            log.warning("a month past its retention is kept", month=month.month, reason=reason)
+        else:
+            log.info("month dropped", month=month.month, purchases=month.purchases)
+            dropped.append(month.month)
+    await delete_keys(pool)
+    return dropped
+
+
+async def _drop(pool: Pool, month: datetime.date, keep_months: int) -> str | None:
+    """Drop one month; or why not. From when it is closed, its sales are refused, also while it cannot be dropped."""
+    async with pool.connection() as connection:
+        try:
+            await connection.execute("SELECT close_purchases_month(%s, %s)", [month, keep_months])  # commits
+            cursor = await connection.execute("SELECT drop_purchases_month(%s, %s)", [month, keep_months])
+            row = await cursor.fetchone()
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            return "it is in use"
+    return row[0] if row else None
+
+
+async def delete_keys(pool: Pool) -> None:
+    """Delete the keys of dropped months, some at a time. A sale whose key is gone is refused for its age."""
+    async with pool.connection() as connection:
+        cursor = await connection.execute("SELECT dropped_months()")
+        for (month,) in await cursor.fetchall():
+            last = None
             while True:
                 cursor = await connection.execute(
-                    "SELECT delete_keys_of_month(%s, %s, %s)", [month.month, keep_months, KEYS_PER_TRANSACTION]
+                    "SELECT delete_keys_of_dropped_month(%s, %s, %s)", [month, last, KEYS_PER_TRANSACTION]
                 )
                 row = await cursor.fetchone()
                 if not row or not row[0]:
                     break
-            try:
-                cursor = await connection.execute("SELECT drop_purchases_month(%s, %s)", [month.month, keep_months])
-                row = await cursor.fetchone()
-            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
-                row = ("it is in use",)
-        if row and row[0] is not None:
-            log.warning("a month past its retention is kept", month=month.month, reason=row[0])
+                last = row[0]
+
+
+async def keep(pool: Pool, stop: asyncio.Event, keep_months: int) -> None:
+    """Drop what is past its retention, now and every hour; `keep_months` 0 drops nothing."""
+    while keep_months and not stop.is_set():
+        try:
+            await drop_old_months(pool, keep_months, datetime.datetime.now(datetime.UTC).date())
+        except (psycopg.Error, PoolTimeout) as error:
+            log.warning("retention did not get through", error=str(error).strip())
+            await wait_set(stop, TRY_AGAIN_S)
         else:
-            log.info("month dropped", month=month.month, purchases=month.purchases)
-            dropped.append(month.month)
-    return dropped
+            await wait_set(stop, LOOK_EVERY_S)

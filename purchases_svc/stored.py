@@ -9,6 +9,8 @@ from chassis.postgres import Connection
 from chassis.wire import parse_cents
 from purchases_svc.sale import Item, Purchase, Sale
 
+ROLE = "purchases_service"  # that the service acts as; see the migrations
+
 ITEMS_PER_PAGE_MAX = 50_000  # a page of the biggest purchases would not fit into a message
 
 EXPORT_CHUNK = 200  # purchases fetched at a time; their items come with them
@@ -286,9 +288,11 @@ async def customers_page(
     connection: Connection, *, limit: int, after: str | None
 ) -> list[tuple[str, datetime.datetime]]:
     """Customers by id, from `after` on."""
+    condition: LiteralString = "true" if after is None else "c.customer_id > %(after)s"
     cursor = await connection.execute(
-        "SELECT customer_id::text, created_at FROM customers WHERE %(after)s::uuid IS NULL OR customer_id > %(after)s"
-        " ORDER BY customer_id LIMIT %(limit)s",
+        # Qualified: a plain `ORDER BY customer_id` means the text that is selected, and would sort all customers.
+        f"SELECT c.customer_id::text, c.created_at FROM customers c WHERE {condition}"
+        " ORDER BY c.customer_id LIMIT %(limit)s",
         {"after": after, "limit": limit},
     )
     return await cursor.fetchall()

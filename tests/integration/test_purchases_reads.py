@@ -320,7 +320,10 @@ async def test_reader_that_stops_reading_is_cut(purchases_db: str, monkeypatch: 
             except grpc.aio.AioRpcError:
                 return 0
 
-        assert await eventually(exported, "a place is free again") == 100
+        async def all_places_are_free() -> bool:
+            return await asyncio.gather(*(exported() for _ in stuck)) == [100] * len(stuck)
+
+        await eventually(all_places_are_free, "all exports that nobody reads are cut")
         for export in stuck:
             with pytest.raises(grpc.aio.AioRpcError, match="nothing of the answer was read") as raised:
                 await rest(export)

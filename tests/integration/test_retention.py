@@ -15,6 +15,7 @@ from purchases_svc import retention
 from purchases_svc.backlog import Backlog
 from purchases_svc.errors import OutboxFull, PurchaseTimeOutOfRange
 from purchases_svc.partitions import Partitions
+from purchases_svc.record import Recorded
 from purchases_svc.sale import Sale
 from tests.conftest import ROOT, eventually, pool
 from tests.integration.test_create_purchase import assert_whole, count, make_recorder, stored_sale
@@ -67,6 +68,24 @@ async def test_old_months_go_and_young_ones_stay(opened: Pool, purchases_db: str
         connection.execute("DELETE FROM outbox_events WHERE aggregate_id NOT IN (SELECT purchase_id FROM purchases)")
         connection.execute("DELETE FROM receipts WHERE purchase_id NOT IN (SELECT purchase_id FROM purchases)")
     assert_whole(purchases_db, 2)
+
+
+async def test_closed_month_replays_what_it_has(opened: Pool, purchases_db: str) -> None:
+    """A month that cannot be dropped yet takes in nothing new and answers retries, whoever is asked."""
+    known = old_sale(5)
+    await record(opened, known)
+    before = make_recorder(opened, Partitions(opened))
+    await before.record(known)  # it counts on the month
+    async with opened.connection() as connection:
+        await connection.execute("SELECT close_purchases_month(%s, 3)", [month_ago(5).date().replace(day=1)])
+        cursor = await connection.execute("SELECT drop_purchases_month(%s, 3)", [month_ago(5).date().replace(day=1)])
+        assert await cursor.fetchone() == ("some of its events are NEW",)
+    for recorder in (before, make_recorder(opened, Partitions(opened))):
+        refused, replayed = await recorder.record_all([old_sale(5), known])
+        assert isinstance(refused, PurchaseTimeOutOfRange)
+        assert isinstance(replayed, Recorded)
+        assert replayed.replayed
+    assert_whole(purchases_db, 1)
 
 
 async def test_unsent_events_keep_their_month(opened: Pool, purchases_db: str) -> None:
@@ -123,9 +142,11 @@ async def test_functions_refuse_months_that_are_kept(opened: Pool, keep_months: 
     """The service's role cannot destroy more than the retention allows, whatever it asks for."""
     young = month_ago(2).date().replace(day=1)
     async with opened.connection() as connection:
-        for statement in ("SELECT drop_purchases_month(%s, %s)", "SELECT delete_keys_of_month(%s, %s, 10)"):
+        for function in ("close_purchases_month", "drop_purchases_month"):
             with pytest.raises(psycopg.errors.InvalidParameterValue):
-                await connection.execute(statement, [young, keep_months])
+                await connection.execute(f"SELECT {function}(%s, %s)", [young, keep_months])
+        cursor = await connection.execute("SELECT delete_keys_of_dropped_month(%s, NULL, 10)", [young])
+        assert await cursor.fetchone() == (None,)  # it is not dropped
 
 
 async def test_full_outbox_refuses_sales(opened: Pool, purchases_db: str) -> None:
@@ -146,6 +167,10 @@ async def test_full_outbox_refuses_sales(opened: Pool, purchases_db: str) -> Non
 
 async def _is(backlog: Backlog, *, full: bool) -> bool:
     return backlog.full is full
+
+
+async def _are(sales: list[Sale], at_least: int) -> bool:
+    return len(sales) >= at_least
 
 
 async def test_operator_sees_the_months(opened: Pool, purchases_db: str) -> None:
@@ -181,3 +206,85 @@ async def test_operator_sees_the_months(opened: Pool, purchases_db: str) -> None
     assert count(purchases_db, "purchases") == 3
     await asyncio.to_thread(partitions, "--drop")
     assert count(purchases_db, "purchases") == 2
+
+
+async def test_interrupted_retention_goes_on(opened: Pool, purchases_db: str) -> None:
+    """A month is dropped in one step; whoever dies while its keys are deleted leaves them to the next run."""
+    sales = [old_sale(5) for _ in range(30)]
+    await record(opened, *sales)
+    mark_sent(purchases_db)
+    month = month_ago(5).date().replace(day=1)
+    async with opened.connection() as connection:  # as far as somebody came
+        await connection.execute("SELECT close_purchases_month(%s, 3)", [month])
+        await connection.execute("SELECT drop_purchases_month(%s, 3)", [month])
+        await connection.execute("SELECT delete_keys_of_dropped_month(%s, NULL, 10)", [month])
+    assert (count(purchases_db, "purchases"), count(purchases_db, "idempotency_keys")) == (0, 20)
+
+    recorder = make_recorder(opened, Partitions(opened))  # which knows of no retention
+    for outcome in await recorder.record_all(sales):  # with their keys and without
+        assert isinstance(outcome, PurchaseTimeOutOfRange)
+    taken_again = stored_sale(idempotency_key=deleted_key(purchases_db, sales), purchase_time=month_ago(0))
+    assert not (await recorder.record(taken_again)).replayed
+
+    assert await drop(opened, 3) == []
+    with psycopg.connect(purchases_db) as connection_:
+        left = connection_.execute("SELECT idempotency_key::text FROM idempotency_keys").fetchall()
+        assert left == [(taken_again.idempotency_key,)]
+        tables = connection_.execute("SELECT relname FROM pg_class WHERE relname LIKE 'dropped%'").fetchall()
+        assert [name for (name,) in tables if name != "dropped_months"] == []
+
+
+def deleted_key(url: str, sales: list[Sale]) -> str:
+    with psycopg.connect(url) as connection:
+        kept = {key for (key,) in connection.execute("SELECT idempotency_key::text FROM idempotency_keys")}
+    return next(sale.idempotency_key for sale in sales if sale.idempotency_key not in kept)
+
+
+async def test_service_that_counts_on_a_dropped_month(opened: Pool, purchases_db: str) -> None:
+    """A process that has stored sales in a month refuses more of them, once it was dropped behind its back."""
+    recorder = make_recorder(opened, Partitions(opened))
+    known = old_sale(5)
+    await recorder.record(known)
+    mark_sent(purchases_db)
+    assert len(await drop(opened, 3)) == 1
+    good = old_sale(0)
+    refused, replayed, stored = await recorder.record_all([old_sale(5), known, good])
+    assert isinstance(refused, PurchaseTimeOutOfRange)
+    assert isinstance(replayed, PurchaseTimeOutOfRange)
+    assert isinstance(stored, Recorded)
+
+
+async def test_sales_and_retention_race_for_a_month(opened: Pool, purchases_db: str) -> None:
+    """Retention tries to drop a month in which sales go on: no acknowledged sale goes with its event unsent."""
+    recorder = make_recorder(opened, Partitions(opened))
+    stop = asyncio.Event()
+    acknowledged: list[Sale] = []
+
+    async def sell() -> None:
+        while not stop.is_set():
+            sale = old_sale(5)
+            if not isinstance((await recorder.record_all([sale]))[0], Exception):
+                acknowledged.append(sale)
+            await asyncio.sleep(0)
+
+    async def publish() -> None:
+        """Only what still has its purchase: what retention took away unsent would stay."""
+        async with pool(purchases_db, "postgres", size=1) as owner, owner.connection() as connection:
+            while not stop.is_set():
+                await connection.execute(
+                    "UPDATE outbox_events SET status = 'SENT' WHERE status = 'NEW'"
+                    " AND aggregate_id IN (SELECT purchase_id FROM purchases)"
+                )
+
+    working = [asyncio.ensure_future(each) for each in (sell(), sell(), publish())]
+    dropped: list[datetime.date] = []
+    async with asyncio.timeout(30):
+        while not dropped:
+            await eventually(lambda: _are(acknowledged, 50), "sales go on")
+            dropped = await drop(opened, 3)
+    stop.set()
+    await asyncio.gather(*working)
+    with psycopg.connect(purchases_db) as connection:
+        events = connection.execute("SELECT status, count(*) FROM outbox_events GROUP BY 1").fetchall()
+    assert events == [("SENT", len(acknowledged))]
+    assert (count(purchases_db, "purchases"), count(purchases_db, "idempotency_keys")) == (0, 0)

@@ -1,0 +1,47 @@
+"""`python -m purchases_svc partitions [--drop]`: the months, their sizes, and what retention does with each."""
+
+import datetime
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from chassis import postgres
+from purchases_svc import retention, stored
+from purchases_svc.settings import ServeSettings
+
+
+async def run(config: ServeSettings, drop: bool) -> None:
+    """Print them; with `drop`, let retention do its work before. Without, nothing is changed."""
+    async with postgres.open_pool(
+        config.database_url,
+        role=stored.ROLE,
+        application_name="purchases partitions",
+        size=1,
+        statement_timeout_s=retention.STATEMENT_TIMEOUT_S,
+    ) as pool:
+        today = datetime.datetime.now(datetime.UTC).date()
+        console = Console(highlight=False)
+        if drop:
+            dropped = await retention.drop_old_months(pool, config.retention_months, today)
+            console.print(f"Dropped: {', '.join(f'{month:%Y-%m}' for month in dropped) or 'nothing'}.")
+        show(await retention.months(pool), retention.horizon(config.retention_months, today), console)
+
+
+def show(months: list[retention.Month], horizon: datetime.date | None, console: Console) -> None:
+    numbers = ("purchases", "size MiB", "unsent")
+    table = Table("month", *(Column(name, justify="right") for name in numbers), "retention")
+    for month in months:
+        size = f"{month.bytes / 2**20:,.1f}"
+        table.add_row(
+            f"{month.month:%Y-%m}", f"~{month.purchases:,}", size, f"{month.unsent:,}", month.verdict(horizon)
+        )
+    console.print(table)
+    if horizon is None:
+        console.print("Retention is off: PURCHASES_RETENTION_MONTHS is not set, and everything is kept.")
+        return
+    going = [month for month in months if month.verdict(horizon) == "drop"]
+    console.print(
+        f"Months before {horizon:%Y-%m} may go: {len(going)} of {len(months)}, "
+        f"{sum(month.bytes for month in going) / 2**20:,.1f} MiB, as soon as all their events are sent. "
+        "`--drop` drops now; a service with this setting does so every hour."
+    )
