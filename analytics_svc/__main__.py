@@ -14,21 +14,26 @@ import structlog
 from analytics_svc import queries
 from analytics_svc.announce import Announcement
 from analytics_svc.consumer import Consumer
+from analytics_svc.health import Health
 from analytics_svc.inclusion import Inclusion
 from analytics_svc.keeper import KEEPER_SESSION, Keeper
 from analytics_svc.listener import Listener
 from analytics_svc.outbox import Outbox
+from analytics_svc.quarantine_server import QuarantineServicer
 from analytics_svc.server import AnalyticsServicer
 from analytics_svc.settings import ConsumeSettings, MigrateSettings, ServeSettings
 from analytics_svc.settling import Settler
+from analytics_svc.upkeep import Upkeep
 from analytics_svc.watch import Watchers
 from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
 from chassis.wire import PageTokens
 from retail.analytics.v1 import analytics_service_pb2_grpc as analytics_grpc
+from retail.analytics.v1 import quarantine_service_pb2_grpc as quarantine_grpc
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 DOMAIN = "analytics.retail.example"
 CONSUMER_CONNECTIONS = 2  # one batch at a time; the other is there when one breaks
+UPKEEP_CONNECTIONS = 2  # for upkeep itself, and for whoever looks after the quarantine
 APPLY_TIMEOUT_S = 10.0  # for each statement of a batch; the slowest takes some tens of milliseconds
 LIVE_CONNECTIONS = 3  # to listen, to look for purchases that are waited for, to read for watchers
 STOP_TIMEOUT_S = 10.0  # for the batch in flight; what is not applied by then is delivered again
@@ -39,9 +44,8 @@ log = structlog.get_logger()
 async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
     """Keep the read models until `stop`, then finish the batch in flight."""
     host = grpc_server.Server(DOMAIN)
+    health = Health(host.set_serving, {"deliveries", "database"})
     async with (
-        grpc_server.serving_metrics(config.metrics_listen),
-        host.listening(config.listen, []),
         postgres.open_pool(
             config.database_url,
             role="analytics_consumer",
@@ -49,26 +53,43 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             size=CONSUMER_CONNECTIONS,
             statement_timeout_s=APPLY_TIMEOUT_S,
         ) as pool,
+        postgres.open_pool(
+            config.database_url,
+            role="analytics_consumer",
+            application_name="analytics upkeep",
+            size=UPKEEP_CONNECTIONS,
+            statement_timeout_s=APPLY_TIMEOUT_S,
+        ) as upkeep_pool,
+        grpc.aio.insecure_channel(config.purchases_target) as purchases,
     ):
-        if not await wait_until_ready(pool, config.business_time_zone, stop):
-            return
-        consumer = Consumer(
-            config.amqp_url,
-            Settler(pool, ZoneInfo(config.business_time_zone), config.deaths_max),
-            batch_max=config.batch_max,
-            prefetch=config.prefetch,
-            set_serving=host.set_serving,
+        zone = ZoneInfo(config.business_time_zone)
+        quarantine = QuarantineServicer(upkeep_pool, Settler(upkeep_pool, zone, config.deaths_max), purchases)
+        service = grpc_server.Service(
+            quarantine_grpc.add_QuarantineServiceServicer_to_server, quarantine, "retail.analytics.v1.QuarantineService"
         )
-        log.info("ready", listen=config.listen, metrics=config.metrics_listen, time_zone=config.business_time_zone)
-        async with keeping(config):
-            consuming, stopping = asyncio.create_task(consumer.run(stop)), asyncio.create_task(stop.wait())
-            await asyncio.wait({consuming, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            await host.set_serving(False)
-            try:
-                await asyncio.wait_for(consuming, STOP_TIMEOUT_S)
-            except TimeoutError:
-                log.warning("the batch in flight was given up; it will be delivered again")
+        async with grpc_server.serving_metrics(config.metrics_listen), host.listening(config.listen, [service]):
+            if not await wait_until_ready(pool, config.business_time_zone, stop):
+                return
+            async with upkeep_pool.connection() as connection:
+                quarantine.tokens = PageTokens(await queries.page_token_key(connection))
+            consumer = Consumer(
+                config.amqp_url,
+                Settler(pool, zone, config.deaths_max),
+                batch_max=config.batch_max,
+                prefetch=config.prefetch,
+                health=health,
+            )
+            upkeep = Upkeep(upkeep_pool, health, config.log_retention_days)
+            log.info("ready", listen=config.listen, metrics=config.metrics_listen, time_zone=config.business_time_zone)
+            async with keeping(config), lifecycle.beside(upkeep.run()):
+                consuming, stopping = asyncio.create_task(consumer.run(stop)), asyncio.create_task(stop.wait())
+                await asyncio.wait({consuming, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+                await health.report("running", False)
+                try:
+                    await asyncio.wait_for(consuming, STOP_TIMEOUT_S)
+                except TimeoutError:
+                    log.warning("the batch in flight was given up; it will be delivered again")
     log.info("stopped")
 
 

@@ -5,7 +5,7 @@ The publisher owns the exchange; the queue and its binding are made here. The on
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pika.spec
@@ -16,6 +16,7 @@ from pika.channel import Channel
 from pika.exceptions import AMQPError
 from prometheus_client import Counter, Histogram
 
+from analytics_svc.health import Health
 from analytics_svc.messages import Message
 from analytics_svc.settling import Case, Settler
 from chassis import amqp, postgres
@@ -104,7 +105,7 @@ class Inbox:
 
 
 class Consumer:
-    """Consumes over as many connections as it takes. `set_serving` is told whether it does."""
+    """Consumes over as many connections as it takes; health hears of its "deliveries" and "batches"."""
 
     def __init__(
         self,
@@ -113,11 +114,11 @@ class Consumer:
         *,
         batch_max: int,
         prefetch: int,
-        set_serving: Callable[[bool], Awaitable[None]],
+        health: Health,
     ) -> None:
         self._url, self._settler = url, settler
         self._batch_max, self._prefetch = batch_max, prefetch
-        self._set_serving = set_serving
+        self._health = health
 
     async def run(self, stop: asyncio.Event) -> None:
         """Consume until `stop`, then finish the batch in flight."""
@@ -126,7 +127,7 @@ class Consumer:
             try:
                 await self._run_connection(stop, backoff)
             except (BrokerUnavailable, AMQPError) as error:
-                await self._set_serving(False)
+                await self._health.report("deliveries", False)
                 pause_s = backoff.next_s()
                 log.warning("no deliveries; trying again", error=amqp.describe(error), pause_s=round(pause_s, 1))
                 await wait_set(stop, pause_s)
@@ -151,7 +152,8 @@ class Consumer:
             await self._subscribe(channel, inbox)
             backoff.reset()
             log.info("consuming", queue=QUEUE)
-            await self._set_serving(not stop.is_set())
+            await self._health.report("deliveries", True)
+            await self._health.report("batches", True)  # until one proves the contrary
             while batch := await inbox.take(self._batch_max, REDELIVERED_MAX):
                 if await self._settle(batch, inbox) and channel.is_open:
                     # All up to this one: batches are settled whole and in the order of delivery.
@@ -198,7 +200,7 @@ class Consumer:
                     known = isinstance(error, psycopg.Error)
                     log.warning("batch not applied; trying again", error=str(error).strip(), exc_info=not known)
                     trouble = True
-                    await self._set_serving(False)
+                    await self._health.report("batches", False)
                 else:
                     break
                 if await wait_set(inbox.closed, backoff.next_s()):
@@ -207,5 +209,5 @@ class Consumer:
         inbox.settled(batch)
         if trouble:
             log.info("batches are applied again")
-            await self._set_serving(not inbox.closed.is_set())
+            await self._health.report("batches", True)
         return True

@@ -5,7 +5,9 @@ ServiceError
 ├── CustomerNotFound         a customer of whom no purchase is counted
 ├── NotYetVisible            the purchase of a consistency token is not included within the caller's time
 ├── PurchaseQuarantined      its event is quarantined: waiting does not help
-└── WatcherTooSlow           a watcher does not take what it is sent
+├── WatcherTooSlow           a watcher does not take what it is sent
+├── PurchasesUnavailable     the purchases service, which an audit or a repair asks, does not answer
+└── PurchaseExists           an event that must not be discarded, as its purchase is not counted
 """
 
 from grpc import StatusCode
@@ -51,3 +53,14 @@ class WatcherTooSlow(ServiceError):
     code = StatusCode.RESOURCE_EXHAUSTED
     reason = "WATCHER_TOO_SLOW"
     retry_after_s = 1.0
+
+
+class PurchasesUnavailable(ServiceError):
+    code = StatusCode.UNAVAILABLE
+    reason = "PURCHASES_UNAVAILABLE"
+    retry_after_s = 1.0
+
+
+class PurchaseExists(ServiceError):
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "PURCHASE_EXISTS"

@@ -8,6 +8,7 @@ from chassis.postgres import Connection
 
 APPLY_LOCK = 7_265_746_170  # any numbers; advisory locks are per database
 REBUILD_LOCK = 7_265_746_175  # held by a rebuild as long as it must be told what is counted
+FORGET_LOCK = 7_265_746_178  # held by the process that deletes
 NO_FLOOR = ""  # below every id
 
 
@@ -30,3 +31,47 @@ async def enter(connection: Connection) -> tuple[str, bool]:
 async def exclude_applies(connection: Connection) -> None:
     """Wait until no transaction applies events, and let none begin until this one ends."""
     await connection.execute("SELECT pg_advisory_xact_lock(%s)", [APPLY_LOCK])
+
+
+async def raise_floor(connection: Connection, keep_days: int) -> str:
+    """Raise the floor to what is older than `keep_days` and settled; returns it. In a transaction of its own.
+
+    Settled is what lies below complete_through_time, is not awaited and not in quarantine. Without that time, the floor
+    stays. Ids carry the time of recording; random ids of others lie anywhere.
+    """
+    await exclude_applies(connection)
+    cursor = await connection.execute(
+        """
+        UPDATE freshness SET log_floor = greatest(log_floor, least(
+            (
+                SELECT (lpad(to_hex(floor(extract(epoch FROM greatest(kept, 'epoch')) * 1000)::bigint), 12, '0')
+                    || repeat('0', 20))::uuid
+                FROM (SELECT least(now(), complete_through_at) - make_interval(days => %s)) AS since (kept)
+            ),
+            oldest_awaited_id,
+            (
+                SELECT event_id FROM quarantined_events
+                WHERE event_id >= coalesce(log_floor, '00000000-0000-0000-0000-000000000000')
+                ORDER BY event_id LIMIT 1
+            )
+        ))
+        WHERE complete_through_at IS NOT NULL
+        RETURNING log_floor::text
+        """,
+        [keep_days],
+    )
+    row = await cursor.fetchone()
+    return row[0] if row else NO_FLOOR
+
+
+async def forget(connection: Connection, after: str, most: int) -> str | None:
+    """Delete the lowest `most` ids above `after` and below the floor; returns the last, or None when none was left.
+
+    None, too, while another process does the same: the two would wait for each other.
+    """
+    cursor = await connection.execute(
+        "SELECT CASE WHEN pg_try_advisory_xact_lock(%s) THEN forget_events(%s, %s) END::text",
+        [FORGET_LOCK, after, most],
+    )
+    ((last,),) = await cursor.fetchall()
+    return last  # type: ignore[no-any-return]

@@ -24,6 +24,9 @@ class ConsumeSettings(MigrateSettings):
     # Processes that may die of a message, tried alone, before it is quarantined unread. Each costs a restart, and one
     # may be chance: somebody may have killed it in that very millisecond.
     deaths_max: int = setting("CONSUMER_DEATHS_MAX", integer(1, 100), default=2)
+    # How long the ids of counted events are kept, at least; 0 keeps them for ever. What arrives with an older id is
+    # taken for a duplicate, and quarantined.
+    log_retention_days: int = setting("CONSUMER_LOG_RETENTION_DAYS", integer(0, 36_500), default=0)
     # For repairs, which ask the other services.
     purchases_target: str = setting("PURCHASES_TARGET", text, default="127.0.0.1:50051")
     relay_target: str = setting("RELAY_TARGET", text, default="127.0.0.1:50053")

@@ -20,7 +20,7 @@ import structlog
 from prometheus_client import Counter
 from psycopg_pool import PoolTimeout
 
-from analytics_svc import messages, quarantine, trials
+from analytics_svc import event_log, messages, quarantine, trials
 from analytics_svc.announce import announce
 from analytics_svc.apply import Applied, apply
 from analytics_svc.errors import quoted
@@ -42,6 +42,8 @@ BLAMED_ON_NONE = {"08", "40", "53", "55", "57", "58"}
 APPLY_FAILED = "APPLY_FAILED"
 KILLS_CONSUMER = "KILLS_CONSUMER"
 OLDER_THAN_FLOOR = "OLDER_THAN_FLOOR"
+
+BELOW_FLOOR = "its id is below the floor of the event log: counted and forgotten, or not ours"
 
 EVENTS = Counter("analytics_events_total", "Deliveries that were settled.", ["outcome"])
 COUNTED, DUPLICATE, QUARANTINED = (EVENTS.labels(outcome) for outcome in ("counted", "duplicate", "quarantined"))
@@ -160,13 +162,47 @@ class Settler:
             )
             if applied.below_floor:
                 below = {event.event_id for event in applied.below_floor}
-                late = [_older_than_floor(case) for case in cases if case.event.event_id in below]
+                late = [
+                    messages.unfit(case.message, case.event.event_id, OLDER_THAN_FLOOR, BELOW_FLOOR)
+                    for case in cases
+                    if isinstance(case.event, PurchaseCreated) and case.event.event_id in below
+                ]
                 if quarantined := await quarantine.keep(connection, late):
                     await announce(connection, (), counted=False)
                 applied = applied._replace(quarantined=applied.quarantined + quarantined)
             if tried:
                 await trials.end(connection, [case.message.digest() for case in cases])
         return applied
+
+    async def redrive(self, quarantine_id: str) -> bool | None:
+        """Try a quarantined message again: whether it is counted now; None when it is not in quarantine."""
+        try:
+            return await self._redrive(quarantine_id)
+        except BLAMED_ON_EVENTS as error:
+            async with self._pool.connection() as connection:
+                await quarantine.change_reason(connection, quarantine_id, APPLY_FAILED, _said(error))
+            return False
+
+    async def _redrive(self, quarantine_id: str) -> bool | None:
+        async with self._pool.connection() as connection, connection.transaction():
+            await event_log.enter(connection)
+            kept = await quarantine.find(connection, quarantine_id)
+            if kept is None:
+                return None
+            if not kept.counted:
+                if kept.reason == KILLS_CONSUMER:
+                    log.warning("trying an event that killed consumers", quarantine_id=quarantine_id)
+                event = self.read(Message(kept.body, kept.properties)).event
+                if isinstance(event, QuarantinedEvent):
+                    await quarantine.change_reason(connection, quarantine_id, event.reason, event.detail)
+                    return False
+                applied = await apply(connection, [event], [])
+                if applied.below_floor:
+                    await quarantine.change_reason(connection, quarantine_id, OLDER_THAN_FLOOR, BELOW_FLOOR)
+                    return False
+            await quarantine.remove(connection, [quarantine_id])
+            await announce(connection, (), counted=False)
+        return True
 
     async def _takes_sales(self) -> bool:
         """Whether a sale of our making could be counted now, with all that belongs to it."""
@@ -188,8 +224,7 @@ class Settler:
         if isinstance(case.event, QuarantinedEvent):
             raise error  # it is not even fit to be kept: a bug of ours
         del self._failures[digest]
-        said = error.diag.message_primary if isinstance(error, psycopg.Error) else str(error)
-        detail = f"SQLSTATE {getattr(error, 'sqlstate', None)}: {quoted(said)}"
+        detail = _said(error)
         log.error("event refused by the database", message=_name(case.message), error=detail)
         unfit = messages.unfit(case.message, case.event.event_id, APPLY_FAILED, detail)
         await self.settle([Case(case.message, unfit)], tried=True)
@@ -201,9 +236,10 @@ def _may_be_the_events_fault(error: Exception) -> bool:
     return not isinstance(error, PoolTimeout)  # a connection lost without a word, or a bug
 
 
-def _older_than_floor(case: Case) -> QuarantinedEvent:
-    detail = "its id is below the floor of the event log: counted and forgotten, or not ours"
-    return messages.unfit(case.message, case.event.event_id, OLDER_THAN_FLOOR, detail)
+def _said(error: Exception) -> str:
+    if isinstance(error, psycopg.Error):
+        return f"SQLSTATE {error.sqlstate}: {quoted(error.diag.message_primary)}"
+    return f"{type(error).__name__}: {quoted(str(error))}"
 
 
 def _made_up_sale() -> PurchaseCreated:

@@ -31,6 +31,7 @@ class QuarantinedEvent(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     BODY_FIELD_NUMBER: _builtins.int
     QUARANTINE_TIME_FIELD_NUMBER: _builtins.int
+    BODY_SIZE_FIELD_NUMBER: _builtins.int
     quarantine_id: _builtins.str
     """UUID of the entry."""
     event_id: _builtins.str
@@ -40,7 +41,9 @@ class QuarantinedEvent(_message.Message):
     detail: _builtins.str
     """The same in words."""
     body: _builtins.bytes
-    """The message body as it arrived."""
+    """The message body as it arrived; its first 2 MiB when it is larger."""
+    body_size: _builtins.int
+    """Bytes of the whole message body."""
     @_builtins.property
     def quarantine_time(self) -> _timestamp_pb2.Timestamp:
         """When it arrived."""
@@ -54,10 +57,11 @@ class QuarantinedEvent(_message.Message):
         detail: _builtins.str = ...,
         body: _builtins.bytes = ...,
         quarantine_time: _timestamp_pb2.Timestamp | None = ...,
+        body_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quarantine_time", b"quarantine_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "detail", b"detail", "event_id", b"event_id", "quarantine_id", b"quarantine_id", "quarantine_time", b"quarantine_time", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "body_size", b"body_size", "detail", b"detail", "event_id", b"event_id", "quarantine_id", b"quarantine_id", "quarantine_time", b"quarantine_time", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -105,7 +109,7 @@ class ListQuarantinedEventsResponse(_message.Message):
     """Empty on the last page."""
     @_builtins.property
     def quarantined_events(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuarantinedEvent]:
-        """One page of events."""
+        """One page of events. Short, when bodies are large: at most 3 MiB of them."""
 
     def __init__(
         self,
@@ -130,7 +134,7 @@ class RedriveEventsRequest(_message.Message):
     QUARANTINE_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def quarantine_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Entries to try again; 1,000 at most."""
+        """UUIDs of the entries to try again; 1 to 1,000."""
 
     def __init__(
         self,
@@ -153,19 +157,25 @@ class RedriveEventsResponse(_message.Message):
 
     REDRIVEN_COUNT_FIELD_NUMBER: _builtins.int
     REMAINING_COUNT_FIELD_NUMBER: _builtins.int
+    UNKNOWN_QUARANTINE_IDS_FIELD_NUMBER: _builtins.int
     redriven_count: _builtins.int
     """Events that are counted now."""
     remaining_count: _builtins.int
     """Events that stay in quarantine."""
+    @_builtins.property
+    def unknown_quarantine_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Entries that are not in quarantine: never, or no longer."""
+
     def __init__(
         self,
         *,
         redriven_count: _builtins.int = ...,
         remaining_count: _builtins.int = ...,
+        unknown_quarantine_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["redriven_count", b"redriven_count", "remaining_count", b"remaining_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["redriven_count", b"redriven_count", "remaining_count", b"remaining_count", "unknown_quarantine_ids", b"unknown_quarantine_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -180,7 +190,7 @@ class DiscardEventsRequest(_message.Message):
     QUARANTINE_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def quarantine_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Entries to remove; 1,000 at most."""
+        """UUIDs of the entries to remove; 1 to 1,000."""
 
     def __init__(
         self,
@@ -202,16 +212,22 @@ class DiscardEventsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DISCARDED_COUNT_FIELD_NUMBER: _builtins.int
+    UNKNOWN_QUARANTINE_IDS_FIELD_NUMBER: _builtins.int
     discarded_count: _builtins.int
     """Events removed."""
+    @_builtins.property
+    def unknown_quarantine_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Entries that are not in quarantine: never, or no longer."""
+
     def __init__(
         self,
         *,
         discarded_count: _builtins.int = ...,
+        unknown_quarantine_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["discarded_count", b"discarded_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["discarded_count", b"discarded_count", "unknown_quarantine_ids", b"unknown_quarantine_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

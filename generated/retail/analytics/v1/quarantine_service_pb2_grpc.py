@@ -66,15 +66,19 @@ class QuarantineServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RedriveEvents(self, request, context):
-        """Tries to count events again, say after an update of the consumer. Those
-        that still fail stay, with their new reason.
+        """Tries to count events again, one by one, say after an update of the
+        consumer. Those that still fail stay, with their new reason. One whose
+        event_id is counted already is a duplicate, and removed. One that killed
+        the consumer (KILLS_CONSUMER) may do so again, and stays then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DiscardEvents(self, request, context):
-        """Removes events for good. An event whose purchase exists is refused.
+        """Removes events for good, all of the request or none. Refused is an event
+        whose purchase exists, unless it is known to be counted: its event_id is, or
+        it is OLDER_THAN_FLOOR.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

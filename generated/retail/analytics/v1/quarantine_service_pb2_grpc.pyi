@@ -38,11 +38,16 @@ class QuarantineServiceStub:
     ListQuarantinedEvents: _grpc.UnaryUnaryMultiCallable[_quarantine_service_pb2.ListQuarantinedEventsRequest, _quarantine_service_pb2.ListQuarantinedEventsResponse]
     """Lists quarantined events, the oldest first."""
     RedriveEvents: _grpc.UnaryUnaryMultiCallable[_quarantine_service_pb2.RedriveEventsRequest, _quarantine_service_pb2.RedriveEventsResponse]
-    """Tries to count events again, say after an update of the consumer. Those
-    that still fail stay, with their new reason.
+    """Tries to count events again, one by one, say after an update of the
+    consumer. Those that still fail stay, with their new reason. One whose
+    event_id is counted already is a duplicate, and removed. One that killed
+    the consumer (KILLS_CONSUMER) may do so again, and stays then.
     """
     DiscardEvents: _grpc.UnaryUnaryMultiCallable[_quarantine_service_pb2.DiscardEventsRequest, _quarantine_service_pb2.DiscardEventsResponse]
-    """Removes events for good. An event whose purchase exists is refused."""
+    """Removes events for good, all of the request or none. Refused is an event
+    whose purchase exists, unless it is known to be counted: its event_id is, or
+    it is OLDER_THAN_FLOOR.
+    """
 
 @_typing.type_check_only
 class QuarantineServiceAsyncStub(QuarantineServiceStub):
@@ -54,11 +59,16 @@ class QuarantineServiceAsyncStub(QuarantineServiceStub):
     ListQuarantinedEvents: _aio.UnaryUnaryMultiCallable[_quarantine_service_pb2.ListQuarantinedEventsRequest, _quarantine_service_pb2.ListQuarantinedEventsResponse]  # type: ignore[assignment]
     """Lists quarantined events, the oldest first."""
     RedriveEvents: _aio.UnaryUnaryMultiCallable[_quarantine_service_pb2.RedriveEventsRequest, _quarantine_service_pb2.RedriveEventsResponse]  # type: ignore[assignment]
-    """Tries to count events again, say after an update of the consumer. Those
-    that still fail stay, with their new reason.
+    """Tries to count events again, one by one, say after an update of the
+    consumer. Those that still fail stay, with their new reason. One whose
+    event_id is counted already is a duplicate, and removed. One that killed
+    the consumer (KILLS_CONSUMER) may do so again, and stays then.
     """
     DiscardEvents: _aio.UnaryUnaryMultiCallable[_quarantine_service_pb2.DiscardEventsRequest, _quarantine_service_pb2.DiscardEventsResponse]  # type: ignore[assignment]
-    """Removes events for good. An event whose purchase exists is refused."""
+    """Removes events for good, all of the request or none. Refused is an event
+    whose purchase exists, unless it is known to be counted: its event_id is, or
+    it is OLDER_THAN_FLOOR.
+    """
 
 class QuarantineServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows and settles the events that could not be counted. Nothing that arrives
@@ -79,8 +89,10 @@ class QuarantineServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _quarantine_service_pb2.RedriveEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_quarantine_service_pb2.RedriveEventsResponse, _abc.Awaitable[_quarantine_service_pb2.RedriveEventsResponse]]:
-        """Tries to count events again, say after an update of the consumer. Those
-        that still fail stay, with their new reason.
+        """Tries to count events again, one by one, say after an update of the
+        consumer. Those that still fail stay, with their new reason. One whose
+        event_id is counted already is a duplicate, and removed. One that killed
+        the consumer (KILLS_CONSUMER) may do so again, and stays then.
         """
 
     @_abc_1.abstractmethod
@@ -89,6 +101,9 @@ class QuarantineServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _quarantine_service_pb2.DiscardEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_quarantine_service_pb2.DiscardEventsResponse, _abc.Awaitable[_quarantine_service_pb2.DiscardEventsResponse]]:
-        """Removes events for good. An event whose purchase exists is refused."""
+        """Removes events for good, all of the request or none. Refused is an event
+        whose purchase exists, unless it is known to be counted: its event_id is, or
+        it is OLDER_THAN_FLOOR.
+        """
 
 def add_QuarantineServiceServicer_to_server(servicer: QuarantineServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,67 @@
+"""What `consume` does beside: notice that the database is gone, show what is in quarantine, forget the old."""
+
+import asyncio
+import time
+
+import psycopg
+import structlog
+from prometheus_client import Gauge
+from psycopg_pool import PoolTimeout
+
+from analytics_svc import event_log, quarantine, trials
+from analytics_svc.health import Health
+from chassis.postgres import Pool
+
+EVERY_S = 5.0  # a lost database shows in the health within that time, also when nothing is to be applied
+FORGET_EVERY_S = 600.0  # applies stand still for some milliseconds while the floor moves
+FORGET_BATCH = 5_000  # ids; some tens of milliseconds
+TRIALS_KEPT_DAYS = 30  # a message that nobody tried again for so long is gone
+FIRST_ID = "00000000-0000-0000-0000-000000000000"
+
+QUARANTINED = Gauge("analytics_quarantined_events", "Events in quarantine.", ["reason"])
+
+log = structlog.get_logger()
+
+
+class Upkeep:
+    def __init__(self, pool: Pool, health: Health, log_retention_days: int) -> None:
+        """`log_retention_days`: how long event ids are kept at least; 0 keeps them for ever."""
+        self._pool, self._health, self._log_retention_days = pool, health, log_retention_days
+        self._forget_at = 0.0
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.run_once()
+            except Exception as error:
+                known = isinstance(error, (psycopg.Error, PoolTimeout))
+                log.warning("upkeep failed; it comes again", error=str(error).strip(), exc_info=not known)
+            await asyncio.sleep(EVERY_S)
+
+    async def run_once(self) -> None:
+        try:
+            async with self._pool.connection() as connection:
+                quarantined = await quarantine.count_by_reason(connection)
+        except Exception:
+            await self._health.report("database", False)
+            raise
+        await self._health.report("database", True)
+        QUARANTINED.clear()
+        for reason, count in quarantined.items():
+            QUARANTINED.labels(reason).set(count)
+        if time.monotonic() >= self._forget_at:
+            await self.forget()
+            self._forget_at = time.monotonic() + FORGET_EVERY_S
+
+    async def forget(self) -> None:
+        """Forget old trials and, if the log is not to be kept for ever, raise its floor and delete what is below."""
+        async with self._pool.connection() as connection:
+            await trials.forget_old(connection, TRIALS_KEPT_DAYS)
+            if not self._log_retention_days:
+                return
+            async with connection.transaction():
+                floor = await event_log.raise_floor(connection, self._log_retention_days)
+            batches, after = 0, FIRST_ID
+            while last := await event_log.forget(connection, after, FORGET_BATCH):
+                batches, after = batches + 1, last
+            log.info("event log cut", floor=floor, batches=batches)

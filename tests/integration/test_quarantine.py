@@ -1,0 +1,233 @@
+"""The quarantine as its operator meets it: over gRPC and on the command line."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from decimal import Decimal
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+
+import purchases_svc.__main__ as purchases
+from purchases_svc.settings import ServeSettings
+from retail.analytics.v1 import quarantine_service_pb2 as pb
+from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
+from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from tests.integration.conftest import free_address, running
+from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts, publish
+from tests.integration.purchase_events import expected, query, read_models, sold, some_sales
+from tests.integration.sales import Refusal, sale
+
+NOWHERE = "127.0.0.1:9"  # the discard port: nobody listens
+INSERT = """
+    INSERT INTO quarantined_events (event_id, reason, detail, body, properties) VALUES (%s, %s, 'why', %s, %s)
+    RETURNING quarantine_id::text
+"""
+
+
+@pytest.fixture
+async def stub(analytics_db: str, amqp_url: str, channel: BlockingChannel) -> AsyncIterator[Any]:
+    """The service in a consumer that has no purchases service."""
+    async with consuming(analytics_db, amqp_url, purchases_target=NOWHERE) as opened:
+        yield QuarantineServiceStub(opened)
+
+
+def put(
+    url: str, body: bytes = b"poison", event_id: str | None = None, reason: str = "UNDECODABLE", properties: str = "{}"
+) -> str:
+    with psycopg.connect(url) as connection:
+        ((quarantine_id,),) = connection.execute(INSERT, [event_id, reason, body, properties]).fetchall()
+    return str(quarantine_id)
+
+
+def reasons(url: str) -> dict[str, str]:
+    return dict(query(url, "SELECT quarantine_id::text, reason FROM quarantined_events"))
+
+
+async def listed(stub: Any, **filters: Any) -> list[list[pb.QuarantinedEvent]]:
+    """The pages."""
+    pages, token = [], ""
+    while True:
+        reply = await stub.ListQuarantinedEvents(pb.ListQuarantinedEventsRequest(page_token=token, **filters))
+        pages.append(list(reply.quarantined_events))
+        if not (token := reply.next_page_token):
+            return pages
+
+
+async def test_list_the_oldest_first(stub: Any, analytics_db: str) -> None:
+    """Page by page, of one reason or all; nothing twice, nothing left out."""
+    ids = [put(analytics_db, b"%d" % n, reason="TOTAL_MISMATCH" if n % 3 else "UNDECODABLE") for n in range(23)]
+    pages = await listed(stub, page_size=5)
+    assert [len(page) for page in pages] == [5, 5, 5, 5, 3]
+    assert [event.quarantine_id for page in pages for event in page] == ids
+    assert [[event.quarantine_id for event in page] for page in await listed(stub, reason="UNDECODABLE")] == [ids[::3]]
+    first = pages[0][0]
+    assert (first.reason, first.detail, first.body, first.body_size, first.event_id) == (
+        "UNDECODABLE",
+        "why",
+        b"0",
+        1,
+        "",
+    )
+    assert [len(page) for page in await listed(stub, page_size=23)] == [23]
+    assert await listed(stub, reason="NOTHING") == [[]]
+
+
+async def test_pages_of_large_bodies_are_short(stub: Any, analytics_db: str) -> None:
+    """A page fits into an answer, however large the bodies are; what is larger than one is cut."""
+    large = [put(analytics_db, bytes([n]) * (1 << 20)) for n in range(4)]
+    huge = [put(analytics_db, n * (9 << 20)) for n in (b"x", b"y")]
+    pages = await listed(stub)
+    assert [[event.quarantine_id for event in page] for page in pages] == [large[:3], [large[3], huge[0]], [huge[1]]]
+    assert (len(pages[-1][-1].body), pages[-1][-1].body_size) == (2 << 20, 9 << 20)
+
+
+async def test_all_problems_at_once(stub: Any) -> None:
+    """Wrong requests are refused with every problem."""
+    for call, request in (
+        (stub.RedriveEvents, pb.RedriveEventsRequest(quarantine_ids=["", str(uuid.uuid4()), "7"])),
+        (stub.DiscardEvents, pb.DiscardEventsRequest(quarantine_ids=["", str(uuid.uuid4()), "7"])),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(request)
+        refusal = Refusal(caught.value)
+        assert (refusal.code, refusal.fields) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            ["quarantine_ids[0]", "quarantine_ids[2]"],
+        )
+    for wrong in (pb.RedriveEventsRequest(), pb.RedriveEventsRequest(quarantine_ids=[str(uuid.uuid4())] * 1_001)):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.RedriveEvents(wrong)
+        assert Refusal(caught.value).fields == ["quarantine_ids"]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ListQuarantinedEvents(pb.ListQuarantinedEventsRequest(page_size=-1, reason="no reason"))
+    assert Refusal(caught.value).fields == ["page_size", "reason"]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ListQuarantinedEvents(pb.ListQuarantinedEventsRequest(page_token="mine"))
+    assert Refusal(caught.value).reason == "INVALID_TOKEN"
+
+
+async def test_redrive_after_the_cause_is_gone(stub: Any, analytics_db: str, channel: BlockingChannel) -> None:
+    """What the database refused counts when it no longer does; entries nobody knows are named."""
+    query(analytics_db, "ALTER TABLE product_sales_daily ADD CONSTRAINT none CHECK (product_id <> 666)")
+    culprits = [sold(lines=((666, 1, Decimal(n)),)) for n in (1, 2)]
+    sales = some_sales(20, seed=31)
+    publish(channel, *[each.body() for each in [*culprits, *sales]])
+    await counts(analytics_db, QUARANTINED, 2)
+    await counts(analytics_db, COUNTED, 20)
+    ids, unknown = list(reasons(analytics_db)), str(uuid.uuid4())
+    request = pb.RedriveEventsRequest(quarantine_ids=[*ids, unknown, unknown.upper(), ids[0].upper()])
+    assert await stub.RedriveEvents(request) == pb.RedriveEventsResponse(
+        remaining_count=2, unknown_quarantine_ids=[unknown]
+    )
+    assert set(reasons(analytics_db).values()) == {"APPLY_FAILED"}
+    query(analytics_db, "ALTER TABLE product_sales_daily DROP CONSTRAINT none")
+    assert await stub.RedriveEvents(request) == pb.RedriveEventsResponse(
+        redriven_count=2, unknown_quarantine_ids=[unknown]
+    )
+    assert read_models(analytics_db) == expected([*culprits, *sales])
+    assert query(analytics_db, "SELECT quarantined_count FROM freshness") == [(0,)]
+    answer = await stub.RedriveEvents(request)  # the answer was lost, the request comes again
+    assert set(answer.unknown_quarantine_ids) == {*ids, unknown}
+    assert read_models(analytics_db) == expected([*culprits, *sales])
+
+
+async def test_redrive_reads_as_the_consumer_does(stub: Any, analytics_db: str) -> None:
+    """By the body and by the properties that came with it; what still fails stays, with its reason of today."""
+    good = sold("1.00")
+    newer = put(analytics_db, good.body(), good.event_id, properties='{"headers": {"schema_version": 2}}')
+    broken = put(analytics_db, b"{}", reason="UNSUPPORTED_SCHEMA_VERSION")
+    twice = put(analytics_db, b"{}", reason="OUT_OF_FASHION")
+    readable = put(analytics_db, good.body(), good.event_id, "OUT_OF_FASHION", '{"type": "PurchaseCreated"}')
+    reply = await stub.RedriveEvents(pb.RedriveEventsRequest(quarantine_ids=[newer, broken, twice, readable]))
+    assert (reply.redriven_count, reply.remaining_count) == (1, 3)
+    assert reasons(analytics_db) == {newer: "UNSUPPORTED_SCHEMA_VERSION", broken: "BROKEN_CONTRACT"}
+    assert read_models(analytics_db) == expected([good])
+    assert query(analytics_db, "SELECT quarantined_count FROM freshness") == [(2,)]
+
+
+async def test_good_twin_comes_later(stub: Any, analytics_db: str, channel: BlockingChannel) -> None:
+    """An event id counts once: the entry whose id was counted meanwhile goes by redrive, unread, or by discard."""
+    sales = [sold("1.00"), sold("2.00"), sold("3.00")]
+    publish(channel, *[each.body(total_amount=Decimal("9.99")) for each in sales])
+    await counts(analytics_db, QUARANTINED, 3)
+    publish(channel, *[each.body() for each in sales[:2]])
+    await counts(analytics_db, COUNTED, 2)
+    by_event = dict(query(analytics_db, "SELECT event_id::text, quarantine_id::text FROM quarantined_events"))
+    first, second, third = (by_event[each.event_id] for each in sales)
+    reply = await stub.RedriveEvents(pb.RedriveEventsRequest(quarantine_ids=[first, third]))
+    assert (reply.redriven_count, reply.remaining_count) == (1, 1)
+    reply = await stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=[second]))  # the purchases are not asked
+    assert reply.discarded_count == 1
+    assert reasons(analytics_db) == {third: "TOTAL_MISMATCH"}
+    assert read_models(analytics_db) == expected(sales[:2])
+
+
+async def test_redriven_twice_at_once(stub: Any, analytics_db: str, channel: BlockingChannel) -> None:
+    """Two operators and the queue itself with the same events: each counts once."""
+    sales = some_sales(30, seed=32)
+    ids = [put(analytics_db, each.body(), each.event_id) for each in sales]
+    request = pb.RedriveEventsRequest(quarantine_ids=ids)
+    publish(channel, *[each.body() for each in sales[::2]])
+    replies = await asyncio.gather(stub.RedriveEvents(request), stub.RedriveEvents(request))
+    assert sum(reply.redriven_count for reply in replies) == 30
+    assert sum(len(reply.unknown_quarantine_ids) for reply in replies) == 30
+    await counts(analytics_db, COUNTED, 30)
+    assert read_models(analytics_db) == expected(sales)
+
+
+async def test_what_is_below_the_floor_can_only_be_discarded(stub: Any, analytics_db: str) -> None:
+    """Redrive refuses it, as it may be counted and forgotten; discard needs nobody's word."""
+    query(analytics_db, "UPDATE freshness SET log_floor = 'ffffffff-0000-0000-0000-000000000000'")
+    late = sold("1.00", event_id="01900000-0000-7000-8000-000000000000")
+    ids = [put(analytics_db, late.body(), late.event_id, reason) for reason in ("OLDER_THAN_FLOOR", "APPLY_FAILED")]
+    reply = await stub.RedriveEvents(pb.RedriveEventsRequest(quarantine_ids=ids))
+    assert (reply.redriven_count, reply.remaining_count) == (0, 2)
+    assert reasons(analytics_db) == {ids[0]: "OLDER_THAN_FLOOR", ids[1]: "OLDER_THAN_FLOOR"}
+    reply = await stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=ids))
+    assert (reply.discarded_count, reasons(analytics_db)) == (2, {})
+    assert read_models(analytics_db) == expected([])
+
+
+async def test_discard_refuses_what_was_sold(
+    analytics_db: str, purchases_db: str, amqp_url: str, channel: BlockingChannel
+) -> None:
+    """An event whose purchase exists stays, though nobody can read it; one refusal names all and removes none."""
+    config = ServeSettings(database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    async with (
+        running(lambda stop: purchases.serve(config, stop), config.listen) as tills,
+        consuming(analytics_db, amqp_url, purchases_target=config.listen) as opened,
+    ):
+        stub: Any = QuarantineServiceStub(opened)
+        create: Any = PurchasesServiceStub(tills).CreatePurchase
+        mine = [(await create(sale())).purchase.purchase_id for _ in range(2)]
+        ids = [
+            put(analytics_db, b'{"purchase": {"purchase_id" : "%s", \xff' % mine[0].upper().encode()),
+            put(analytics_db, b"no purchase"),
+            put(analytics_db, b'{"purchase_id":"%s"}' % mine[1].encode(), reason="KILLS_CONSUMER"),
+            put(analytics_db, b'{"purchase_id":"%s"}' % str(uuid.uuid4()).encode()),
+        ]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=ids))
+        refusal = Refusal(caught.value)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PURCHASE_EXISTS")
+        assert refusal.fields == ["quarantine_ids[0]", "quarantine_ids[2]"]
+        assert len(reasons(analytics_db)) == 4
+        unknown = str(uuid.uuid4())
+        reply = await stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=[ids[1], unknown, ids[3]]))
+        assert reply == pb.DiscardEventsResponse(discarded_count=2, unknown_quarantine_ids=[unknown])
+        assert set(reasons(analytics_db)) == {ids[0], ids[2]}
+
+
+async def test_discard_without_the_purchases_service(stub: Any, analytics_db: str) -> None:
+    """Whoever cannot be asked has not agreed: UNAVAILABLE, nothing is removed, and the request may come again."""
+    ids = [put(analytics_db), put(analytics_db, b'{"purchase_id": "%s"}' % str(uuid.uuid4()).encode())]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=ids))
+    refusal = Refusal(caught.value)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "PURCHASES_UNAVAILABLE")
+    assert refusal.retry.retry_delay.seconds == 1
+    assert set(reasons(analytics_db)) == set(ids)
