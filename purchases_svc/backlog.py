@@ -30,10 +30,7 @@ class Backlog:
         while self._most and not stop.is_set():
             try:
                 async with self._pool.connection() as connection:
-                    cursor = await connection.execute(
-                        "SELECT count(*) FROM (SELECT FROM outbox_events WHERE status = 'NEW' LIMIT %s) AS waiting",
-                        [self._most],
-                    )
+                    cursor = await connection.execute("SELECT outbox_waiting(%s)", [self._most])
                     row = await cursor.fetchone()
             except (psycopg.Error, PoolTimeout) as error:
                 log.warning("the outbox's backlog is not known", error=str(error).strip())

@@ -9,13 +9,14 @@ from psycopg import sql
 from chassis import grpc_server, lifecycle, logs, postgres, settings, wire
 from relay_svc import inspection
 from relay_svc.publisher import Publisher
-from relay_svc.relay import Relay
+from relay_svc.relay import LANES, Relay
 from relay_svc.server import OutboxServicer
 from relay_svc.settings import ServeSettings
+from relay_svc.wakeup import Wakeup
 from retail.relay.v1.outbox_service_pb2_grpc import add_OutboxServiceServicer_to_server
 
 ROLE = "purchases_relay"
-CONNECTIONS = 2
+CONNECTIONS = LANES + 1  # the third waits for notifications, and sweeps
 SERVICE_CONNECTIONS = 4  # of the OutboxService: its calls never wait for the relay's windows
 STATEMENT_TIMEOUT_S = 10.0
 
@@ -33,6 +34,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             application_name="relay",
             size=CONNECTIONS,
             statement_timeout_s=STATEMENT_TIMEOUT_S,
+            settings={"synchronous_commit": "off"},
         ) as pool,
         postgres.open_pool(
             config.database_url,
@@ -42,7 +44,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             statement_timeout_s=grpc_server.CALL_TIMEOUT_S,
         ) as service_pool,
     ):
-        migrated = sql.SQL("SELECT FROM outbox_listing")  # the newest of what we need; the migrations are not ours
+        migrated = sql.SQL("SELECT FROM relay_waiting")  # the newest of what we need; the migrations are not ours
         if not await postgres.wait_until_up(pool, stop, migrated):
             return
         async with service_pool.connection() as connection:
@@ -51,9 +53,9 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         relay = Relay(
             pool,
             publisher,
+            Wakeup(pool, config.poll_every_s),
             window=config.window,
             attempts_max=config.attempts_max,
-            poll_every_s=config.poll_every_s,
         )
         service = grpc_server.Service(
             add_OutboxServiceServicer_to_server,

@@ -44,10 +44,13 @@ class StoredEvent(NamedTuple):
 async def backlog(connection: Connection) -> Backlog:
     cursor = await connection.execute(
         """
-        SELECT (SELECT count(*) FROM (SELECT FROM outbox_events WHERE status = 'NEW' LIMIT %(most)s) AS waiting),
+        SELECT outbox_waiting(%(most)s),
                (SELECT count(*) FROM (SELECT FROM outbox_events WHERE status = 'FAILED' LIMIT %(most)s) AS given_up),
-               (SELECT greatest(now() - occurred_at, '0 s') FROM outbox_events WHERE status = 'NEW'
-                ORDER BY event_id LIMIT 1)
+               greatest(now() - least(
+                   (SELECT e.occurred_at FROM outbox_events e
+                    WHERE e.status = 'NEW' AND e.created_xid >= outbox_low_water_xid() ORDER BY e.created_xid LIMIT 1),
+                   (SELECT min(r.occurred_at) FROM (SELECT e.occurred_at FROM outbox_events e
+                    WHERE e.status = 'NEW' AND e.next_attempt_at IS NOT NULL LIMIT %(most)s) AS r)), '0 s')
         """,
         {"most": COUNT_MAX},
     )
@@ -78,8 +81,8 @@ async def page(connection: Connection, *, status: str | None, after: str, limit:
     cursor = await connection.execute(
         f"""
         SELECT event_id::text, event_type, aggregate_id::text, occurred_at, status, attempts, last_error, sent_at
-        FROM outbox_events
-        WHERE {conditions[status]} AND event_id > %s ORDER BY event_id LIMIT %s
+        FROM outbox_events e
+        WHERE {conditions[status]} AND e.event_id > %s ORDER BY e.event_id LIMIT %s
         """,
         [after, limit],
     )
@@ -120,7 +123,8 @@ async def requeue(connection: Connection, event_ids: Sequence[str]) -> int:
 async def failed_ids(connection: Connection, *, after: str, limit: int) -> list[str]:
     """Ids of events that were given up, in order, from `after` on."""
     cursor = await connection.execute(
-        "SELECT event_id::text FROM outbox_events WHERE status = 'FAILED' AND event_id > %s ORDER BY event_id LIMIT %s",
+        "SELECT e.event_id::text FROM outbox_events e"
+        " WHERE e.status = 'FAILED' AND e.event_id > %s ORDER BY e.event_id LIMIT %s",
         [after, limit],
     )
     return [event_id for (event_id,) in await cursor.fetchall()]

@@ -7,6 +7,7 @@ from chassis.postgres import Connection
 
 NIL = "00000000-0000-0000-0000-000000000000"
 BACKOFF_FIRST_S = 5  # doubled with each attempt that was an event's own fault
+EVENT_AGE_MAX = "1 day"  # events whose id is older when they commit are found by a sweep only
 
 
 class OutboxEvent(NamedTuple):
@@ -16,25 +17,134 @@ class OutboxEvent(NamedTuple):
     event_type: str
     payload: str
     traceparent: str | None
+    attempts: int = 0  # that failed by its own fault
 
 
-async def claim(connection: Connection, limit: int, floor: str) -> list[OutboxEvent]:
-    """Lock the oldest events that wait, from the id `floor` on; the locks last until the transaction ends.
+class Position(NamedTuple):
+    """How far the outbox was looked through, in the order of transaction ids.
 
-    Exact rows, never "up to an id": transactions commit out of order. Rows that another relay has are skipped.
+    What is still to be found was written by a transaction later than `xid`, or by that one with an id after `event_id`,
+    or by one of `in_progress`. So nothing is skipped, in whatever order transactions commit; and nothing is looked at
+    twice: with an old snapshot open somewhere, index entries of events that were sent stay, and passing them again and
+    again would take all the time.
+    """
+
+    xid: int
+    event_id: str
+    in_progress: tuple[int, ...]
+    all_days: bool  # whether days past are looked through, too
+
+
+START = Position(0, NIL, (), True)
+
+
+class Claim(NamedTuple):
+    events: list[OutboxEvent]
+    position: Position  # to continue from, if these are sent
+
+
+async def claim(connection: Connection, limit: int, position: Position) -> Claim:
+    """Lock events that wait, from a position on; the locks last until the transaction ends.
+
+    Exact rows, never "up to": transactions commit out of order. Rows that another relay has are skipped; should it
+    give them up, a sweep finds them.
     """
     cursor = await connection.execute(
         """
-        SELECT event_id::text, event_type, payload_json::text, traceparent
-        FROM outbox_events
-        WHERE status = 'NEW' AND event_id >= %s AND (next_attempt_at IS NULL OR next_attempt_at <= now())
-        ORDER BY event_id LIMIT %s
-        FOR UPDATE SKIP LOCKED
+        WITH late AS MATERIALIZED (
+            SELECT e.event_id, e.event_type, e.payload_json, e.traceparent, e.created_xid
+            FROM outbox_events e
+            WHERE e.status = 'NEW' AND e.next_attempt_at IS NULL AND e.created_xid = ANY(%(in_progress)s::xid8[])
+                AND e.event_id >= uuid7_floor(now() - %(age_max)s::interval)
+            ORDER BY e.created_xid LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+        ), fresh AS MATERIALIZED (
+            SELECT e.event_id, e.event_type, e.payload_json, e.traceparent, e.created_xid
+            FROM outbox_events e
+            WHERE e.status = 'NEW' AND e.next_attempt_at IS NULL
+                AND (e.created_xid, e.event_id) > (%(xid)s::xid8, %(event_id)s::uuid)
+                AND e.event_id >= uuid7_floor(now() - %(age_max)s::interval)
+            ORDER BY e.created_xid, e.event_id LIMIT %(limit)s - (SELECT count(*) FROM late) FOR UPDATE SKIP LOCKED
+        )
+        SELECT pg_current_snapshot()::text, NULL, NULL, NULL, NULL
+        UNION ALL SELECT event_id::text, event_type, payload_json::text, traceparent, created_xid::text FROM late
+        UNION ALL SELECT event_id::text, event_type, payload_json::text, traceparent, created_xid::text FROM fresh
         """,
-        [floor, limit],
+        {
+            "xid": str(position.xid),
+            "event_id": position.event_id,
+            "in_progress": list(map(str, position.in_progress)),
+            "age_max": "10 years" if position.all_days else EVENT_AGE_MAX,
+            "limit": limit,
+        },
+        prepare=True,
+    )
+    (snapshot, *_), *rows = await cursor.fetchall()
+    events = [OutboxEvent(event_id, kind, payload, trace) for event_id, kind, payload, trace, _ in rows]
+    if len(rows) < limit:
+        return Claim(events, _everything_in(snapshot)._replace(all_days=False))
+    last_id, last_xid = rows[-1][0], int(rows[-1][4])
+    if last_xid in position.in_progress:  # only late ones, and maybe not all of them
+        return Claim(events, position)
+    return Claim(events, _up_to(last_xid, last_id, snapshot)._replace(all_days=position.all_days))
+
+
+async def claim_retries(connection: Connection, limit: int) -> list[OutboxEvent]:
+    """Lock events whose next attempt is due, and those that were requeued."""
+    cursor = await connection.execute(
+        """
+        SELECT event_id::text, event_type, payload_json::text, traceparent, attempts
+        FROM outbox_events e
+        WHERE status = 'NEW' AND next_attempt_at <= now()
+        ORDER BY next_attempt_at LIMIT %s FOR UPDATE SKIP LOCKED
+        """,
+        [limit],
         prepare=True,
     )
     return [OutboxEvent(*row) for row in await cursor.fetchall()]
+
+
+async def sweep(connection: Connection, low_water: Position) -> Position:
+    """The position of the oldest event that waits, whoever has it: below, there is nothing left but retries.
+
+    It starts from the last sweep's, so it costs what was written since. Noted in the database, for counting.
+    """
+    cursor = await connection.execute(
+        """
+        SELECT pg_current_snapshot()::text,
+               (SELECT e.created_xid::text FROM outbox_events e
+                WHERE e.status = 'NEW' AND e.next_attempt_at IS NULL AND e.created_xid = ANY(%(in_progress)s::xid8[])
+                ORDER BY e.created_xid LIMIT 1),
+               (SELECT e.created_xid::text FROM outbox_events e
+                WHERE e.status = 'NEW' AND e.next_attempt_at IS NULL AND e.created_xid >= %(xid)s::xid8
+                ORDER BY e.created_xid LIMIT 1)
+        """,
+        {"xid": str(low_water.xid), "in_progress": list(map(str, low_water.in_progress))},
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    snapshot, late, fresh = row
+    found = _up_to(int(late or fresh), NIL, snapshot) if late or fresh else _everything_in(snapshot)
+    await connection.execute(
+        "UPDATE outbox_low_water SET realm = transaction_ids_realm(), xid = %s::xid8",
+        [str(min([found.xid, *found.in_progress]))],
+    )
+    return found
+
+
+def _everything_in(snapshot: str) -> Position:
+    _, xmax, in_progress = snapshot.split(":")
+    # No event has the id NIL, so events of the transaction xmax are still to come.
+    return Position(int(xmax), NIL, tuple(map(int, filter(None, in_progress.split(",")))), True)
+
+
+def _up_to(xid: int, event_id: str, snapshot: str) -> Position:
+    """What a snapshot shows, up to an event."""
+    everything = _everything_in(snapshot)
+    if xid >= everything.xid:
+        # Events that came with a dump may have ids that this server's transactions have not reached. The position stays
+        # within the snapshot, or what is written here and now would lie below it.
+        return everything
+    return Position(xid, event_id, tuple(x for x in everything.in_progress if x < xid), True)
 
 
 async def mark_sent(connection: Connection, event_ids: Sequence[str]) -> None:
@@ -43,7 +153,7 @@ async def mark_sent(connection: Connection, event_ids: Sequence[str]) -> None:
         return
     await connection.execute(
         """
-        UPDATE outbox_events SET status = 'SENT', sent_at = now(), last_error = NULL
+        UPDATE outbox_events SET status = 'SENT', sent_at = now(), last_error = NULL, next_attempt_at = NULL
         WHERE event_id = ANY(%s::uuid[]) AND event_id BETWEEN %s AND %s
         """,  # the range is for the planner: it prunes partitions
         [list(event_ids), min(event_ids), max(event_ids)],

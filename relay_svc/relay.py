@@ -2,27 +2,35 @@
 
 import asyncio
 import time
-import uuid
 from collections import deque
 from typing import NamedTuple
 
 import structlog
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 from chassis.lifecycle import Backoff, wait_set
-from chassis.postgres import UNAVAILABLE, Pool
+from chassis.postgres import UNAVAILABLE, Connection, Pool
 from relay_svc import outbox
+from relay_svc.outbox import OutboxEvent
 from relay_svc.publisher import Publisher
+from relay_svc.wakeup import Wakeup
 
-# Empty claims would have to pass all the index entries of events that were sent since the last vacuum, so a claim
-# starts at a floor. What commits late, or waits for another attempt, below the floor is found by a full scan.
-FLOOR_MARGIN_S = 5.0
-FULL_SCAN_EVERY_S = 30.0
+LANES = 2  # windows on their way: while the broker confirms one, the next is claimed and sent, and the last is marked
+GATHER_S = 0.005  # after a window that was not full: a commit for every few events would cost the writers more
+RETRIES_EVERY_S = 1.0  # or ten times that often, while there are many; new events go in between
+# Events that another relay had claimed and gave up are found by a sweep.
+SWEEP_EVERY_S = 30.0
+SWEEP_TIMEOUT_S = 300.0  # the first one after a start may pass a long day's events, if vacuum could not clean up
 RATE_OVER_S = 60.0
 
 SENT = Counter("relay_events_sent_total", "Events that the broker confirmed.")
 FAULTS = Counter("relay_event_faults_total", "Attempts that failed by the event's own fault.")
 BREAKER_OPEN = Gauge("relay_breaker_open", "1 while the broker does not take events.")
+CONFIRM_SECONDS = Histogram(
+    "relay_confirm_seconds",
+    "Time from sending a window to the broker's last word on it.",
+    buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
 
 log = structlog.get_logger()
 
@@ -58,13 +66,14 @@ class Rate:
 class Relay:
     """Publishes what is in the outbox. A crash anywhere means that events are claimed again: repeated, never lost."""
 
-    def __init__(
-        self, pool: Pool, publisher: Publisher, *, window: int, attempts_max: int, poll_every_s: float
-    ) -> None:
-        self._pool, self._publisher = pool, publisher
-        self._window, self._attempts_max, self._poll_every_s = window, attempts_max, poll_every_s
-        self._floor = outbox.NIL
-        self._full_scan_at = 0.0
+    def __init__(self, pool: Pool, publisher: Publisher, wakeup: Wakeup, *, window: int, attempts_max: int) -> None:
+        """`pool` has a connection for each lane, and one more. A mark that is lost in a crash means one more
+        publication, which consumers ignore: its connections need not wait for the disk."""
+        self._pool, self._publisher, self._wakeup = pool, publisher, wakeup
+        self._window, self._attempts_max = window, attempts_max
+        self._position = self._low_water = outbox.START
+        self._sweep_at = self._retries_at = 0.0
+        self._claiming, self._idling = asyncio.Lock(), asyncio.Lock()
         self._rate = Rate()
         self.breaker_reason: str | None = None
 
@@ -73,33 +82,57 @@ class Relay:
         return self._rate.per_second()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Rounds until `stop`. While the breaker is open, one event at a time is tried, with growing pauses: an outage
-        costs no attempts, and the first success closes it."""
+        """Publish until `stop`. While the broker takes no events the breaker is open: nothing is claimed but one event
+        at a time, with growing pauses. An outage costs no attempts, and the first success closes the breaker."""
         backoff = Backoff(0.1, 5.0)
         while not stop.is_set():
             try:
-                step = await self.run_once(limit=1 if self.breaker_reason else self._window)
-            except UNAVAILABLE as error:
-                log.warning("database trouble", error=str(error).strip())
+                if self.breaker_reason is None:
+                    async with asyncio.TaskGroup() as lanes:
+                        for _ in range(LANES):
+                            lanes.create_task(self._lane(stop, backoff))
+                else:
+                    await self.run_once(limit=1)
+            except* UNAVAILABLE as errors:
+                log.warning("database trouble", error=str(errors.exceptions[0]).strip())
+                # The next connection may be to another server: after a failover, transactions have other numbers.
+                self._position = self._low_water = outbox.START
                 await wait_set(stop, backoff.next_s())
-                continue
-            self._set_breaker(step)
+            else:
+                if self.breaker_reason:
+                    await wait_set(stop, backoff.next_s())
+
+    async def _lane(self, stop: asyncio.Event, backoff: Backoff) -> None:
+        """Window after window, until the breaker opens."""
+        while not (stop.is_set() or self.breaker_reason):
+            step = await self.run_once(self._window)
             if step.outage:
-                await wait_set(stop, backoff.next_s())
-            elif step.claimed == 0:
-                await wait_set(stop, self._poll_every_s)
-            if not step.outage:
-                backoff.reset()
+                return
+            backoff.reset()
+            if step.claimed == 0:
+                async with self._idling:  # one lane looks out for both
+                    await self._idle(stop)
+            elif step.claimed < self._window:
+                await asyncio.sleep(GATHER_S)
+
+    async def _idle(self, stop: asyncio.Event) -> None:
+        """Look again soon; when nothing comes, ask to be told, look once more, and wait."""
+        async with self._wakeup.idle() as told:
+            while not (stop.is_set() or self.breaker_reason):
+                await told()
+                if (await self.run_once(self._window)).claimed:
+                    return
 
     async def run_once(self, limit: int) -> Step:
         """Claim, publish, mark, commit: one window. The transaction holds the claim, so it lasts until the confirms."""
+        await self._sweep_when_due()
         async with self._pool.connection() as connection, connection.transaction():
-            # A mark that is lost in a crash means one more publication, which consumers ignore; no need to wait for it.
-            await connection.execute("SET LOCAL synchronous_commit = off")
-            events = await outbox.claim(connection, limit, self._next_floor())
+            events = await self._claim(connection, limit)
             if not events:
-                return Step(0, await self._publisher.connect())  # an outage shows before the first event does
-            outcome = await self._publisher.publish(events)
+                self._set_breaker(await self._publisher.connect())  # an outage shows before the first event does
+                return Step(0, self.breaker_reason)
+            with CONFIRM_SECONDS.time():
+                outcome = await self._publisher.publish(events)
             await outbox.mark_sent(connection, outcome.confirmed)
             await outbox.mark_faulty(connection, outcome.faulty, self._attempts_max)
         SENT.inc(len(outcome.confirmed))
@@ -107,27 +140,37 @@ class Relay:
         if outcome.faulty:
             FAULTS.inc(len(outcome.faulty))
             log.error("events cannot be published", faults=outcome.faulty)
-        if outcome.outage is None:
-            self._floor = _floor_below(events[-1].event_id)
+        if len(outcome.confirmed) + len(outcome.faulty) < len(events):
+            async with self._claiming:
+                self._position = self._low_water  # the rest still waits
+        self._set_breaker(outcome.outage)
         return Step(len(events), outcome.outage)
 
-    def _next_floor(self) -> str:
-        now = time.monotonic()
-        if now < self._full_scan_at:
-            return self._floor
-        self._full_scan_at = now + FULL_SCAN_EVERY_S
-        return outbox.NIL
+    async def _claim(self, connection: Connection, limit: int) -> list[OutboxEvent]:
+        """One lane claims at a time, from where the last ended."""
+        async with self._claiming:
+            if time.monotonic() >= self._retries_at:
+                retries = await outbox.claim_retries(connection, limit)
+                pause_s = RETRIES_EVERY_S if len(retries) < limit else RETRIES_EVERY_S / 10
+                self._retries_at = time.monotonic() + pause_s
+                if retries:
+                    return retries
+            claim = await outbox.claim(connection, limit, self._position)
+            self._position = claim.position
+            return claim.events
 
-    def _set_breaker(self, step: Step) -> None:
-        if step.outage and not self.breaker_reason:
-            log.warning("breaker open: the broker does not take events", reason=step.outage)
-        if self.breaker_reason and not step.outage:
+    async def _sweep_when_due(self) -> None:
+        if time.monotonic() < self._sweep_at:
+            return
+        self._sweep_at = time.monotonic() + SWEEP_EVERY_S
+        async with self._claiming, self._pool.connection() as connection, connection.transaction():
+            await connection.execute(f"SET LOCAL statement_timeout = {int(SWEEP_TIMEOUT_S * 1000)}")
+            self._position = self._low_water = await outbox.sweep(connection, self._low_water)
+
+    def _set_breaker(self, outage: str | None) -> None:
+        if outage and not self.breaker_reason:
+            log.warning("breaker open: the broker does not take events", reason=outage)
+        if self.breaker_reason and not outage:
             log.info("breaker closed: the broker takes events again")
-        self.breaker_reason = step.outage
-        BREAKER_OPEN.set(1 if self.breaker_reason else 0)
-
-
-def _floor_below(event_id: str) -> str:
-    """The least id of a time a little before that of an event: ids are UUIDv7, with milliseconds first."""
-    milliseconds = max((uuid.UUID(event_id).int >> 80) - int(FLOOR_MARGIN_S * 1000), 0)
-    return str(uuid.UUID(int=milliseconds << 80))
+        self.breaker_reason = outage
+        BREAKER_OPEN.set(1 if outage else 0)

@@ -14,8 +14,10 @@ class ServeSettings:
     log_level: str = setting("LOG_LEVEL", choice("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
     # Events claimed, published and marked together; beyond a thousand, confirms gain nothing more.
     window: int = setting("RELAY_WINDOW", integer(1, 10_000), default=500)
-    # The claim's transaction stays open meanwhile: keep it well below PostgreSQL's idle_in_transaction_session_timeout.
-    confirm_timeout_s: float = setting("RELAY_CONFIRM_TIMEOUT_S", seconds(0.1, 25), default=10.0)
-    poll_every_s: float = setting("RELAY_POLL_EVERY_S", seconds(0.01, 60), default=0.1)
+    # The claim's transaction stays open meanwhile, three times as long at worst: when a message is refused and looked
+    # for. PostgreSQL ends it after 30 s.
+    confirm_timeout_s: float = setting("RELAY_CONFIRM_TIMEOUT_S", seconds(0.1, 10), default=10.0)
+    # An idle relay looks that often; usually it is told of new events before.
+    poll_every_s: float = setting("RELAY_POLL_EVERY_S", seconds(0.01, 5), default=1.0)
     # Failed attempts that are an event's own fault before it is given up as FAILED.
     attempts_max: int = setting("RELAY_ATTEMPTS_MAX", integer(1, 100), default=5)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -11,15 +10,13 @@ import pika
 import psycopg
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
-from uuid_utils import uuid7
 
 from chassis.postgres import Pool
-from relay_svc import relay as relay_module
-from relay_svc.outbox import NIL, claim
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
+from relay_svc.wakeup import Wakeup
 from tests.conftest import eventually, pool
-from tests.integration.outbox_events import all_sent, insert, make_days, states, write
+from tests.integration.outbox_events import all_sent, insert, make_days, new_ids, states, write
 
 QUEUE = "purchases.created"
 
@@ -45,7 +42,7 @@ def bind(channel: BlockingChannel) -> None:
 
 def make_relay(outbox: Pool, url: str, window: int = 100) -> tuple[Relay, Publisher]:
     publisher = Publisher(url, confirm_timeout_s=10)
-    return Relay(outbox, publisher, window=window, attempts_max=3, poll_every_s=0.05), publisher
+    return Relay(outbox, publisher, Wakeup(outbox, 0.5), window=window, attempts_max=3), publisher
 
 
 async def _value(value: Any) -> Any:
@@ -129,24 +126,22 @@ async def test_relays_side_by_side(outbox: Pool, purchases_db: str, amqp_url: st
 
 
 async def test_event_that_commits_late_is_found(
-    outbox: Pool, purchases_db: str, amqp_url: str, channel: BlockingChannel, monkeypatch: pytest.MonkeyPatch
+    outbox: Pool, purchases_db: str, amqp_url: str, channel: BlockingChannel
 ) -> None:
     """Transactions commit out of order: an older event behind a newer one is published all the same."""
     bind(channel)
     relay, publisher = make_relay(outbox, amqp_url)
     with psycopg.connect(purchases_db) as slow:
-        old = [str(uuid7(nanoseconds=time.time_ns() - 3_600 * 10**9)) for _ in range(2)]
-        recent = [str(uuid7())]
-        insert(slow, [*old, *recent])
+        insert(slow, [*new_ids(2, age_s=3_600), *new_ids(1)])
+        insert(slow, new_ids(2, age_s=25 * 3_600))  # from a machine whose clock is a day behind
         write(purchases_db, 10)
         assert (await relay.run_once(100)).claimed == 10
         slow.commit()
-    assert (await relay.run_once(100)).claimed == 1  # a little late: above the floor
-    monkeypatch.setattr(relay_module, "FULL_SCAN_EVERY_S", 0.0)
-    relay._full_scan_at = 0.0
-    assert (await relay.run_once(100)).claimed == 2  # very late: the full scan finds them
+    assert (await relay.run_once(100)).claimed == 3  # at once, however old their ids are
+    relay._sweep_at = 0.0
+    assert (await relay.run_once(100)).claimed == 2  # the sweep looks into all days
     publisher.disconnect()
-    assert len(drain(channel)) == 13
+    assert len(drain(channel)) == 15
 
 
 async def test_faulty_event_spares_its_neighbours(
@@ -160,7 +155,7 @@ async def test_faulty_event_spares_its_neighbours(
     for attempt in (1, 2, 3):
         assert (await relay.run_once(100)).outage is None
         assert states(purchases_db)[bad] == ("FAILED" if attempt == 3 else "NEW", attempt)
-        relay._full_scan_at = 0.0
+        relay._retries_at = 0.0
         with psycopg.connect(purchases_db) as connection:  # its pause is over
             connection.execute("UPDATE outbox_events SET next_attempt_at = now() WHERE status = 'NEW'")
     assert (await relay.run_once(100)).claimed == 0
@@ -191,7 +186,7 @@ async def test_crash_after_publishing_repeats_and_loses_nothing(
 
     publisher = Unlucky(amqp_url, confirm_timeout_s=10)
     with pytest.raises(psycopg.OperationalError):
-        await Relay(outbox, publisher, window=100, attempts_max=3, poll_every_s=0.05).run_once(100)
+        await Relay(outbox, publisher, Wakeup(outbox, 0.5), window=100, attempts_max=3).run_once(100)
     publisher.disconnect()
     assert set(states(purchases_db).values()) == {("NEW", 0)}
     relay, healthy = make_relay(outbox, amqp_url)
@@ -199,28 +194,6 @@ async def test_crash_after_publishing_repeats_and_loses_nothing(
     healthy.disconnect()
     assert Counter(properties.message_id for _, properties, _ in drain(channel)) == Counter(ids * 2)
     assert set(states(purchases_db).values()) == {("SENT", 0)}
-
-
-async def test_confirms_that_come_late_count_for_nothing(
-    outbox: Pool, purchases_db: str, amqp_url: str, channel: BlockingChannel
-) -> None:
-    """When a window was given up, what its connection still confirms is not taken for the next window's events."""
-    bind(channel)
-    write(purchases_db, 300)
-    publisher = Publisher(amqp_url, confirm_timeout_s=10)
-    assert await publisher.connect() is None
-    publisher._confirm_timeout_s = 0.001
-    async with outbox.connection() as connection, connection.transaction():
-        first, second = (await claim(connection, 300, NIL))[:150], (await claim(connection, 300, NIL))[150:]
-    given_up = await publisher.publish(first)
-    assert given_up.outage
-    channel.queue_unbind(QUEUE, "purchases", "purchases.created")
-    publisher._confirm_timeout_s = 10
-    lost = await publisher.publish(second)
-    publisher.disconnect()
-    assert lost.confirmed == []
-    assert "NO_ROUTE" in str(lost.outage)
-    assert {properties.message_id for _, properties, _ in drain(channel)} <= {event.event_id for event in first}
 
 
 def test_payloads_keep_their_decimals(purchases_db: str) -> None:
