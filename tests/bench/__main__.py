@@ -11,13 +11,13 @@ from typing import Any
 
 from chassis.settings import SettingsError, integer, load, setting
 from deploy.local.machine import StackError
-from tests.bench import machine, write
-from tests.bench.figures import Outcome, Plan
+from tests.bench import machine, pipeline, write
+from tests.bench.figures import Outcome, Plan, Values
 from tests.bench.show import Show
 
 # Each part by its name in ONLY, in the order in which they run.
-PARTS: dict[str, Callable[[Plan, Show], Outcome]] = {"write": write.run}
-PLANNED = ("pipeline", "analytics")  # a part moves up when it is written
+PARTS: dict[str, Callable[[Plan, Show], Outcome]] = {"write": write.run, "pipeline": pipeline.run}
+PLANNED = ("analytics",)  # a part moves up when it is written
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
@@ -79,21 +79,25 @@ def interrupt(number: int, _: FrameType | None) -> None:
 
 def run(settings: Settings, show: Show) -> None:
     plan = Plan(settings.rounds, settings.measure_s, settings.rows)
-    ratios: dict[str, float] = {}
+    values: Values = {}
     details: dict[str, Any] = {"machine": machine.description(), "plan": plan._asdict()}
     names = [settings.only] if settings.only else list(PARTS)
     for name in names:
         outcome = PARTS[name](plan, show)
-        ratios |= outcome.ratios
+        values |= outcome.values
         details[name] = outcome.details
         if settings.report and outcome.plot:
             drawing = settings.report.with_suffix(".svg" if len(names) == 1 else f".{name}.svg")
             drawing.write_text(outcome.plot)
             show.say(f"The picture: {drawing}")
     if settings.report:
-        rounded = {key: round(ratio, 4) for key, ratio in ratios.items()}
+        rounded = {key: rounded_value(value) for key, value in values.items()}
         settings.report.write_text(json.dumps({**rounded, "details": details}, indent=2) + "\n")
         show.say(f"The report: {settings.report}")
+
+
+def rounded_value(value: float | dict[str, float]) -> float | dict[str, float]:
+    return {name: round(each, 4) for name, each in value.items()} if isinstance(value, dict) else round(value, 4)
 
 
 if __name__ == "__main__":

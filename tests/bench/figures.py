@@ -1,6 +1,6 @@
 """What is measured, and how it is compared: always within a round, because the machine drifts from one to the next."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
@@ -14,6 +14,13 @@ class Figure(NamedTuple):
     p99_ms: float
     front_cpu_us: float  # a purchase, of the process in front of the database: pgbench or the service
     database_cpu_us: float  # a purchase, of all of PostgreSQL's processes
+
+
+class Flow(NamedTuple):
+    """What one mover of events did in one round."""
+
+    events_per_s: float
+    cpu_us: dict[str, float]  # an event, by process
 
 
 class Contender(NamedTuple):
@@ -51,10 +58,14 @@ class Goal:
         return f"{'≥' if self.more_is_better else '≤'} {self.value:g}"
 
 
+# The report's keys; some hold figures by name.
+Values = dict[str, float | dict[str, float]]
+
+
 class Outcome(NamedTuple):
     """What a part of the benchmark hands back."""
 
-    ratios: dict[str, float]  # as they stand in the report
+    values: Values
     details: dict[str, Any]  # the raw figures
     plot: str | None = None  # an SVG
 
@@ -86,8 +97,18 @@ def best(rounds: Rounds, family: Sequence[Contender]) -> Contender:
 
 def versus(rounds: Rounds, ours: Contender, theirs: Contender, value: Callable[[Figure], float]) -> float:
     """The median of the rounds' ratios."""
-    pairs = zip(rounds[ours.name], rounds[theirs.name], strict=True)
-    return median(value(one) / value(other) for one, other in pairs)
+    return median_ratio(map(value, rounds[ours.name]), map(value, rounds[theirs.name]))
+
+
+def median_ratio(ours: Iterable[float], theirs: Iterable[float]) -> float:
+    """The median of the ratios of each two at equal places, which were measured one after the other."""
+    return median(one / other for one, other in zip(ours, theirs, strict=True))
+
+
+def middle_flow(flows: Sequence[Flow]) -> Flow:
+    """The medians, value by value."""
+    cpu_us = {name: median(flow.cpu_us[name] for flow in flows) for name in flows[0].cpu_us}
+    return Flow(median(flow.events_per_s for flow in flows), cpu_us)
 
 
 def percentile(ascending: Sequence[float], percent: float) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -18,8 +18,10 @@ class Job(NamedTuple):
     """What the client is told to do."""
 
     method: str  # create or upload
-    at_once: int  # calls in flight, or streams
+    at_once: int  # calls in flight, or streams; with a rate, the most of them
     measure_s: float
+    per_s: float = 0.0  # the rate of the calls; 0: each client sends as soon as it has its answer
+    probe: bool = False  # whether to watch, beside the load, how soon sales are visible
 
 
 class Load(NamedTuple):
@@ -27,8 +29,11 @@ class Load(NamedTuple):
 
     purchases: int
     seconds: float
-    p50_ms: float  # from sending a call or message to its answer
+    p50_ms: float  # from sending a call or message (with a rate: from when it was due) to its answer
     p99_ms: float
+    # The probes' figures, in ascending order.
+    visible_ms: Sequence[float] = ()  # from the answer to a sale to its being seen in ListDailySales
+    lag_ms: Sequence[float] = ()  # how far complete_through_time lay back in those answers
 
 
 class LoadClient:
@@ -36,6 +41,7 @@ class LoadClient:
 
     def __init__(self, process: "Popen[str]", log: Path) -> None:
         self._process, self._log = process, log
+        self.pid = process.pid
 
     def run(self, job: Job, at_the_edges: Callable[[], None]) -> Load:
         """Do the job; `at_the_edges` is called when the measured time begins and when it ends.
@@ -61,12 +67,12 @@ class LoadClient:
 
 
 @contextmanager
-def load_client(address: str, directory: Path) -> Iterator[LoadClient]:
-    """A client of the server at `address`; it leaves when its standard input ends."""
+def load_client(address: str, directory: Path, analytics_address: str = "") -> Iterator[LoadClient]:
+    """A client of the server at `address`, whose probes ask the other one; it leaves when its standard input ends."""
     log = directory / "load_client.log"
     with log.open("wb") as errors:
         process = Popen(
-            [sys.executable, "-m", "tests.bench.load_client", address],
+            [sys.executable, "-m", "tests.bench.load_client", address, analytics_address],
             cwd=ROOT,
             env=ENVIRON,
             stdin=PIPE,

@@ -1,4 +1,4 @@
-"""`python -m tests.bench.load_client ADDRESS`: the load, as cheap as a Python client can make it.
+"""`python -m tests.bench.load_client ADDRESS [ANALYTICS]`: the load, as cheap as a Python client can make it.
 
 Requests are serialized before the clock starts, answers stay bytes, and only a sample of them is parsed. Each job is a
 line of JSON on stdin; the answer is `begin` and `end` at the edges of the measured time, then a line of JSON.
@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections import deque
+from itertools import count
 from random import Random
 
 import grpc
@@ -26,6 +27,7 @@ from retail.purchases.v1.purchases_service_pb2 import (
 )
 from tests.bench.figures import percentile
 from tests.bench.load import Job, Load
+from tests.bench.probe import Probe
 
 CREATE = "/retail.purchases.v1.PurchasesService/CreatePurchase"
 UPLOAD = "/retail.purchases.v1.PurchasesService/UploadPurchases"
@@ -48,29 +50,41 @@ TOTAL = "142.50"
 class Run:
     """One job: the sales to send, whether to go on, and what each answer took."""
 
-    def __init__(self, job: Job, channel: grpc.aio.Channel) -> None:
-        self._job, self._channel = job, channel
+    def __init__(self, job: Job, channel: grpc.aio.Channel, probe: Probe | None) -> None:
+        self._job, self._channel, self._probe = job, channel, probe
         self._stopped = False
         self._answers: list[tuple[float, int]] = []  # seconds it took, purchases in it
         seconds = WARM_UP_S + job.measure_s
         if job.method == "create":
-            self._requests = iter([sale().SerializeToString() for _ in range(int(seconds * CALLS_PER_S_MAX))])
+            calls = int((seconds + 1) * (job.per_s or CALLS_PER_S_MAX)) + job.at_once
+            self._requests = iter([sale().SerializeToString() for _ in range(calls)])
         else:
             messages = int(seconds * UPLOADED_PER_S_MAX / SALES_PER_MESSAGE) + job.at_once * MESSAGES_AHEAD
             self._requests = iter([upload().SerializeToString() for _ in range(messages)])
 
     async def measure(self) -> Load:
-        client = self._calls if self._job.method == "create" else self._stream
+        match self._job:
+            case Job(method="upload"):
+                client = self._stream
+            case Job(per_s=0):
+                client = self._calls
+            case _:
+                client = self._paced_calls
+                self._turns, self._began = count(), time.perf_counter()
         async with asyncio.TaskGroup() as clients:
             for _ in range(self._job.at_once):
                 clients.create_task(client())
             await asyncio.sleep(WARM_UP_S)
+            probing = clients.create_task(self._probe.run()) if self._probe else None
             first, began = len(self._answers), time.perf_counter()
             print("begin", flush=True)
             await asyncio.sleep(self._job.measure_s)
             last, ended = len(self._answers), time.perf_counter()
             print("end", flush=True)
             self._stopped = True
+            if self._probe and probing:
+                self._probe.stop()
+                await probing
         if next(self._requests, None) is None:
             raise RuntimeError("all requests were sent before the time was over: prepare more of them")
         measured = self._answers[first:last]
@@ -80,6 +94,8 @@ class Run:
             ended - began,
             percentile(seconds, 50) * 1_000,
             percentile(seconds, 99) * 1_000,
+            sorted(self._probe.visible_ms) if self._probe else (),
+            sorted(self._probe.lag_ms) if self._probe else (),
         )
 
     async def _calls(self) -> None:
@@ -93,6 +109,18 @@ class Run:
                 check(CreatePurchaseResponse.FromString(answer))
             if self._stopped:
                 return
+
+    async def _paced_calls(self) -> None:
+        """The calls that are due, one after the other. Whoever is late goes on at once, and his answers come late."""
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(CREATE)
+        while not self._stopped:
+            due = self._began + next(self._turns) / self._job.per_s
+            if (early_s := due - time.perf_counter()) > 0:
+                await asyncio.sleep(early_s)
+            answer = await call(next(self._requests), timeout=CALL_TIMEOUT_S)  # raises unless it is OK
+            self._answers.append((time.perf_counter() - due, 1))
+            if len(self._answers) % PARSE_EVERY == 0:
+                check(CreatePurchaseResponse.FromString(answer))
 
     async def _stream(self) -> None:
         """Message after message, a few ahead of their answers."""
@@ -153,12 +181,16 @@ def upload() -> UploadPurchasesRequest:
     return UploadPurchasesRequest(uploads=uploads)
 
 
-async def main(address: str) -> None:
+async def main(address: str, analytics_address: str = "") -> None:
     loop = asyncio.get_running_loop()
     options = [("grpc.max_receive_message_length", ANSWER_BYTES_MAX)]
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
+    async with (
+        grpc.aio.insecure_channel(address, options=options) as channel,
+        grpc.aio.insecure_channel(analytics_address or address) as analytics,
+    ):
         while line := await loop.run_in_executor(None, sys.stdin.readline):
-            run = Run(Job(*json.loads(line)), channel)
+            job = Job(*json.loads(line))
+            run = Run(job, channel, Probe(channel, analytics, sale) if job.probe else None)
             gc.collect()
             gc.freeze()  # the requests are many, and none is garbage while the clock runs
             print(json.dumps(await run.measure()), flush=True)
@@ -166,4 +198,4 @@ async def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(sys.argv[1]))
+    uvloop.run(main(*sys.argv[1:]))

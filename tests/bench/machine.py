@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,25 @@ def cpu_s(pid: int) -> float:
         total += ticks.get(each, 0)
         todo += children[each]
     return total / TICKS_PER_S
+
+
+class Meter:
+    """CPU time that processes, and all below them, take from now on."""
+
+    def __init__(self, pids: Mapping[str, Sequence[int]]) -> None:
+        self._pids = pids
+        self._before_s = self._read()
+
+    def seconds(self) -> dict[str, float]:
+        """By name, until now."""
+        return {name: now - self._before_s[name] for name, now in self._read().items()}
+
+    def us(self, events: int) -> dict[str, float]:
+        """Microseconds an event, until now."""
+        return {name: seconds / events * 1e6 for name, seconds in self.seconds().items()}
+
+    def _read(self) -> dict[str, float]:
+        return {name: sum(map(cpu_s, pids)) for name, pids in self._pids.items()}
 
 
 def description() -> dict[str, Any]:

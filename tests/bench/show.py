@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tests.bench.figures import Goal, Rounds, cpu, middle
+from tests.bench.figures import Figure, Flow, Goal, Rounds, cpu, middle
+
+Measured = TypeVar("Measured")
 
 
 class Show:
@@ -30,6 +33,20 @@ class Show:
             task = bar.add_task(title, total=total)
             yield lambda count: bar.advance(task, count)
 
+    def in_turn(
+        self, contenders: Mapping[str, Callable[[], Measured]], rounds: int, title: str
+    ) -> dict[str, list[Measured]]:
+        """Each contender once a round, after a round that does not count: caches are warm from then on."""
+        figures: dict[str, list[Measured]] = {name: [] for name in contenders}
+        with self.progress(title, (1 + rounds) * len(contenders)) as advance:
+            for number in range(1 + rounds):
+                for name, measure in contenders.items():
+                    figure = measure()
+                    if number:
+                        figures[name].append(figure)
+                    advance(1)
+        return figures
+
     def figures(self, title: str, rounds: Rounds) -> None:
         """The medians of the rounds; CPU time of a purchase, and where it is spent."""
         table = _table(title)
@@ -49,8 +66,32 @@ class Show:
             )
         self._console.print(table)
 
-    def ratios(self, ratios: Mapping[str, float], goals: Mapping[str, Goal]) -> None:
-        table = _table("Beside pgbench, which is 1")
+    def flows(self, title: str, flows: Mapping[str, Flow]) -> None:
+        """Events per second, and the CPU time of an event by process."""
+        table = _table(title)
+        table.add_column("", no_wrap=True)
+        processes = list(next(iter(flows.values())).cpu_us)
+        for heading in ("events/s", "CPU µs", *processes):
+            table.add_column(heading, justify="right")
+        for name, flow in flows.items():
+            each = (f"{flow.cpu_us[process]:,.0f}" for process in processes)
+            table.add_row(name, f"{flow.events_per_s:,.0f}", f"{sum(flow.cpu_us.values()):,.0f}", *each)
+        self._console.print(table)
+
+    def whole(self, pgbench: Figure, pipeline: Flow) -> None:
+        """The highest steady rate, and where the CPU time of a purchase goes."""
+        table = _table("The whole pipeline at its highest steady rate")
+        table.add_column("", no_wrap=True)
+        for heading in ("purchases/s", "CPU µs"):
+            table.add_column(heading, justify="right")
+        table.add_row("pgbench alone", f"{pgbench.purchases_per_s:,.0f}", f"{cpu(pgbench):,.0f}")
+        table.add_row("whole pipeline", f"{pipeline.events_per_s:,.0f}", f"{sum(pipeline.cpu_us.values()):,.0f}")
+        for process, cpu_us in pipeline.cpu_us.items():
+            table.add_row(f"  {process}", "", f"{cpu_us:,.0f}")
+        self._console.print(table)
+
+    def ratios(self, title: str, ratios: Mapping[str, float], goals: Mapping[str, Goal]) -> None:
+        table = _table(title)
         for heading in ("", "in the report", "ratio", "goal"):
             table.add_column(heading, no_wrap=True, justify="right" if heading in ("ratio", "goal") else "left")
         for key, ratio in ratios.items():

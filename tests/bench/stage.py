@@ -1,6 +1,7 @@
-"""Where a benchmark plays: a private PostgreSQL in a directory that goes with it, and our processes in front of it."""
+"""Where a benchmark plays: private servers in a directory that goes with it, and our processes in front of them."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ import psycopg
 from deploy.healthcheck import is_serving
 from deploy.local.machine import Process, StackError, pick_port, spawn, tail, wait_until
 from deploy.local.postgres import Postgres
+from deploy.local.rabbitmq import RabbitMQ
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 60.0
@@ -42,13 +44,24 @@ def private_postgres(directory: Path) -> Iterator[Postgres]:
             server.stop()
 
 
+@contextmanager
+def private_rabbitmq(directory: Path) -> Iterator[RabbitMQ]:
+    """A node as the local stack has it."""
+    node = RabbitMQ(directory)
+    try:
+        node.start()
+        yield node
+    finally:
+        node.stop()
+
+
 def migrated(server: Postgres, name: str, package: str) -> str:
     """The URL of a new database, as the package's own `migrate` command makes it."""
     with server.connect() as connection:
         connection.execute(f'CREATE DATABASE "{name}"')
     url = server.url(name)
     log = server.directory / f"{package}-migrate.log"
-    environ = {**ENVIRON, f"{name.upper()}_DATABASE_URL": url}
+    environ = {**ENVIRON, f"{package.removesuffix('_svc').upper()}_DATABASE_URL": url}
     process = spawn([sys.executable, "-m", package, "migrate"], environ, ROOT, log)
     if not process.ended(START_TIMEOUT_S) or process.exit_code():
         process.end()
@@ -78,7 +91,31 @@ def service(name: str, command: tuple[str, ...], settings: Mapping[str, str], di
         process.end(patience_s=STOP_TIMEOUT_S)
 
 
+def ensure_today(url: str) -> None:
+    """Room for the purchases of today and of tomorrow, where no service makes it: it may be shortly before midnight."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET timezone = 'UTC'")
+        connection.execute(
+            """
+            SELECT ensure_purchases_month(date_trunc('month', day)::date), ensure_outbox_day(day)
+            FROM (VALUES (current_date), (current_date + 1)) AS d (day)
+            """
+        )
+
+
 def empty_purchases(url: str) -> None:
     """Whoever is measured next finds the same: no purchases."""
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("TRUNCATE purchases, purchase_items, receipts, idempotency_keys, outbox_events")
+
+
+@contextmanager
+def paused(*processes: Process) -> Iterator[None]:
+    """The processes stand still meanwhile: not even their idling costs the others anything."""
+    try:
+        for process in processes:
+            process.send(signal.SIGSTOP)
+        yield
+    finally:
+        for process in processes:
+            process.send(signal.SIGCONT)

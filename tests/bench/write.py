@@ -85,14 +85,14 @@ def run(plan: Plan, show: Show) -> Outcome:
     show.figures("With no purchases there", empty)
     for rows, figures in grown.items():
         show.figures(f"With {rows:,} purchases there", figures)
-    show.ratios(ratios, GOALS)
+    show.ratios("Beside pgbench, which is 1", ratios, GOALS)
     details = {
         "postgresql": version,
         "compared": [contender.name for contender in finalists],
         "no_purchases": raw(empty),
         **{f"{rows}_purchases": raw(figures) for rows, figures in grown.items()},
     }
-    return Outcome(ratios, details, plot(families, empty, finalists))
+    return Outcome({**ratios}, details, plot(families, empty, finalists))
 
 
 def contenders(
@@ -127,14 +127,8 @@ def contenders(
 def measure(
     order: Sequence[Contender], rounds: int, show: Show, title: str, before: Callable[[], None] = lambda: None
 ) -> Rounds:
-    """Each contender once a round, in turn, after a round that does not count: caches are warm from then on."""
-    figures: dict[str, list[Figure]] = {contender.name: [] for contender in order}
-    with show.progress(title, (1 + rounds) * len(order)) as advance:
-        for number in range(1 + rounds):
-            for contender in order:
-                before()
-                figure = contender.measure()
-                if number:
-                    figures[contender.name].append(figure)
-                advance(1)
-    return figures
+    def measured(contender: Contender) -> Figure:
+        before()
+        return contender.measure()
+
+    return show.in_turn({contender.name: partial(measured, contender) for contender in order}, rounds, title)

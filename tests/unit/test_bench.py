@@ -1,0 +1,56 @@
+"""The arithmetic of the benchmark."""
+
+import pytest
+
+from deploy.local.machine import StackError
+from tests.bench.figures import Figure, Flow, median_ratio, middle_flow, percentile
+from tests.bench.svg import nice_step
+from tests.bench.whole import Trial, highest, search
+
+PGBENCH = Figure(1_000.0, 1.0, 2.0, 100.0, 300.0)
+
+
+def trial(ratio: float, capacity: float) -> Trial:
+    """A pipeline that takes in everything, and counts so much of it a second."""
+    asked = ratio * PGBENCH.purchases_per_s
+    return Trial(PGBENCH, asked, asked, min(asked, capacity), {})
+
+
+@pytest.mark.parametrize("capacity", [130.0, 600.0, 1_234.0, 1_599.0])
+def test_search_finds_the_highest_rate_at_which_the_backlog_does_not_grow(capacity: float) -> None:
+    trials = search(0.0, 1.6, 8, lambda ratio: trial(ratio, capacity))
+    found = highest(trials)
+    assert found.sustained
+    assert found.recorded_per_s == pytest.approx(capacity, rel=0.021, abs=1_600 / 2**8)
+
+
+def test_rate_is_not_sustained_when_sales_are_not_taken_in_or_not_counted() -> None:
+    even = trial(0.5, 10_000)
+    assert even.sustained
+    assert not even._replace(recorded_per_s=0.97 * even.asked_per_s).sustained
+    assert not even._replace(counted_per_s=0.97 * even.asked_per_s).sustained
+
+
+def test_search_without_any_sustained_rate_says_so() -> None:
+    with pytest.raises(StackError, match="keeps up with none"):
+        highest(search(0.0, 1.6, 4, lambda ratio: trial(ratio, 0.0)))
+
+
+def test_ratios_are_made_within_rounds() -> None:
+    # The second round was ten times as fast for both: the ratio of the medians would be far from either round's.
+    assert median_ratio([50, 500, 60], [100, 1_000, 100]) == 0.5
+
+
+def test_medians_of_flows() -> None:
+    flows = [Flow(float(per_s), {"relay": cpu}) for per_s, cpu in ((1, 30.0), (3, 10.0), (2, 20.0))]
+    assert middle_flow(flows) == Flow(2.0, {"relay": 20.0})
+
+
+def test_percentiles() -> None:
+    hundred = list(range(100))
+    assert [percentile(hundred, percent) for percent in (0, 50, 99, 100)] == [0, 50, 99, 99]
+
+
+@pytest.mark.parametrize(("rough", "step"), [(0.3, 1), (1, 1), (1.1, 2), (3, 5), (41, 50), (60, 100)])
+def test_steps_of_axes(rough: float, step: int) -> None:
+    assert nice_step(rough) == step
