@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as json_text  # the C implementation
-from typing import LiteralString
+from typing import LiteralString, NamedTuple
 
 from chassis.postgres import Connection
 from chassis.wire import cents_text
@@ -63,14 +63,24 @@ WITH input AS MATERIALIZED (
     SELECT event_id, 'PurchaseCreated', purchase_id, occurred_at, event FROM accepted
 )
 SELECT n FROM input WHERE purchase_id NOT IN (SELECT purchase_id FROM accepted)
+UNION ALL
+SELECT -1 WHERE EXISTS (SELECT FROM relay_waiting WHERE until > now())
 """
 
 
-async def insert(connection: Connection, purchases: Sequence[Purchase], time_zone: str) -> set[int]:
-    """Store purchases; returns the positions of those that were not, because something in the database forbids it."""
+class Inserted(NamedTuple):
+    """What became of a batch."""
+
+    refused: set[int]  # positions of purchases that were not stored, because something in the database forbids it
+    relay_waits: bool  # a relay has nothing to do and wants to be told of new events
+
+
+async def insert(connection: Connection, purchases: Sequence[Purchase], time_zone: str) -> Inserted:
+    """Store purchases with their events."""
     rows = f"[{','.join(_row(n, purchase) for n, purchase in enumerate(purchases))}]"
     cursor = await connection.execute(_INSERT, {"rows": rows, "time_zone": time_zone}, prepare=True)
-    return {n for (n,) in await cursor.fetchall()}
+    positions = {n for (n,) in await cursor.fetchall()}
+    return Inserted(positions - {-1}, -1 in positions)
 
 
 def _row(n: int, purchase: Purchase) -> str:

@@ -30,6 +30,7 @@ from purchases_svc.errors import (
 )
 from purchases_svc.insert import insert
 from purchases_svc.partitions import Partitions
+from purchases_svc.relay_bell import RelayBell
 from purchases_svc.retention import horizon
 from purchases_svc.sale import EARLIEST, FUTURE_MAX, Purchase, Sale, nanoseconds, rfc3339
 
@@ -100,6 +101,7 @@ class Recorder:
         self._batch_max, self._waiting_max = batch_max, waiting_max
         self._waiting: deque[_Entry] = deque()
         self._flusher: asyncio.Task[None] | None = None
+        self._relay_bell = RelayBell(pool)
 
     async def record(self, sale: Sale) -> Recorded:
         """Store one sale, or find it stored; see `record_all`. Raises what `record_all` returns."""
@@ -251,12 +253,14 @@ class Recorder:
         days = {entry.purchase.created_at.date() for entry in batch}
         await self._partitions.ensure(months, days)
         async with self._pool.connection() as connection:
-            refused = await insert(connection, [entry.purchase for entry in batch], self._time_zone)  # commits
+            inserted = await insert(connection, [entry.purchase for entry in batch], self._time_zone)  # commits
             for index, entry in enumerate(batch):
-                if index not in refused:
+                if index not in inserted.refused:
                     entry.settle(Recorded(entry.purchase, replayed=False))
-            if refused:
-                await self._explain(connection, [batch[index] for index in refused])
+            if inserted.relay_waits:
+                self._relay_bell.ring()
+            if inserted.refused:
+                await self._explain(connection, [batch[index] for index in inserted.refused])
 
     async def _explain(self, connection: Connection, entries: Sequence[_Entry]) -> None:
         """Answer sales that were not stored: replays first, since a stored sale also holds its receipt number.

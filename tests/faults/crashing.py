@@ -32,10 +32,6 @@ class Step(NamedTuple):
     only_if: Callable[[Any], bool] = lambda _: True  # looks at what the call returned; only for `after`
 
 
-def _something(result: Any) -> bool:
-    return bool(result)
-
-
 STEPS: dict[str, dict[str, Step]] = {
     "purchases": {
         "before_commit": Step("purchases_svc.record", "insert", "before"),
@@ -45,8 +41,8 @@ STEPS: dict[str, dict[str, Step]] = {
         "after_partition": Step("purchases_svc.partitions", "Partitions._call", "after"),
     },
     "relay": {
-        "after_claim": Step("relay_svc.outbox", "claim", "after", _something),
-        "after_publish": Step("relay_svc.publisher", "Publisher._send", "after"),
+        "after_claim": Step("relay_svc.outbox", "claim", "after", lambda claim: bool(claim.events)),
+        "after_publish": Step("relay_svc.publisher", "_send", "after"),
         "after_confirm": Step("relay_svc.publisher", "Publisher.publish", "after"),
         "after_mark": Step("relay_svc.outbox", "mark_sent", "after"),
         "after_commit": Step("relay_svc.relay", "Relay.run_once", "after", lambda step: step.claimed > 0),

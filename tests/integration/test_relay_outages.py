@@ -1,0 +1,290 @@
+"""The relay while its broker, or the way to it, is in trouble: nothing is lost, falsely marked, or given up for it."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import grpc
+import pika
+import psycopg
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+
+from chassis.postgres import Pool
+from deploy.local.rabbitmq import RabbitMQ
+from relay_svc import outbox as outbox_module
+from relay_svc.publisher import Publisher
+from relay_svc.relay import Relay
+from relay_svc.wakeup import Wakeup
+from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from tests.conftest import eventually, pool
+from tests.faults.proxy import Loop, Proxy
+from tests.integration.outbox_events import all_sent, make_days, states, write
+from tests.integration.sales import sale
+
+QUEUE = "purchases.created"
+CONFIRM_TIMEOUT_S = 1.0
+
+
+@pytest.fixture
+async def outbox(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pool]:
+    """With pauses between attempts so short that an outage would soon have used them all up."""
+    monkeypatch.setattr(outbox_module, "BACKOFF_FIRST_S", 0.01)
+    make_days(purchases_db)
+    async with pool(purchases_db, "purchases_relay", size=4) as opened:
+        yield opened
+
+
+@pytest.fixture
+def queue(amqp_url: str) -> Iterator[BlockingChannel]:
+    with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
+        channel = connection.channel()
+        make_queue(channel)
+        yield channel
+
+
+def make_queue(channel: BlockingChannel) -> None:
+    channel.exchange_declare("purchases", "topic", durable=True)
+    channel.queue_declare(QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
+    channel.queue_bind(QUEUE, "purchases", "purchases.created")
+
+
+def drain(channel: BlockingChannel) -> Counter[str]:
+    """How often each event is in the queue."""
+    ids: Counter[str] = Counter()
+    while (message := channel.basic_get(QUEUE, auto_ack=True))[0] is not None:
+        ids[message[1].message_id] += 1
+    return ids
+
+
+@asynccontextmanager
+async def relaying(outbox: Pool, url: str) -> AsyncIterator[Relay]:
+    publisher = Publisher(url, CONFIRM_TIMEOUT_S)
+    relay = Relay(outbox, publisher, Wakeup(outbox, 0.2), window=50, attempts_max=2)
+    stop = asyncio.Event()
+    task = asyncio.ensure_future(relay.run(stop))
+    try:
+        yield relay
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 15)
+        publisher.disconnect()
+
+
+async def breaker(relay: Relay) -> str | None:
+    return relay.breaker_reason
+
+
+async def closed(relay: Relay) -> bool:
+    return relay.breaker_reason is None
+
+
+def sent(url: str) -> set[str]:
+    return {event_id for event_id, (status, _) in states(url).items() if status == "SENT"}
+
+
+async def test_queue_unbound_in_mid_run(outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel) -> None:
+    """Unbound while events flow, and bound again: none is lost, and none was called sent that no queue had."""
+    ids: list[str] = []
+    in_queue: Counter[str] = Counter()
+    async with relaying(outbox, amqp_url) as relay:
+        for bound in (True, False, True, False, True):
+            if bound:
+                queue.queue_bind(QUEUE, "purchases", "purchases.created")
+            for _ in range(10):
+                ids += write(purchases_db, 60)
+                await asyncio.sleep(0.01)
+            if bound:
+                await eventually(lambda: all_sent(purchases_db), "all is sent")
+                queue.queue_unbind(QUEUE, "purchases", "purchases.created")
+            else:
+                await eventually(lambda: breaker(relay), "the breaker opens")
+                assert "NO_ROUTE" in str(relay.breaker_reason)
+                marked = sent(purchases_db)
+                in_queue += drain(queue)
+                assert marked <= set(in_queue)
+    in_queue += drain(queue)
+    assert set(in_queue) == set(ids)
+    assert set(states(purchases_db).values()) == {("SENT", 0)}
+
+
+async def test_broker_down_for_long(outbox: Pool, purchases_db: str, tmp_path: Path) -> None:
+    """Down for far longer than all attempts of an event would take: none is counted, and all is caught up."""
+    broker = RabbitMQ(tmp_path / "rabbitmq")
+    broker.start()
+    try:
+        with pika.BlockingConnection(pika.URLParameters(broker.url)) as connection:
+            make_queue(connection.channel())
+        async with relaying(outbox, broker.url) as relay:
+            ids = write(purchases_db, 200)
+            await eventually(lambda: all_sent(purchases_db), "all is sent")
+            await asyncio.to_thread(broker.stop)
+            ids += write(purchases_db, 300)
+            await eventually(lambda: breaker(relay), "the breaker opens")
+            assert {state for state in states(purchases_db).values() if state[0] != "SENT"} == {("NEW", 0)}
+            await asyncio.to_thread(broker.start)
+            await eventually(lambda: all_sent(purchases_db), "it catches up by itself", 60)
+            assert await eventually(lambda: closed(relay), "the breaker closes")
+        with pika.BlockingConnection(pika.URLParameters(broker.url)) as connection:
+            assert set(drain(connection.channel())) == set(ids)
+    finally:
+        broker.stop()
+    assert set(states(purchases_db).values()) == {("SENT", 0)}
+
+
+async def test_one_bad_event_among_good_ones(
+    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel, broker: RabbitMQ
+) -> None:
+    """The broker closes the channel over one message. It alone is given up, and goes through when requeued."""
+    most = broker.ctl("eval", "application:get_env(rabbit, max_message_size).").strip().removeprefix("{ok,")[:-1]
+    ids = write(purchases_db, 120)
+    bad = ids[60]
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute(
+            "UPDATE outbox_events SET payload_json = payload_json || jsonb_build_object('long', repeat('x', 200000))"
+            " WHERE event_id = %s",
+            [bad],
+        )
+    broker.ctl("eval", "application:set_env(rabbit, max_message_size, 100000).")
+    try:
+        async with relaying(outbox, amqp_url) as relay:
+            expected = {event_id: ("FAILED", 2) if event_id == bad else ("SENT", 0) for event_id in ids}
+
+            async def settled() -> bool:
+                return states(purchases_db) == expected
+
+            await eventually(settled, "the bad event is given up, and the others are sent")
+            assert relay.breaker_reason is None
+    finally:
+        broker.ctl("eval", f"application:set_env(rabbit, max_message_size, {most}).")
+    assert set(drain(queue)) == {*ids} - {bad}
+    with psycopg.connect(purchases_db) as connection:
+        row = connection.execute("SELECT last_error FROM outbox_events WHERE status = 'FAILED'").fetchone()
+        assert row
+        assert "PRECONDITION_FAILED" in row[0]
+        connection.execute("UPDATE outbox_events SET status = 'NEW', attempts = 0, next_attempt_at = now()"
+                           " WHERE status = 'FAILED'")  # fmt: skip
+    async with relaying(outbox, amqp_url):
+        await eventually(lambda: all_sent(purchases_db), "requeued, it goes through")
+    assert drain(queue) == {bad: 1}
+
+
+async def test_broker_that_refuses_everything(
+    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel, broker: RabbitMQ
+) -> None:
+    """Then it is the broker's fault, and no event's."""
+    most = broker.ctl("eval", "application:get_env(rabbit, max_message_size).").strip().removeprefix("{ok,")[:-1]
+    write(purchases_db, 20)
+    broker.ctl("eval", "application:set_env(rabbit, max_message_size, 10).")
+    try:
+        async with relaying(outbox, amqp_url) as relay:
+            reason = await eventually(lambda: breaker(relay), "the breaker opens")
+            assert "refuses every message" in reason
+    finally:
+        broker.ctl("eval", f"application:set_env(rabbit, max_message_size, {most}).")
+    assert set(states(purchases_db).values()) == {("NEW", 0)}
+
+
+async def test_broker_that_blocks_publishers(
+    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel, broker: RabbitMQ
+) -> None:
+    """Out of memory, the broker takes nothing: the reason is known, nothing is marked, and it goes on by itself."""
+    async with relaying(outbox, amqp_url) as relay:
+        ids = write(purchases_db, 10)
+        await eventually(lambda: all_sent(purchases_db), "all is sent")
+        broker.ctl("set_vm_memory_high_watermark", "0.00001")
+        try:
+            ids += write(purchases_db, 100)
+            assert "blocks publishers" in await eventually(lambda: breaker(relay), "the breaker opens")
+            assert len(sent(purchases_db)) == 10
+        finally:
+            broker.ctl("set_vm_memory_high_watermark", "absolute", "2GiB")
+        await eventually(lambda: all_sent(purchases_db), "it goes on by itself", 30)
+    assert set(drain(queue)) == set(ids)
+    assert set(states(purchases_db).values()) == {("SENT", 0)}
+
+
+@pytest.fixture
+def proxy(amqp_url: str) -> Iterator[Proxy]:
+    loop = Loop()
+    url = urlsplit(amqp_url)
+    between = Proxy(loop, "broker", (str(url.hostname), int(url.port or 5672)))
+    yield between
+    between.close()
+    loop.close()
+
+
+def through(proxy: Proxy, url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{parts.username}:{parts.password}@{proxy.address}").geturl()
+
+
+async def test_network_that_goes_deaf(
+    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel, proxy: Proxy
+) -> None:
+    """The deadline of the window ends it, and nothing is marked that was not confirmed."""
+    async with relaying(outbox, through(proxy, amqp_url)) as relay:
+        ids = write(purchases_db, 60)
+        await eventually(lambda: all_sent(purchases_db), "all is sent")
+        proxy.deafen()
+        began = asyncio.get_running_loop().time()
+        ids += write(purchases_db, 500)
+        reason = await eventually(lambda: breaker(relay), "the breaker opens")
+        assert "did not confirm within 1 s" in reason
+        assert asyncio.get_running_loop().time() - began < CONFIRM_TIMEOUT_S + 3
+        assert sent(purchases_db) <= set(drain(queue))
+        assert len(sent(purchases_db)) == 60
+        proxy.heal()
+        proxy.cut()
+        await eventually(lambda: all_sent(purchases_db), "it goes on by itself", 30)
+    assert set(states(purchases_db).values()) == {("SENT", 0)}
+
+
+async def test_connections_cut_in_mid_window(
+    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel, proxy: Proxy
+) -> None:
+    """Ten times, some of them in the middle of a frame: what is marked is in the queue, in the end everything."""
+    in_queue: Counter[str] = Counter()
+    ids: list[str] = []
+    async with relaying(outbox, through(proxy, amqp_url)):
+        for number in range(10):
+            ids += write(purchases_db, 300)
+            if number % 2:
+                await asyncio.to_thread(proxy.break_frame, 7 + number * 1_000, 5)
+            else:
+                proxy.cut()
+            marked = sent(purchases_db)
+            in_queue += drain(queue)
+            assert marked <= set(in_queue)
+        await eventually(lambda: all_sent(purchases_db), "everything is sent", 30)
+    in_queue += drain(queue)
+    assert set(in_queue) == set(ids)
+
+
+async def test_idle_relay_is_told(
+    outbox: Pool, purchases_db: str, purchases_channel: grpc.aio.Channel, amqp_url: str, queue: BlockingChannel
+) -> None:
+    """It would look again after a minute only; the purchases service sees that it waits, and tells it."""
+    stub = PurchasesServiceStub(purchases_channel)
+    publisher = Publisher(amqp_url, CONFIRM_TIMEOUT_S)
+    relay = Relay(outbox, publisher, Wakeup(outbox, 60), window=50, attempts_max=2)
+    stop = asyncio.Event()
+    task = asyncio.ensure_future(relay.run(stop))
+
+    async def waits() -> bool:
+        with psycopg.connect(purchases_db) as connection:
+            return connection.execute("SELECT FROM relay_waiting WHERE until > now()").fetchone() is not None
+
+    for _ in range(3):
+        await eventually(waits, "the relay says that it waits")
+        await stub.CreatePurchase(sale(), timeout=10)
+        await eventually(lambda: all_sent(purchases_db), "the sale's event is sent", 5)
+    await eventually(waits, "it waits again")
+    stop.set()
+    await stub.CreatePurchase(sale(), timeout=10)
+    await asyncio.wait_for(task, 10)
+    assert not await waits()
+    publisher.disconnect()
