@@ -1,24 +1,34 @@
-"""`python -m relay_svc serve`: the wiring."""
+"""`python -m relay_svc serve | status | events | requeue | partitions`: the wiring."""
 
 import asyncio
 import sys
 
+import psycopg
 import structlog
 from psycopg import sql
+from psycopg_pool import PoolTimeout
 
 from chassis import grpc_server, lifecycle, logs, postgres, settings, wire
-from relay_svc import inspection
+from relay_svc import inspection, outbox, retention
+from relay_svc.commands import outbox as outbox_commands
+from relay_svc.commands import partitions
 from relay_svc.publisher import Publisher
 from relay_svc.relay import LANES, Relay
 from relay_svc.server import OutboxServicer
-from relay_svc.settings import ServeSettings
+from relay_svc.settings import ClientSettings, PartitionsSettings, ServeSettings
 from relay_svc.wakeup import Wakeup
 from retail.relay.v1.outbox_service_pb2_grpc import add_OutboxServiceServicer_to_server
 
-ROLE = "purchases_relay"
 CONNECTIONS = LANES + 1  # the third waits for notifications, and sweeps
 SERVICE_CONNECTIONS = 4  # of the OutboxService: its calls never wait for the relay's windows
 STATEMENT_TIMEOUT_S = 10.0
+
+USAGE = """\
+usage: python -m relay_svc serve
+       python -m relay_svc status [--json]
+       python -m relay_svc events [--status NEW|SENT|FAILED] [--limit N] [--json]
+       python -m relay_svc requeue ID… | --all-failed
+       python -m relay_svc partitions [--drop] [--json]"""
 
 log = structlog.get_logger()
 
@@ -30,7 +40,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         grpc_server.serving_metrics(config.metrics_listen),
         postgres.open_pool(
             config.database_url,
-            role=ROLE,
+            role=outbox.ROLE,
             application_name="relay",
             size=CONNECTIONS,
             statement_timeout_s=STATEMENT_TIMEOUT_S,
@@ -38,13 +48,13 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         ) as pool,
         postgres.open_pool(
             config.database_url,
-            role=ROLE,
+            role=outbox.ROLE,
             application_name="relay service",
             size=SERVICE_CONNECTIONS,
             statement_timeout_s=grpc_server.CALL_TIMEOUT_S,
         ) as service_pool,
     ):
-        migrated = sql.SQL("SELECT FROM relay_waiting")  # the newest of what we need; the migrations are not ours
+        migrated = sql.SQL("SELECT FROM relay_waiting")  # the migrations are not ours to look at
         if not await postgres.wait_until_up(pool, stop, migrated):
             return
         async with service_pool.connection() as connection:
@@ -65,6 +75,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         try:
             async with host.listening(config.listen, [service]), asyncio.TaskGroup() as tasks:
                 tasks.create_task(relay.run(stop))
+                tasks.create_task(retention.keep(service_pool, stop, config.retention_days))
                 await host.set_serving(True)
                 log.info("serving", listen=config.listen, metrics=config.metrics_listen)
                 await stop.wait()
@@ -75,16 +86,26 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:] != ["serve"]:
-        raise SystemExit("usage: python -m relay_svc serve")
+    command, *arguments = sys.argv[1:] or [""]
     try:
-        config = settings.load(ServeSettings)
-        logs.configure("relay", config.log_level)
-        lifecycle.run(lambda stop: serve(config, stop))
+        match command:
+            case "serve" if not arguments:
+                config = settings.load(ServeSettings)
+                logs.configure("relay", config.log_level)
+                lifecycle.run(lambda stop: serve(config, stop))
+            case "status" | "events" | "requeue":
+                raise SystemExit(outbox_commands.run(settings.load(ClientSettings), [command, *arguments]))
+            case "partitions" if set(arguments) <= {"--drop", "--json"}:
+                days = settings.load(PartitionsSettings)
+                logs.configure("relay-partitions", days.log_level)
+                asyncio.run(partitions.run(days, drop="--drop" in arguments, as_json="--json" in arguments))
+            case _:
+                print(USAGE, file=sys.stderr)
+                raise SystemExit(2)
     except settings.SettingsError as error:
-        lifecycle.exit_with_settings_problems("relay", error)
-    except grpc_server.PortTaken as error:
-        raise SystemExit(f"relay: {error}") from error
+        lifecycle.exit_with_settings_problems(f"relay {command}", error)
+    except (grpc_server.PortTaken, psycopg.Error, PoolTimeout) as error:
+        raise SystemExit(f"relay {command}: {error}") from error
 
 
 if __name__ == "__main__":

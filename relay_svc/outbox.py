@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from chassis.postgres import Connection
 
+ROLE = "purchases_relay"
 NIL = "00000000-0000-0000-0000-000000000000"
 BACKOFF_FIRST_S = 5  # doubled with each attempt that was an event's own fault
 EVENT_AGE_MAX = "1 day"  # events whose id is older when they commit are found by a sweep only

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from chassis.settings import address, amqp_url, choice, integer, postgres_url, seconds, setting
+from chassis.settings import address, amqp_url, choice, integer, postgres_url, seconds, setting, text
 
 
 @dataclass(frozen=True)
@@ -21,3 +21,20 @@ class ServeSettings:
     poll_every_s: float = setting("RELAY_POLL_EVERY_S", seconds(0.01, 5), default=1.0)
     # Failed attempts that are an event's own fault before it is given up as FAILED.
     attempts_max: int = setting("RELAY_ATTEMPTS_MAX", integer(1, 100), default=5)
+    # Full days that an event is kept after it was recorded; 0 keeps everything. A day goes only when all of it is sent
+    # and known to the reader of committed events.
+    retention_days: int = setting("RELAY_OUTBOX_RETENTION_DAYS", integer(0, 3650), default=0)
+
+
+@dataclass(frozen=True)
+class PartitionsSettings:
+    database_url: str = setting("PURCHASES_DATABASE_URL", postgres_url)
+    retention_days: int = setting("RELAY_OUTBOX_RETENTION_DAYS", integer(0, 3650), default=0)
+    log_level: str = setting("LOG_LEVEL", choice("DEBUG", "INFO", "WARNING", "ERROR"), default="WARNING")
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """Of the commands that ask a running relay."""
+
+    relay_target: str = setting("RELAY_TARGET", text, default="127.0.0.1:50053")

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import json
 import random
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import psycopg
 import pytest
 
 import relay_svc.__main__ as relay
-from relay_svc.settings import ServeSettings
+from relay_svc.commands import outbox as outbox_commands
+from relay_svc.settings import ClientSettings, ServeSettings
 from retail.relay.v1 import outbox_service_pb2 as pb2
 from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceStub
 from tests.conftest import eventually
@@ -26,13 +28,18 @@ UNKNOWN = "00000000-0000-7000-8000-000000000001"
 
 
 @pytest.fixture
-async def stub(purchases_db: str) -> AsyncIterator["OutboxServiceAsyncStub"]:
+def address() -> str:
+    return free_address()
+
+
+@pytest.fixture
+async def stub(purchases_db: str, address: str) -> AsyncIterator["OutboxServiceAsyncStub"]:
     """A relay whose broker is not there: what it reports and repairs does not depend on one."""
     make_days(purchases_db)
     config = ServeSettings(
         database_url=purchases_db,
         amqp_url="amqp://guest:guest@127.0.0.1:1/%2F",
-        listen=free_address(),
+        listen=address,
         metrics_listen="127.0.0.1:0",
     )
     async with running(lambda stop: relay.serve(config, stop), config.listen) as channel:
@@ -283,3 +290,34 @@ async def test_new_ids_are_found_by_index(stub: "OutboxServiceAsyncStub", purcha
         )
     assert "created_xid_idx" in plan
     assert "Seq Scan" not in plan
+
+
+async def test_commands(
+    stub: "OutboxServiceAsyncStub", purchases_db: str, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an operator calls: the state, the events, and once more with those that were given up."""
+    ids = sorted(write(purchases_db, 3))
+    give_up(purchases_db, ids[:2])
+
+    async def said(*arguments: str) -> tuple[int, str]:
+        code = await asyncio.to_thread(outbox_commands.run, ClientSettings(address), arguments)
+        return code, capsys.readouterr().out
+
+    code, text = await said("status")
+    assert code == 1
+    assert "given up (FAILED)" in text
+    code, text = await said("status", "--json")
+    assert (code, json.loads(text)["failedCount"]) == (1, "2")
+    code, text = await said("events", "--status", "FAILED", "--json")
+    assert (code, [json.loads(line)["eventId"] for line in text.splitlines()]) == (0, ids[:2])
+    code, text = await said("events", "--limit", "1")
+    assert code == 0
+    code, text = await said("requeue", ids[0])
+    assert (code, text) == (0, "1 requeued.\n")
+    code, text = await said("requeue", "--all-failed", "--json")
+    assert (code, json.loads(text)) == (0, {"requeued_count": 1})
+    code, text = await said("requeue", UNKNOWN)
+    assert code == 1
+    assert "NOT_FOUND" in text
+    with pytest.raises(SystemExit):
+        await said("requeue")

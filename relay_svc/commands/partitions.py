@@ -1,0 +1,46 @@
+"""`python -m relay_svc partitions [--drop] [--json]`: the days of the outbox, and what retention does with each."""
+
+import datetime
+import json
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from chassis import postgres
+from relay_svc import outbox, retention
+from relay_svc.settings import PartitionsSettings
+
+STATEMENT_TIMEOUT_S = 60.0  # for looking through all days
+
+
+async def run(config: PartitionsSettings, *, drop: bool, as_json: bool) -> None:
+    """Print them; with `drop`, let retention do its work before. Without, nothing is changed."""
+    today = datetime.datetime.now(datetime.UTC).date()
+    async with postgres.open_pool(
+        config.database_url,
+        role=outbox.ROLE,
+        application_name="relay partitions",
+        size=1,
+        statement_timeout_s=STATEMENT_TIMEOUT_S,
+    ) as pool:
+        dropped = await retention.drop_old_days(pool, config.retention_days, today) if drop else []
+        days = await retention.days(pool)
+    horizon = retention.first_kept(config.retention_days, today)
+    if as_json:
+        for day in days:
+            print(json.dumps({**day._asdict(), "day": day.day.isoformat(), "retention": day.verdict(horizon)}))
+        return
+    console = Console(highlight=False)
+    if drop:
+        console.print(f"Dropped: {', '.join(f'{day:%Y-%m-%d}' for day in dropped) or 'nothing'}.")
+    table = Table("day", *(Column(name, justify="right") for name in ("events", "size MiB")), "retention")
+    for day in days:
+        table.add_row(f"{day.day:%Y-%m-%d}", f"~{day.events:,}", f"{day.bytes / 2**20:,.1f}", day.verdict(horizon))
+    console.print(table)
+    if horizon is None:
+        console.print("Retention is off: RELAY_OUTBOX_RETENTION_DAYS is not set, and everything is kept.")
+    else:
+        console.print(
+            f"Days before {horizon:%Y-%m-%d} may go, when all is sent and known to the reader of committed events. "
+            "`--drop` drops now; a relay with this setting does so every hour."
+        )

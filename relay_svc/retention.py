@@ -1,0 +1,85 @@
+"""Dropping days of the outbox that are older than the retention, and telling the operator what there is.
+
+The purchases service creates the days, ahead of time and on demand: it is the one that cannot do without.
+"""
+
+import asyncio
+import datetime
+from typing import NamedTuple
+
+import psycopg
+import structlog
+from psycopg_pool import PoolTimeout
+
+from chassis.lifecycle import wait_set
+from chassis.postgres import Pool
+
+LOOK_EVERY_S = 3600.0
+TRY_AGAIN_S = 60.0
+
+log = structlog.get_logger()
+
+
+class Day(NamedTuple):
+    """A day (UTC) of the outbox; the number of events is an estimate, 0 while the day was never analysed."""
+
+    day: datetime.date
+    events: int
+    bytes: int
+    kept_for: str | None  # why it could not go, however old
+
+    def verdict(self, first_kept: datetime.date | None) -> str:
+        """What retention does with it."""
+        if first_kept is None or self.day >= first_kept:
+            return "keep"
+        return f"keep: {self.kept_for}" if self.kept_for else "drop"
+
+
+def first_kept(keep_days: int, today: datetime.date) -> datetime.date | None:
+    """The first day that is kept, today besides `keep_days` full ones; None when everything is."""
+    return today - datetime.timedelta(days=keep_days) if keep_days else None
+
+
+async def days(pool: Pool) -> list[Day]:
+    """All days, the oldest first."""
+    async with pool.connection() as connection:
+        cursor = await connection.execute("SELECT day, events, bytes, kept_for FROM outbox_days()")
+        return [Day(*row) for row in await cursor.fetchall()]
+
+
+async def drop_old_days(pool: Pool, keep_days: int, today: datetime.date) -> list[datetime.date]:
+    """Drop what is older than the retention, sent and listed; returns the days dropped. The rest waits."""
+    horizon = first_kept(keep_days, today)
+    dropped = []
+    for day in await days(pool):
+        if horizon is None or day.day >= horizon:
+            break
+        if reason := day.kept_for or await _drop(pool, day.day, keep_days):
+            log.warning("a day of the outbox past its retention is kept", day=day.day, reason=reason)
+        else:
+            log.info("day of the outbox dropped", day=day.day, bytes=day.bytes)
+            dropped.append(day.day)
+    return dropped
+
+
+async def _drop(pool: Pool, day: datetime.date, keep_days: int) -> str | None:
+    """Drop one day; or why not."""
+    async with pool.connection() as connection:
+        try:
+            cursor = await connection.execute("SELECT drop_outbox_day(%s, %s)", [day, keep_days])
+            row = await cursor.fetchone()
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            return "it is in use"
+    return row[0] if row else None
+
+
+async def keep(pool: Pool, stop: asyncio.Event, keep_days: int) -> None:
+    """Drop what is past its retention, now and every hour; `keep_days` 0 drops nothing."""
+    while keep_days and not stop.is_set():
+        try:
+            await drop_old_days(pool, keep_days, datetime.datetime.now(datetime.UTC).date())
+        except (psycopg.Error, PoolTimeout) as error:
+            log.warning("retention did not get through", error=str(error).strip())
+            await wait_set(stop, TRY_AGAIN_S)
+        else:
+            await wait_set(stop, LOOK_EVERY_S)

@@ -1,0 +1,126 @@
+"""Days of the outbox go when they are old, wholly sent, and wholly known to the reader of committed events."""
+
+import asyncio
+import datetime
+import json
+import sys
+from collections.abc import AsyncIterator
+
+import psycopg
+import pytest
+
+import relay_svc.__main__ as relay
+from chassis.postgres import Pool
+from relay_svc import committed, retention
+from tests.conftest import pool
+from tests.integration.outbox_events import insert, make_days, new_ids, states, write
+
+DAY_S = 24 * 3600
+TODAY = datetime.datetime.now(datetime.UTC).date()
+
+
+@pytest.fixture
+async def outbox(purchases_db: str) -> AsyncIterator[Pool]:
+    make_days(purchases_db, -9, 1)
+    async with pool(purchases_db, "purchases_relay", size=2) as opened:
+        yield opened
+
+
+def mark(url: str, ids: list[str], status: str) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("UPDATE outbox_events SET status = %s WHERE event_id = ANY(%s::uuid[])", [status, ids])
+
+
+async def ask(outbox: Pool, after: str = "") -> str:
+    """A reader that asks what was committed, and gets all of it; the snapshot to ask with next time."""
+    async with outbox.connection() as connection:
+        parsed = await committed.parse(connection, after)
+        await committed.remember(connection, parsed)
+        async with connection.transaction():
+            parts = [part async for part in committed.since(connection, parsed)]
+            return str(parts[0].snapshot)
+
+
+def days_ago(*ages: int) -> list[datetime.date]:
+    return [TODAY - datetime.timedelta(days=age) for age in ages]
+
+
+async def verdicts(outbox: Pool, keep_days: int) -> dict[int, str]:
+    horizon = retention.first_kept(keep_days, TODAY)
+    return {(TODAY - day.day).days: day.verdict(horizon) for day in await retention.days(outbox)}
+
+
+async def test_what_may_go(outbox: Pool, purchases_db: str) -> None:
+    """Not what waits, was given up, is young, or is not known to the reader; and nothing before it has ever asked."""
+    for age, status in ((9, "SENT"), (8, "NEW"), (7, "FAILED"), (6, "SENT"), (3, "SENT")):
+        mark(purchases_db, write(purchases_db, 3, age_s=age * DAY_S), status)
+    first = await ask(outbox)
+    assert await retention.drop_old_days(outbox, 5, TODAY) == []  # it has said nothing of what it knows yet
+    assert "nobody has said" in (await verdicts(outbox, 5))[9]
+    second = await ask(outbox, first)
+    late = write(purchases_db, 1, age_s=6 * DAY_S)
+    mark(purchases_db, late, "SENT")
+    assert await retention.drop_old_days(outbox, 0, TODAY) == []
+    assert await verdicts(outbox, 5) | {4: "", 3: "", 2: "", 1: "", 0: "", -1: ""} == {
+        9: "drop",
+        8: "keep: some of its events are NEW",
+        7: "keep: some of its events are FAILED",
+        6: "keep: the reader of committed events does not know all of it yet",
+        5: "keep",
+        **dict.fromkeys(range(-1, 5), ""),
+    }
+    assert await retention.drop_old_days(outbox, 5, TODAY) == days_ago(9)
+    third = await ask(outbox, second)
+    assert await retention.drop_old_days(outbox, 5, TODAY) == []  # listed, but not yet known to have arrived
+    await ask(outbox, third)
+    assert await retention.drop_old_days(outbox, 5, TODAY) == days_ago(6)
+    assert await retention.drop_old_days(outbox, 5, TODAY) == []
+    assert len(states(purchases_db)) == 9
+
+
+async def test_event_that_commits_meanwhile(outbox: Pool, purchases_db: str) -> None:
+    """A day that is being written to stays, and with it what is written."""
+    await ask(outbox, await ask(outbox))
+    with psycopg.connect(purchases_db) as slow:
+        ids = new_ids(1, age_s=8 * DAY_S)
+        insert(slow, ids)
+        assert await retention.drop_old_days(outbox, 7, TODAY) == []  # in use
+        slow.commit()
+    assert await retention.drop_old_days(outbox, 7, TODAY) == days_ago(9)
+    assert states(purchases_db) == {ids[0]: ("NEW", 0)}
+
+
+async def test_what_is_kept_cannot_be_dropped(outbox: Pool) -> None:
+    """Not even by whoever asks for it: the database refuses what the retention keeps, and to keep nothing."""
+    for age, keep_days in ((9, 0), (9, -1), (5, 5), (0, 1)):
+        async with outbox.connection() as connection:
+            with pytest.raises(psycopg.errors.InvalidParameterValue):
+                await connection.execute("SELECT drop_outbox_day(%s, %s)", [*days_ago(age), keep_days])
+
+
+async def test_other_server_knows_nothing(outbox: Pool, purchases_db: str) -> None:
+    """What the reader knew of the server before a restore says nothing about this one."""
+    await ask(outbox, await ask(outbox))
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute("UPDATE outbox_listing SET realm = '1.00000001.5'")
+    assert await retention.drop_old_days(outbox, 5, TODAY) == []
+
+
+async def test_command(
+    outbox: Pool, purchases_db: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await ask(outbox, await ask(outbox))
+    monkeypatch.setattr("relay_svc.__main__.logs.configure", lambda *_: None)  # it would last longer than this test
+    monkeypatch.setenv("PURCHASES_DATABASE_URL", purchases_db)
+    monkeypatch.setattr(sys, "argv", ["relay_svc", "partitions"])
+    await asyncio.to_thread(relay.main)
+    assert "RELAY_OUTBOX_RETENTION_DAYS is not set" in capsys.readouterr().out
+    monkeypatch.setenv("RELAY_OUTBOX_RETENTION_DAYS", "8")
+    monkeypatch.setattr(sys, "argv", ["relay_svc", "partitions", "--json"])
+    await asyncio.to_thread(relay.main)
+    first = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (first["day"], first["retention"]) == (days_ago(9)[0].isoformat(), "drop")
+    monkeypatch.setattr(sys, "argv", ["relay_svc", "partitions", "--drop"])
+    await asyncio.to_thread(relay.main)
+    assert f"Dropped: {days_ago(9)[0]}" in capsys.readouterr().out
+    assert 9 not in await verdicts(outbox, 0)
