@@ -75,6 +75,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         try:
             async with host.listening(config.listen, [service]), asyncio.TaskGroup() as tasks:
                 tasks.create_task(relay.run(stop))
+                tasks.create_task(inspection.measure(service_pool, stop))
                 tasks.create_task(retention.keep(service_pool, stop, config.retention_days))
                 await host.set_serving(True)
                 log.info("serving", listen=config.listen, metrics=config.metrics_listen)

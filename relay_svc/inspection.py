@@ -1,13 +1,27 @@
 """The outbox as an operator sees it. Every function takes the connection and never commits."""
 
+import asyncio
 import datetime
 from collections.abc import Sequence
 from typing import LiteralString, NamedTuple
 
-from chassis.postgres import Connection
+import psycopg
+import structlog
+from prometheus_client import Gauge
+from psycopg_pool import PoolTimeout
+
+from chassis.lifecycle import wait_set
+from chassis.postgres import Connection, Pool
 
 COUNT_MAX = 1_000_000  # counting stops there: it takes a tenth of a second, and the answer is the same
 BLOCKER_AGE_MIN_S = 5.0  # transactions of the daily work are younger
+MEASURE_EVERY_S = 15.0
+
+EVENTS = Gauge("relay_outbox_events", "Events that are not sent, counted up to a million.", ["status"])
+OLDEST_SECONDS = Gauge("relay_oldest_pending_seconds", "Age of the oldest event that waits; 0 when none does.")
+BLOCKER_SECONDS = Gauge("relay_cleanup_blocker_seconds", "Age of the transaction that holds back vacuum; 0 when none.")
+
+log = structlog.get_logger()
 
 
 class Backlog(NamedTuple):
@@ -67,6 +81,23 @@ async def cleanup_blocker(connection: Connection) -> Blocker | None:
     )
     row = await cursor.fetchone()
     return Blocker(*row) if row else None
+
+
+async def measure(pool: Pool, stop: asyncio.Event) -> None:
+    """Keep the metrics up to date until `stop`."""
+    while not stop.is_set():
+        try:
+            async with pool.connection() as connection:
+                waiting, blocker = await backlog(connection), await cleanup_blocker(connection)
+        except (psycopg.Error, PoolTimeout) as error:
+            log.warning("the outbox is not measured", error=str(error).strip())
+        else:
+            EVENTS.labels("NEW").set(waiting.new)
+            EVENTS.labels("FAILED").set(waiting.failed)
+            OLDEST_SECONDS.set(waiting.oldest_age.total_seconds() if waiting.oldest_age else 0)
+            age = blocker.transaction_age if blocker else None
+            BLOCKER_SECONDS.set(age.total_seconds() if age else 0)
+        await wait_set(stop, MEASURE_EVERY_S)
 
 
 async def page(connection: Connection, *, status: str | None, after: str, limit: int) -> list[StoredEvent]:

@@ -76,6 +76,7 @@ class Relay:
         self._claiming, self._idling = asyncio.Lock(), asyncio.Lock()
         self._rate = Rate()
         self.breaker_reason: str | None = None
+        self.sent = 0  # events confirmed since the start
 
     def events_per_second(self) -> float:
         """Events confirmed per second over the last minute."""
@@ -136,6 +137,7 @@ class Relay:
             await outbox.mark_sent(connection, outcome.confirmed)
             await outbox.mark_faulty(connection, outcome.faulty, self._attempts_max)
         SENT.inc(len(outcome.confirmed))
+        self.sent += len(outcome.confirmed)
         self._rate.add(len(outcome.confirmed))
         if outcome.faulty:
             FAULTS.inc(len(outcome.faulty))
