@@ -1,4 +1,4 @@
-"""`python -m analytics_svc consume | serve | migrate`: the wiring."""
+"""`python -m analytics_svc consume | serve | migrate | quarantine …`: the wiring."""
 
 import asyncio
 import sys
@@ -13,6 +13,7 @@ import structlog
 
 from analytics_svc import queries
 from analytics_svc.announce import Announcement
+from analytics_svc.commands import quarantine
 from analytics_svc.consumer import Consumer
 from analytics_svc.health import Health
 from analytics_svc.inclusion import Inclusion
@@ -21,7 +22,7 @@ from analytics_svc.listener import Listener
 from analytics_svc.outbox import Outbox
 from analytics_svc.quarantine_server import QuarantineServicer
 from analytics_svc.server import AnalyticsServicer
-from analytics_svc.settings import ConsumeSettings, MigrateSettings, ServeSettings
+from analytics_svc.settings import ConsumeSettings, MigrateSettings, QuarantineSettings, ServeSettings
 from analytics_svc.settling import Settler
 from analytics_svc.upkeep import Upkeep
 from analytics_svc.watch import Watchers
@@ -63,15 +64,15 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
         grpc.aio.insecure_channel(config.purchases_target) as purchases,
     ):
         zone = ZoneInfo(config.business_time_zone)
-        quarantine = QuarantineServicer(upkeep_pool, Settler(upkeep_pool, zone, config.deaths_max), purchases)
+        servicer = QuarantineServicer(upkeep_pool, Settler(upkeep_pool, zone, config.deaths_max), purchases)
         service = grpc_server.Service(
-            quarantine_grpc.add_QuarantineServiceServicer_to_server, quarantine, "retail.analytics.v1.QuarantineService"
+            quarantine_grpc.add_QuarantineServiceServicer_to_server, servicer, "retail.analytics.v1.QuarantineService"
         )
         async with grpc_server.serving_metrics(config.metrics_listen), host.listening(config.listen, [service]):
             if not await wait_until_ready(pool, config.business_time_zone, stop):
                 return
             async with upkeep_pool.connection() as connection:
-                quarantine.tokens = PageTokens(await queries.page_token_key(connection))
+                servicer.tokens = PageTokens(await queries.page_token_key(connection))
             consumer = Consumer(
                 config.amqp_url,
                 Settler(pool, zone, config.deaths_max),
@@ -201,23 +202,25 @@ def migrate_database(config: MigrateSettings) -> None:
 
 
 def main() -> None:
-    command = sys.argv[1] if len(sys.argv) == 2 else ""
+    command = " ".join(sys.argv[1:2])
     try:
-        match command:
-            case "consume":
+        match sys.argv[1:]:
+            case ["quarantine", *arguments]:
+                raise SystemExit(quarantine.run(settings.load(QuarantineSettings), arguments))
+            case ["consume"]:
                 consuming = settings.load(ConsumeSettings)
                 logs.configure("analytics-consume", consuming.log_level)
                 lifecycle.run(lambda stop: consume(consuming, stop))
-            case "serve":
+            case ["serve"]:
                 serving = settings.load(ServeSettings)
                 logs.configure("analytics-serve", serving.log_level)
                 lifecycle.run(lambda stop: serve(serving, stop))
-            case "migrate":
+            case ["migrate"]:
                 migration = settings.load(MigrateSettings)
                 logs.configure("analytics-migrate", migration.log_level)
                 migrate_database(migration)
             case _:
-                print("usage: python -m analytics_svc consume | serve | migrate", file=sys.stderr)
+                print("usage: python -m analytics_svc consume | serve | migrate | quarantine …", file=sys.stderr)
                 raise SystemExit(2)
     except settings.SettingsError as error:
         lifecycle.exit_with_settings_problems(f"analytics {command}", error)

@@ -22,6 +22,7 @@ from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 EVENTS_PER_PAGE = (50, 500)  # by default, at most
 IDS_MAX = 1_000  # in one request
 ASK_TIMEOUT_S = 5.0  # for the purchases service to say whether it has a purchase
+NAMED_MAX = 10  # refused entries that an error names in words
 PURCHASES_MAX = 100  # that one body may name; an event of ours names one
 
 # Found in bodies that no parser reads, too. Those that one reads may kill.
@@ -77,20 +78,23 @@ class QuarantineServicer(quarantine_service_pb2_grpc.QuarantineServiceServicer):
 
     async def DiscardEvents(self, request: pb.DiscardEventsRequest, context: Any) -> pb.DiscardEventsResponse:
         ids = self._ids(request.quarantine_ids)
-        known = {}
+        known, sold = [], []
         violations = []
         for index, quarantine_id in enumerate(ids):
             async with self._pool.connection() as connection:
                 kept = await quarantine.find(connection, quarantine_id)
             if kept is None:
                 continue
-            known[quarantine_id] = index
+            known.append(quarantine_id)
             if not kept.counted and kept.reason != OLDER_THAN_FLOOR and await self._has_purchase(kept.body):
+                sold.append(quarantine_id)
                 rule = "its purchase exists and is not counted: redrive the event, or rebuild the purchase's day"
                 violations.append(Violation(f"quarantine_ids[{index}]", rule))
         if violations:
             raise PurchaseExists(
-                f"{len(violations)} of {len(ids)} events are of purchases that exist and are not counted",
+                f"nothing is discarded: {len(violations)} of {len(ids)} events are of purchases that exist and are not"
+                f" counted; redrive them, or rebuild their days: {', '.join(sold[:NAMED_MAX])}"
+                + (", …" if len(sold) > NAMED_MAX else ""),
                 metadata={"violation_count": str(len(violations))},
                 violations=violations[:VIOLATIONS_MAX],
             )

@@ -6,6 +6,11 @@ from chassis.settings import address, amqp_url, choice, integer, postgres_url, s
 
 
 @dataclass(frozen=True)
+class QuarantineSettings:
+    consumer_target: str = setting("CONSUMER_TARGET", text, default="127.0.0.1:50054")
+
+
+@dataclass(frozen=True)
 class MigrateSettings:
     database_url: str = setting("ANALYTICS_DATABASE_URL", postgres_url)
     business_time_zone: str = setting("BUSINESS_TIME_ZONE", time_zone, default="UTC")

@@ -15,7 +15,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 import analytics_svc.__main__ as analytics
 from analytics_svc.consumer import QUEUE
 from analytics_svc.settings import ConsumeSettings
-from tests.conftest import ROOT, eventually
+from tests.conftest import ROOT, WAIT_S, eventually
 from tests.integration.conftest import free_address, is_serving, running
 from tests.integration.purchase_events import query
 
@@ -51,8 +51,8 @@ async def is_true(url: str, statement: str) -> bool:
     return bool(query(url, statement)[0][0])
 
 
-async def counts(url: str, statement: str, count: int) -> None:
-    await eventually(lambda: is_true(url, f"SELECT ({statement}) = {count}"), f"{statement}: {count}")
+async def counts(url: str, statement: str, count: int, within_s: float = WAIT_S) -> None:
+    await eventually(lambda: is_true(url, f"SELECT ({statement}) = {count}"), f"{statement}: {count}", within_s)
 
 
 def depth(channel: BlockingChannel) -> int:

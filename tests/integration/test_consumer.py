@@ -1,10 +1,13 @@
 """The consumer as it is wired, between a real broker and a real database."""
 
 import asyncio
+import os
+import random
 import signal
 import socket
 import struct
 import subprocess
+from collections import Counter
 from collections.abc import Awaitable
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -73,6 +76,37 @@ async def test_many_events_by_two_consumers(analytics_db: str, amqp_url: str, ch
         await counts(analytics_db, COUNTED, 1_500)
     assert read_models(analytics_db) == expected(sales)
     assert depth(channel) == 0
+
+
+async def test_shuffled_duplicated_and_delayed_over_three_processes(
+    analytics_db: str, amqp_url: str, channel: BlockingChannel, processes: list[Any]
+) -> None:
+    """Every table is equal, to the cent, to sums computed by other means, whatever order and however often; hot rows.
+
+    A quarter of the events comes again, some were held by somebody who let them go only at the end, three processes
+    write the same few rows, in small batches. EVENTS=10000 makes it as large as that.
+    """
+    sales = some_sales(int(os.environ.get("EVENTS", "2000")), seed=15)
+    chance = random.Random(16)
+    bodies = [sale.body() for sale in sales]
+    deliveries = bodies + chance.choices(bodies, k=len(bodies) // 4)
+    chance.shuffle(deliveries)
+    async with consuming(analytics_db, amqp_url):
+        pass  # the queue is there
+    with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
+        publisher, dawdler = connection.channel(), connection.channel()
+        first, later = deliveries[: len(deliveries) // 2], deliveries[len(deliveries) // 2 :]
+        publish(publisher, *first)
+        held = [dawdler.basic_get(QUEUE)[2] for _ in range(100)]
+        settings = {"ANALYTICS_DATABASE_URL": analytics_db, "AMQP_URL": amqp_url, "CONSUMER_BATCH_MAX": "50"}
+        settings["CONSUMER_PREFETCH"] = "150"
+        processes.extend(start("consume", CONSUMER_LISTEN=free_address(), **settings) for _ in range(3))
+        publish(publisher, *later)
+        await counts(analytics_db, COUNTED, len(Counter(deliveries) - Counter(held)), within_s=60)
+        dawdler.close()
+        await counts(analytics_db, COUNTED, len(sales))
+    assert read_models(analytics_db) == expected(sales)
+    assert query(analytics_db, QUARANTINED) == [(0,)]
 
 
 async def test_consumer_waits_for_the_publishers_exchange(analytics_db: str, amqp_url: str) -> None:

@@ -1,6 +1,9 @@
 """The quarantine as its operator meets it: over gRPC and on the command line."""
 
 import asyncio
+import contextlib
+import io
+import json
 import uuid
 from collections.abc import AsyncIterator
 from decimal import Decimal
@@ -12,6 +15,8 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 import purchases_svc.__main__ as purchases
+from analytics_svc.commands import quarantine
+from analytics_svc.settings import QuarantineSettings
 from purchases_svc.settings import ServeSettings
 from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
@@ -231,3 +236,53 @@ async def test_discard_without_the_purchases_service(stub: Any, analytics_db: st
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "PURCHASES_UNAVAILABLE")
     assert refusal.retry.retry_delay.seconds == 1
     assert set(reasons(analytics_db)) == set(ids)
+
+
+async def command(target: str, *arguments: str) -> tuple[int, str]:
+    """`python -m analytics_svc quarantine …`: its exit code and what it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            code = await asyncio.to_thread(quarantine.run, QuarantineSettings(target), arguments)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, printed.getvalue()
+
+
+async def test_command_line(
+    analytics_db: str, amqp_url: str, channel: BlockingChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an operator does at night: look, try again, and remove what nobody misses."""
+    monkeypatch.setenv("COLUMNS", "250")
+    address = free_address()
+    async with consuming(analytics_db, amqp_url, listen=address, purchases_target=NOWHERE):
+        assert await command(address, "list") == (0, "Nothing is in quarantine.\n")
+        good = sold("1.00")
+        ids = [
+            put(analytics_db, b"\x1b[2Jpoison \xff" + b"." * 100),
+            put(analytics_db, good.body(), good.event_id, "APPLY_FAILED"),
+            put(analytics_db, b"{}", reason="APPLY_FAILED"),
+        ]
+        code, text = await command(address, "list")
+        assert code == 0
+        assert all(quarantine_id in text for quarantine_id in ids)
+        assert "\x1b" not in text
+        assert "112 bytes" in text
+        code, text = await command(address, "list", "--json", "--reason", "UNDECODABLE")
+        assert (code, json.loads(text)["quarantine_id"], json.loads(text)["body_size"]) == (0, ids[0], 112)
+        assert (await command(address, "list", "--json", "--limit", "2"))[1].count("\n") == 2
+        code, text = await command(address, "redrive", "--reason", "APPLY_FAILED")
+        assert (code, text) == (1, "1 counted, 1 remain in quarantine.\n")
+        assert reasons(analytics_db) == {ids[0]: "UNDECODABLE", ids[2]: "BROKEN_CONTRACT"}
+        assert await command(address, "redrive", "--all") == (1, "0 counted, 2 remain in quarantine.\n")
+        code, text = await command(address, "discard", ids[0], ids[1], ids[2])
+        assert (code, text.splitlines()[0]) == (1, "2 discarded.")
+        assert f"{ids[1]} is not in quarantine" in text
+        assert await command(address, "redrive", "--all") == (0, "0 counted, 0 remain in quarantine.\n")
+        for wrong in ((), ("redrive",), ("redrive", "--all", ids[0]), ("discard",), ("list", "--limit", "many")):
+            code, text = await command(address, *wrong)
+            assert (code, "usage:" in text) == (2, True), wrong
+        code, text = await command(address, "discard", "7")
+        assert (code, "must be a UUID" in text, "Traceback" in text) == (1, True, False)
+    code, text = await command(NOWHERE, "list")
+    assert (code, "UNAVAILABLE" in text, "Traceback" in text) == (1, True, False)
