@@ -22,7 +22,7 @@ from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.integration.conftest import free_address, running
-from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts, publish
+from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts, publish, serving, start
 from tests.integration.purchase_events import expected, query, read_models, sold, some_sales
 from tests.integration.sales import Refusal, sale
 
@@ -250,39 +250,45 @@ async def command(target: str, *arguments: str) -> tuple[int, str]:
 
 
 async def test_command_line(
-    analytics_db: str, amqp_url: str, channel: BlockingChannel, monkeypatch: pytest.MonkeyPatch
+    analytics_db: str,
+    amqp_url: str,
+    channel: BlockingChannel,
+    processes: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What an operator does at night: look, try again, and remove what nobody misses."""
     monkeypatch.setenv("COLUMNS", "250")
     address = free_address()
-    async with consuming(analytics_db, amqp_url, listen=address, purchases_target=NOWHERE):
-        assert await command(address, "list") == (0, "Nothing is in quarantine.\n")
-        good = sold("1.00")
-        ids = [
-            put(analytics_db, b"\x1b[2Jpoison \xff" + b"." * 100),
-            put(analytics_db, good.body(), good.event_id, "APPLY_FAILED"),
-            put(analytics_db, b"{}", reason="APPLY_FAILED"),
-        ]
-        code, text = await command(address, "list")
-        assert code == 0
-        assert all(quarantine_id in text for quarantine_id in ids)
-        assert "\x1b" not in text
-        assert "112 bytes" in text
-        code, text = await command(address, "list", "--json", "--reason", "UNDECODABLE")
-        assert (code, json.loads(text)["quarantine_id"], json.loads(text)["body_size"]) == (0, ids[0], 112)
-        assert (await command(address, "list", "--json", "--limit", "2"))[1].count("\n") == 2
-        code, text = await command(address, "redrive", "--reason", "APPLY_FAILED")
-        assert (code, text) == (1, "1 counted, 1 remain in quarantine.\n")
-        assert reasons(analytics_db) == {ids[0]: "UNDECODABLE", ids[2]: "BROKEN_CONTRACT"}
-        assert await command(address, "redrive", "--all") == (1, "0 counted, 2 remain in quarantine.\n")
-        code, text = await command(address, "discard", ids[0], ids[1], ids[2])
-        assert (code, text.splitlines()[0]) == (1, "2 discarded.")
-        assert f"{ids[1]} is not in quarantine" in text
-        assert await command(address, "redrive", "--all") == (0, "0 counted, 0 remain in quarantine.\n")
-        for wrong in ((), ("redrive",), ("redrive", "--all", ids[0]), ("discard",), ("list", "--limit", "many")):
-            code, text = await command(address, *wrong)
-            assert (code, "usage:" in text) == (2, True), wrong
-        code, text = await command(address, "discard", "7")
-        assert (code, "must be a UUID" in text, "Traceback" in text) == (1, True, False)
+    settings = {"ANALYTICS_DATABASE_URL": analytics_db, "AMQP_URL": amqp_url, "PURCHASES_TARGET": NOWHERE}
+    processes.append(start("consume", CONSUMER_LISTEN=address, **settings))
+    await serving(address)
+    assert await command(address, "list") == (0, "Nothing is in quarantine.\n")
+    good = sold("1.00")
+    ids = [
+        put(analytics_db, b"\x1b[2Jpoison \xff" + b"." * 100),
+        put(analytics_db, good.body(), good.event_id, "APPLY_FAILED"),
+        put(analytics_db, b"{}", reason="APPLY_FAILED"),
+    ]
+    code, text = await command(address, "list")
+    assert code == 0
+    assert all(quarantine_id in text for quarantine_id in ids)
+    assert "\x1b" not in text
+    assert "112 bytes" in text
+    code, text = await command(address, "list", "--json", "--reason", "UNDECODABLE")
+    assert (code, json.loads(text)["quarantine_id"], json.loads(text)["body_size"]) == (0, ids[0], 112)
+    assert (await command(address, "list", "--json", "--limit", "2"))[1].count("\n") == 2
+    code, text = await command(address, "redrive", "--reason", "APPLY_FAILED")
+    assert (code, text) == (1, "1 counted, 1 remain in quarantine.\n")
+    assert reasons(analytics_db) == {ids[0]: "UNDECODABLE", ids[2]: "BROKEN_CONTRACT"}
+    assert await command(address, "redrive", "--all") == (1, "0 counted, 2 remain in quarantine.\n")
+    code, text = await command(address, "discard", ids[0], ids[1], ids[2])
+    assert (code, text.splitlines()[0]) == (1, "2 discarded.")
+    assert f"{ids[1]} is not in quarantine" in text
+    assert await command(address, "redrive", "--all") == (0, "0 counted, 0 remain in quarantine.\n")
+    for wrong in ((), ("redrive",), ("redrive", "--all", ids[0]), ("discard",), ("list", "--limit", "many")):
+        code, text = await command(address, *wrong)
+        assert (code, "usage:" in text) == (2, True), wrong
+    code, text = await command(address, "discard", "7")
+    assert (code, "must be a UUID" in text, "Traceback" in text) == (1, True, False)
     code, text = await command(NOWHERE, "list")
     assert (code, "UNAVAILABLE" in text, "Traceback" in text) == (1, True, False)
