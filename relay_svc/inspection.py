@@ -12,6 +12,7 @@ from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import wait_set
 from chassis.postgres import Connection, Pool
+from relay_svc.outbox import NIL
 
 COUNT_MAX = 1_000_000  # counting stops there: it takes a tenth of a second, and the answer is the same
 BLOCKER_AGE_MIN_S = 5.0  # transactions of the daily work are younger
@@ -53,6 +54,21 @@ class StoredEvent(NamedTuple):
     attempts: int
     last_error: str | None
     sent_at: datetime.datetime | None
+    created_xid: str
+
+    @property
+    def place(self) -> "Place":
+        return Place(self.created_xid, self.event_id)
+
+
+class Place(NamedTuple):
+    """An event's place in the order of the transactions that wrote them."""
+
+    created_xid: str
+    event_id: str
+
+
+BEGINNING = Place("0", NIL)
 
 
 async def backlog(connection: Connection) -> Backlog:
@@ -100,8 +116,8 @@ async def measure(pool: Pool, stop: asyncio.Event) -> None:
         await wait_set(stop, MEASURE_EVERY_S)
 
 
-async def page(connection: Connection, *, status: str | None, after: str, limit: int) -> list[StoredEvent]:
-    """Events by id, from `after` on."""
+async def page(connection: Connection, *, status: str | None, after: Place, limit: int) -> list[StoredEvent]:
+    """Events in the order in which they were written, from `after` on."""
     # Each status has an index of its own, which a parameter would hide from the planner.
     conditions: dict[str | None, LiteralString] = {
         None: "true",
@@ -111,11 +127,13 @@ async def page(connection: Connection, *, status: str | None, after: str, limit:
     }
     cursor = await connection.execute(
         f"""
-        SELECT event_id::text, event_type, aggregate_id::text, occurred_at, status, attempts, last_error, sent_at
+        SELECT event_id::text, event_type, aggregate_id::text, occurred_at, status, attempts, last_error, sent_at,
+               created_xid::text
         FROM outbox_events e
-        WHERE {conditions[status]} AND e.event_id > %s ORDER BY e.event_id LIMIT %s
+        WHERE {conditions[status]} AND (e.created_xid, e.event_id) > (%s::xid8, %s::uuid)
+        ORDER BY e.created_xid, e.event_id LIMIT %s
         """,
-        [after, limit],
+        [*after, limit],
     )
     return [StoredEvent(*row) for row in await cursor.fetchall()]
 

@@ -100,13 +100,13 @@ class Publisher:
                 return outcome
         return await self._one_by_one(suspects, outcome) if suspects else outcome
 
-    def disconnect(self) -> None:
+    def disconnect(self, reason: str = "the relay closed the connection") -> None:
         """Close the connection; the next window opens a new one. What is in flight is given up."""
         self._link = None
         if self._connection is not None:
             amqp.close(self._connection)
         self._connection = self._channel = None
-        self._fail_all("the connection was given up")
+        self._fail_all(reason)
 
     async def _one_by_one(self, events: Sequence[OutboxEvent], before: Outcome) -> Outcome:
         """Each event alone on the channel. What the time does not suffice for stays for the next window."""
@@ -147,8 +147,10 @@ class Publisher:
             window.trouble = f"the broker did not confirm within {self._confirm_timeout_s:g} s: {why}"
         finally:
             self._windows.discard(window)
+            window.settled.set()  # whatever came of it: `_one_by_one` may wait for that
             if window.waiting and link is self._link:
-                self.disconnect()  # late confirms must not be taken for those of the next window
+                # Late confirms must not be taken for those of the next window.
+                self.disconnect(window.trouble or "the relay is stopping")
         if window.returned and window.trouble is None:
             window.trouble = f"no queue takes the messages: {next(iter(window.returned.values()))}"
 

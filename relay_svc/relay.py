@@ -98,6 +98,7 @@ class Relay:
                 log.warning("database trouble", error=str(errors.exceptions[0]).strip())
                 # The next connection may be to another server: after a failover, transactions have other numbers.
                 self._position = self._low_water = outbox.START
+                self._sweep_at = 0.0  # before any claim: it may take long to get past what was sent
                 await wait_set(stop, backoff.next_s())
             else:
                 if self.breaker_reason:
@@ -121,7 +122,7 @@ class Relay:
         async with self._wakeup.idle() as told:
             while not (stop.is_set() or self.breaker_reason):
                 await told()
-                if (await self.run_once(self._window)).claimed:
+                if self.breaker_reason or (await self.run_once(self._window)).claimed:
                     return
 
     async def run_once(self, limit: int) -> Step:

@@ -54,12 +54,11 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
         _raise_if(violations)
         status = pb2.OutboxStatus.Name(request.status).removeprefix("OUTBOX_STATUS_") if request.status else None
         position = self._tokens.read(request)
+        after = inspection.Place(*position) if position else inspection.BEGINNING
         async with _transaction(self._pool, context) as connection:
-            events = await inspection.page(
-                connection, status=status, after=position[0] if position else NIL, limit=limit + 1
-            )
+            events = await inspection.page(connection, status=status, after=after, limit=limit + 1)
         page = events[:limit]
-        token = self._tokens.issue(request, [page[-1].event_id]) if len(events) > limit else ""
+        token = self._tokens.issue(request, list(page[-1].place)) if len(events) > limit else ""
         return pb2.ListOutboxEventsResponse(outbox_events=map(_outbox_event, page), next_page_token=token)
 
     async def RequeueEvents(self, request: pb2.RequeueEventsRequest, context: Any) -> pb2.RequeueEventsResponse:

@@ -46,7 +46,9 @@ class Wakeup:
             finally:
                 if waiting and not connection.closed:
                     await connection.execute(f"UNLISTEN {CHANNEL}")
-                    await connection.execute("DELETE FROM relay_waiting WHERE pid = pg_backend_pid()")
+                    await connection.execute(
+                        "DELETE FROM relay_waiting WHERE pid = pg_backend_pid() OR until < now()"  # those of the dead
+                    )
 
 
 _WAIT = """

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import psycopg
 import pytest
+from prometheus_client import REGISTRY
 
 import relay_svc.__main__ as relay
+from relay_svc import inspection
 from relay_svc.commands import outbox as outbox_commands
 from relay_svc.settings import ClientSettings, ServeSettings
 from retail.relay.v1 import outbox_service_pb2 as pb2
 from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceStub
-from tests.conftest import eventually
+from tests.conftest import eventually, pool
 from tests.integration.conftest import free_address, running
 from tests.integration.outbox_events import insert, make_days, new_ids, states, write
 from tests.integration.sales import Refusal
@@ -86,6 +88,24 @@ async def test_status_counts_and_names_the_reason(stub: "OutboxServiceAsyncStub"
     assert 0 <= status.oldest_pending_age.ToTimedelta().total_seconds() < 60
     assert "refused" in status.breaker_reason
     assert status.events_per_second == 0
+    assert REGISTRY.get_sample_value("relay_breaker_open") == 1
+
+
+async def test_metrics_of_the_backlog(purchases_db: str) -> None:
+    make_days(purchases_db)
+    write(purchases_db, 3, age_s=60)
+    give_up(purchases_db, write(purchases_db, 2))
+    stop = asyncio.Event()
+    async with pool(purchases_db, "purchases_relay") as opened:
+        measuring = asyncio.ensure_future(inspection.measure(opened, stop))
+
+        async def measured() -> bool:
+            counts = [REGISTRY.get_sample_value("relay_outbox_events", {"status": s}) for s in ("NEW", "FAILED")]
+            return counts == [3, 2] and (REGISTRY.get_sample_value("relay_oldest_pending_seconds") or 0) > 0
+
+        await eventually(measured, "the metrics tell what waits")
+        stop.set()
+        await measuring
 
 
 async def test_status_names_who_holds_back_vacuum(stub: "OutboxServiceAsyncStub", purchases_db: str) -> None:

@@ -75,7 +75,7 @@ class OutboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListOutboxEvents(self, request, context):
-        """Lists events of one status, the oldest first.
+        """Lists events of one status, in the order in which they were written.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
