@@ -38,7 +38,7 @@ proto: ready ## generate the Python code from proto/
 	@PYTHON=$(PYTHON) deploy/proto.sh
 
 bench: ready ## measure; [ONLY=write|pipeline|analytics] [REPORT=out.json]
-	@exec $(PYTHON) -m tests.bench
+	@PYTHONPATH=.:generated exec $(PYTHON) -m tests.bench
 
 faults: ready ## break the running system and count every cent; [FAULTS=n] [SEED=n] [REPORT=out.json]
 	@PYTHONPATH=.:generated exec $(PYTHON) -m tests.faults

@@ -199,12 +199,12 @@ async def top_products(
         ranges: Mapping[str, date | int] = {}
     elif branch_id is None:
         sold = """
-            SELECT product_id, qty_sum, revenue_sum FROM product_sales_monthly
-            WHERE month BETWEEN %(months_first)s AND %(months_last)s
-            UNION ALL SELECT product_id, %(start_sign)s * qty_sum, %(start_sign)s * revenue_sum FROM product_sales_daily
-            WHERE day BETWEEN %(start_first)s AND %(start_last)s
-            UNION ALL SELECT product_id, %(end_sign)s * qty_sum, %(end_sign)s * revenue_sum FROM product_sales_daily
-            WHERE day BETWEEN %(end_first)s AND %(end_last)s
+            SELECT product_id, sum(qty_sum) AS qty_sum, sum(revenue_sum) AS revenue_sum FROM product_sales_monthly
+            WHERE month BETWEEN %(months_first)s AND %(months_last)s GROUP BY product_id
+            UNION ALL SELECT product_id, %(start_sign)s * sum(qty_sum), %(start_sign)s * sum(revenue_sum)
+            FROM product_sales_daily WHERE day BETWEEN %(start_first)s AND %(start_last)s GROUP BY product_id
+            UNION ALL SELECT product_id, %(end_sign)s * sum(qty_sum), %(end_sign)s * sum(revenue_sum)
+            FROM product_sales_daily WHERE day BETWEEN %(end_first)s AND %(end_last)s GROUP BY product_id
             """
         ranges = _parameters(days)
     else:

@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     rounds: int
     measure_s: int
     rows: int
+    history: int = 100
 
 
 @dataclass(frozen=True)

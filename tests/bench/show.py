@@ -1,6 +1,6 @@
 """What the person who waits for the figures gets to see."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -99,6 +99,25 @@ class Show:
             verdict = "" if goal is None else "[green]✓[/]" if goal.met_by(ratio) else "[red]✗[/]"
             meaning = goal.meaning if goal else "… and how it keeps up with history"
             table.add_row(meaning, key, f"{ratio:.2f} {verdict or ' '}", str(goal or ""))
+        self._console.print(table)
+
+    def table(self, title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+        """The first column is a name, the others are figures."""
+        table = _table(title)
+        for number, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+        for line in lines:
+            table.add_row(*line)
+        self._console.print(table)
+
+    def verdicts(self, verdicts: Sequence[tuple[str, float, Goal | None]]) -> None:
+        """What each figure means, the figure, and whether it is good enough."""
+        table = _table("What came out")
+        for heading in ("", "ratio", "goal"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for meaning, value, goal in verdicts:
+            mark = " " if goal is None else "[green]✓[/]" if goal.met_by(value) else "[red]✗[/]"
+            table.add_row(meaning, f"{value:,.2f} {mark}", str(goal or ""))
         self._console.print(table)
 
 
