@@ -1,4 +1,4 @@
-"""`python -m analytics_svc consume | serve | migrate | quarantine …`: the wiring."""
+"""`python -m analytics_svc consume | serve | migrate | report … | quarantine …`: the wiring."""
 
 import asyncio
 import sys
@@ -13,7 +13,7 @@ import structlog
 
 from analytics_svc import queries
 from analytics_svc.announce import Announcement
-from analytics_svc.commands import quarantine
+from analytics_svc.commands import quarantine, report
 from analytics_svc.consumer import Consumer
 from analytics_svc.health import Health
 from analytics_svc.inclusion import Inclusion
@@ -22,7 +22,7 @@ from analytics_svc.listener import Listener
 from analytics_svc.outbox import Outbox
 from analytics_svc.quarantine_server import QuarantineServicer
 from analytics_svc.server import AnalyticsServicer
-from analytics_svc.settings import ConsumeSettings, MigrateSettings, QuarantineSettings, ServeSettings
+from analytics_svc.settings import ConsumeSettings, MigrateSettings, QuarantineSettings, ReportSettings, ServeSettings
 from analytics_svc.settling import Settler
 from analytics_svc.upkeep import Upkeep
 from analytics_svc.watch import Watchers
@@ -32,6 +32,8 @@ from retail.analytics.v1 import analytics_service_pb2_grpc as analytics_grpc
 from retail.analytics.v1 import quarantine_service_pb2_grpc as quarantine_grpc
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+# A short query is slower with helpers, and they would take the cores from other queries.
+QUERY_SESSION = {"max_parallel_workers_per_gather": "0"}
 DOMAIN = "analytics.retail.example"
 CONSUMER_CONNECTIONS = 2  # one batch at a time; the other is there when one breaks
 UPKEEP_CONNECTIONS = 2  # for upkeep itself, and for whoever looks after the quarantine
@@ -122,6 +124,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             application_name="analytics serve",
             size=config.read_connections,
             statement_timeout_s=grpc_server.CALL_TIMEOUT_S,
+            settings=QUERY_SESSION,
         ) as pool,
         postgres.open_pool(
             config.database_url,
@@ -205,6 +208,8 @@ def main() -> None:
     command = " ".join(sys.argv[1:2])
     try:
         match sys.argv[1:]:
+            case ["report", *arguments]:
+                raise SystemExit(report.run(settings.load(ReportSettings), arguments))
             case ["quarantine", *arguments]:
                 raise SystemExit(quarantine.run(settings.load(QuarantineSettings), arguments))
             case ["consume"]:
@@ -220,7 +225,10 @@ def main() -> None:
                 logs.configure("analytics-migrate", migration.log_level)
                 migrate_database(migration)
             case _:
-                print("usage: python -m analytics_svc consume | serve | migrate | quarantine …", file=sys.stderr)
+                print(
+                    "usage: python -m analytics_svc consume | serve | migrate | report … | quarantine …",
+                    file=sys.stderr,
+                )
                 raise SystemExit(2)
     except settings.SettingsError as error:
         lifecycle.exit_with_settings_problems(f"analytics {command}", error)

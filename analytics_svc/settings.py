@@ -46,3 +46,8 @@ class ServeSettings(MigrateSettings):
     # For audits, which ask the other services.
     purchases_target: str = setting("PURCHASES_TARGET", text, default="127.0.0.1:50051")
     relay_target: str = setting("RELAY_TARGET", text, default="127.0.0.1:50053")
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    analytics_target: str = setting("ANALYTICS_TARGET", address, default="127.0.0.1:50052")

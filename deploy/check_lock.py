@@ -28,6 +28,7 @@ def main() -> None:
     for lock, asked, extra in (
         ("requirements.txt", runtime, ""),
         ("requirements-dev.txt", [*runtime, *project["optional-dependencies"]["dev"]], " --extra dev"),
+        ("requirements-plots.txt", [*runtime, *project["optional-dependencies"]["plots"]], " --extra plots"),
     ):
         if missing := {name_of(entry) for entry in asked} - locked(ROOT / lock):
             sys.exit(f"{lock} lacks {', '.join(sorted(missing))}; run: {COMMAND}{extra} pyproject.toml -o {lock}")
