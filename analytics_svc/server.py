@@ -152,7 +152,8 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
             rows, freshness = await queries.customer_loyalty(connection, customer_id)
         if not rows:
             raise CustomerNotFound(
-                f"no purchase of the customer {customer_id} is counted", metadata={"customer_id": customer_id}
+                f"no purchase of the customer {customer_id} is counted",
+                metadata={"customer_id": customer_id, **_marks_metadata(freshness)},
             )
         return pb.GetCustomerLoyaltyResponse(
             loyal_customer=pb.LoyalCustomer(
@@ -251,6 +252,14 @@ def _marks(freshness: Freshness) -> dict[str, Any]:
         "data_as_of_time": freshness.applied_at and wire.timestamp(freshness.applied_at),
         "complete_through_time": freshness.complete_through_at and wire.timestamp(freshness.complete_through_at),
         "quarantined_count": freshness.quarantined_count,
+    }
+
+
+def _marks_metadata(freshness: Freshness) -> dict[str, str]:
+    """The same for an answer that is an error: how far it can be trusted."""
+    times = {"data_as_of_time": freshness.applied_at, "complete_through_time": freshness.complete_through_at}
+    return {name: wire.timestamp(time).ToJsonString() for name, time in times.items() if time} | {
+        "quarantined_count": str(freshness.quarantined_count)
     }
 
 

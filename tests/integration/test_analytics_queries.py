@@ -262,6 +262,8 @@ async def test_unknown_customer(reports: Any, analytics_db: str) -> None:
     found = await refusal(reports.GetCustomerLoyalty(pb.GetCustomerLoyaltyRequest(customer_id=customer)))
     assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "CUSTOMER_NOT_FOUND")
     assert found.info.metadata["customer_id"] == customer
+    assert found.info.metadata["data_as_of_time"] > "2026"  # how far "not found" can be trusted
+    assert found.info.metadata["quarantined_count"] == "0"
 
 
 @pytest.mark.parametrize("branch_id", [None, 2, 99])

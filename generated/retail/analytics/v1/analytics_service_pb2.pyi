@@ -850,16 +850,21 @@ class WatchDailySalesResponse(_message.Message):
     """Events that wait in quarantine and so are missing from this answer."""
     @_builtins.property
     def daily_sales(self) -> _containers.RepeatedCompositeFieldContainer[Global___DailySales]:
-        """Rows that are new or changed since they were last sent."""
+        """Rows that are new or changed since they were last sent; none when only the
+        fields below have changed.
+        """
 
     @_builtins.property
     def data_as_of_time(self) -> _timestamp_pb2.Timestamp:
-        """Time of the newest batch of events in this answer; absent before the first."""
+        """Time of the newest batch of events in the rows sent so far; absent before
+        the first, and until every row that matches was sent once.
+        """
 
     @_builtins.property
     def complete_through_time(self) -> _timestamp_pb2.Timestamp:
-        """Every purchase committed before this time is in this answer or among the
-        quarantined; absent until it is known.
+        """Every purchase committed before this time is in the rows sent so far or
+        among the quarantined; absent until it is known, and until every row that
+        matches was sent once.
         """
 
     def __init__(

@@ -31,6 +31,10 @@ class AnalyticsServiceStub:
     in the chain's time zone. An unknown branch or product has no rows; it is not
     an error.
 
+    A request with a consistency_token waits for its purchase. If that is not
+    included in time, the call ends with UNAVAILABLE, NOT_YET_VISIBLE; if its
+    event is quarantined, with FAILED_PRECONDITION, PURCHASE_QUARANTINED.
+
     Every error carries a google.rpc.ErrorInfo with the domain
     "analytics.retail.example" and a reason.
     """
@@ -84,6 +88,10 @@ class AnalyticsServiceServicer:
     in the chain's time zone. An unknown branch or product has no rows; it is not
     an error.
 
+    A request with a consistency_token waits for its purchase. If that is not
+    included in time, the call ends with UNAVAILABLE, NOT_YET_VISIBLE; if its
+    event is quarantined, with FAILED_PRECONDITION, PURCHASE_QUARANTINED.
+
     Every error carries a google.rpc.ErrorInfo with the domain
     "analytics.retail.example" and a reason.
     """
@@ -135,7 +143,10 @@ class AnalyticsServiceServicer:
     def WatchDailySales(self, request, context):
         """Sends the rows of ListDailySales that match, and from then on each row that
         changes, within a moment of the change. Rows that change often are sent in
-        their latest state only.
+        their latest state only. A row that a repair has taken away is sent with
+        zeros. All rows are sent again when changes may have been missed. A watcher
+        that reads nothing for 10 seconds is cut off with RESOURCE_EXHAUSTED,
+        WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,6 +203,10 @@ class AnalyticsService:
     recorded purchases within a moment. Business days are days of purchase_time
     in the chain's time zone. An unknown branch or product has no rows; it is not
     an error.
+
+    A request with a consistency_token waits for its purchase. If that is not
+    included in time, the call ends with UNAVAILABLE, NOT_YET_VISIBLE; if its
+    event is quarantined, with FAILED_PRECONDITION, PURCHASE_QUARANTINED.
 
     Every error carries a google.rpc.ErrorInfo with the domain
     "analytics.retail.example" and a reason.

@@ -32,6 +32,10 @@ class AnalyticsServiceStub:
     in the chain's time zone. An unknown branch or product has no rows; it is not
     an error.
 
+    A request with a consistency_token waits for its purchase. If that is not
+    included in time, the call ends with UNAVAILABLE, NOT_YET_VISIBLE; if its
+    event is quarantined, with FAILED_PRECONDITION, PURCHASE_QUARANTINED.
+
     Every error carries a google.rpc.ErrorInfo with the domain
     "analytics.retail.example" and a reason.
     """
@@ -59,7 +63,10 @@ class AnalyticsServiceStub:
     WatchDailySales: _grpc.UnaryStreamMultiCallable[_analytics_service_pb2.WatchDailySalesRequest, _analytics_service_pb2.WatchDailySalesResponse]
     """Sends the rows of ListDailySales that match, and from then on each row that
     changes, within a moment of the change. Rows that change often are sent in
-    their latest state only.
+    their latest state only. A row that a repair has taken away is sent with
+    zeros. All rows are sent again when changes may have been missed. A watcher
+    that reads nothing for 10 seconds is cut off with RESOURCE_EXHAUSTED,
+    WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN.
     """
 
 @_typing.type_check_only
@@ -68,6 +75,10 @@ class AnalyticsServiceAsyncStub(AnalyticsServiceStub):
     recorded purchases within a moment. Business days are days of purchase_time
     in the chain's time zone. An unknown branch or product has no rows; it is not
     an error.
+
+    A request with a consistency_token waits for its purchase. If that is not
+    included in time, the call ends with UNAVAILABLE, NOT_YET_VISIBLE; if its
+    event is quarantined, with FAILED_PRECONDITION, PURCHASE_QUARANTINED.
 
     Every error carries a google.rpc.ErrorInfo with the domain
     "analytics.retail.example" and a reason.
@@ -93,7 +104,10 @@ class AnalyticsServiceAsyncStub(AnalyticsServiceStub):
     WatchDailySales: _aio.UnaryStreamMultiCallable[_analytics_service_pb2.WatchDailySalesRequest, _analytics_service_pb2.WatchDailySalesResponse]  # type: ignore[assignment]
     """Sends the rows of ListDailySales that match, and from then on each row that
     changes, within a moment of the change. Rows that change often are sent in
-    their latest state only.
+    their latest state only. A row that a repair has taken away is sent with
+    zeros. All rows are sent again when changes may have been missed. A watcher
+    that reads nothing for 10 seconds is cut off with RESOURCE_EXHAUSTED,
+    WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN.
     """
 
 class AnalyticsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -101,6 +115,10 @@ class AnalyticsServiceServicer(metaclass=_abc_1.ABCMeta):
     recorded purchases within a moment. Business days are days of purchase_time
     in the chain's time zone. An unknown branch or product has no rows; it is not
     an error.
+
+    A request with a consistency_token waits for its purchase. If that is not
+    included in time, the call ends with UNAVAILABLE, NOT_YET_VISIBLE; if its
+    event is quarantined, with FAILED_PRECONDITION, PURCHASE_QUARANTINED.
 
     Every error carries a google.rpc.ErrorInfo with the domain
     "analytics.retail.example" and a reason.
@@ -166,7 +184,10 @@ class AnalyticsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_analytics_service_pb2.WatchDailySalesResponse], _abc.AsyncIterator[_analytics_service_pb2.WatchDailySalesResponse]]:
         """Sends the rows of ListDailySales that match, and from then on each row that
         changes, within a moment of the change. Rows that change often are sent in
-        their latest state only.
+        their latest state only. A row that a repair has taken away is sent with
+        zeros. All rows are sent again when changes may have been missed. A watcher
+        that reads nothing for 10 seconds is cut off with RESOURCE_EXHAUSTED,
+        WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN.
         """
 
 def add_AnalyticsServiceServicer_to_server(servicer: AnalyticsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
