@@ -1,4 +1,4 @@
-"""`python -m analytics_svc consume | serve | migrate | report … | quarantine …`: the wiring."""
+"""`python -m analytics_svc consume | serve | migrate | audit | rebuild | quarantine … | report …`: the wiring."""
 
 import asyncio
 import sys
@@ -10,10 +10,14 @@ from zoneinfo import ZoneInfo
 import grpc
 import psycopg
 import structlog
+from rich.console import Console
 
-from analytics_svc import queries
+from analytics_svc import queries, source
 from analytics_svc.announce import Announcement
-from analytics_svc.commands import quarantine, report
+from analytics_svc.audit_server import CALL_TIMEOUT_S as AUDIT_TIMEOUT_S
+from analytics_svc.audit_server import AuditServicer
+from analytics_svc.auditor import Auditor
+from analytics_svc.commands import audit, quarantine, rebuild, report
 from analytics_svc.consumer import Consumer
 from analytics_svc.health import Health
 from analytics_svc.inclusion import Inclusion
@@ -22,21 +26,32 @@ from analytics_svc.listener import Listener
 from analytics_svc.outbox import Outbox
 from analytics_svc.quarantine_server import QuarantineServicer
 from analytics_svc.server import AnalyticsServicer
-from analytics_svc.settings import ConsumeSettings, MigrateSettings, QuarantineSettings, ReportSettings, ServeSettings
+from analytics_svc.settings import (
+    ConsumerClientSettings,
+    ConsumeSettings,
+    MigrateSettings,
+    RebuildSettings,
+    ReportSettings,
+    ServeSettings,
+)
 from analytics_svc.settling import Settler
 from analytics_svc.upkeep import Upkeep
 from analytics_svc.watch import Watchers
 from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
 from chassis.wire import PageTokens
 from retail.analytics.v1 import analytics_service_pb2_grpc as analytics_grpc
+from retail.analytics.v1 import audit_service_pb2_grpc as audit_grpc
 from retail.analytics.v1 import quarantine_service_pb2_grpc as quarantine_grpc
 
+USAGE = "consume | serve | migrate | audit … | rebuild [--days-only] | report … | quarantine …"
 MIGRATIONS = Path(__file__).parent / "migrations"
 # A short query is slower with helpers, and they would take the cores from other queries.
 QUERY_SESSION = {"max_parallel_workers_per_gather": "0"}
 DOMAIN = "analytics.retail.example"
 CONSUMER_CONNECTIONS = 2  # one batch at a time; the other is there when one breaks
 UPKEEP_CONNECTIONS = 2  # for upkeep itself, and for whoever looks after the quarantine
+AUDIT_CONNECTIONS = 4  # two for the auditor, one of which holds its lock; for those who ask
+AUDIT_STATEMENT_TIMEOUT_S = 300.0  # sums over a long history
 APPLY_TIMEOUT_S = 10.0  # for each statement of a batch; the slowest takes some tens of milliseconds
 LIVE_CONNECTIONS = 3  # to listen, to look for purchases that are waited for, to read for watchers
 STOP_TIMEOUT_S = 10.0  # for the batch in flight; what is not applied by then is delivered again
@@ -63,14 +78,32 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             size=UPKEEP_CONNECTIONS,
             statement_timeout_s=APPLY_TIMEOUT_S,
         ) as upkeep_pool,
+        postgres.open_pool(
+            config.database_url,
+            role="analytics_consumer",
+            application_name="analytics audit",
+            size=AUDIT_CONNECTIONS,
+            statement_timeout_s=AUDIT_STATEMENT_TIMEOUT_S,
+        ) as audit_pool,
         grpc.aio.insecure_channel(config.purchases_target) as purchases,
+        source.connect(config.purchases_target, ZoneInfo(config.business_time_zone)) as truth,
     ):
         zone = ZoneInfo(config.business_time_zone)
         servicer = QuarantineServicer(upkeep_pool, Settler(upkeep_pool, zone, config.deaths_max), purchases)
-        service = grpc_server.Service(
-            quarantine_grpc.add_QuarantineServiceServicer_to_server, servicer, "retail.analytics.v1.QuarantineService"
-        )
-        async with grpc_server.serving_metrics(config.metrics_listen), host.listening(config.listen, [service]):
+        services = [
+            grpc_server.Service(
+                quarantine_grpc.add_QuarantineServiceServicer_to_server,
+                servicer,
+                "retail.analytics.v1.QuarantineService",
+            ),
+            grpc_server.Service(
+                audit_grpc.add_AuditServiceServicer_to_server,
+                AuditServicer(audit_pool, config.database_url, truth),
+                "retail.analytics.v1.AuditService",
+                AUDIT_TIMEOUT_S,
+            ),
+        ]
+        async with grpc_server.serving_metrics(config.metrics_listen), host.listening(config.listen, services):
             if not await wait_until_ready(pool, config.business_time_zone, stop):
                 return
             async with upkeep_pool.connection() as connection:
@@ -84,7 +117,7 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             )
             upkeep = Upkeep(upkeep_pool, health, config.log_retention_days)
             log.info("ready", listen=config.listen, metrics=config.metrics_listen, time_zone=config.business_time_zone)
-            async with keeping(config), lifecycle.beside(upkeep.run()):
+            async with keeping(config), lifecycle.beside(upkeep.run(), Auditor(audit_pool, truth).run()):
                 consuming, stopping = asyncio.create_task(consumer.run(stop)), asyncio.create_task(stop.wait())
                 await asyncio.wait({consuming, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 stopping.cancel()
@@ -208,10 +241,6 @@ def main() -> None:
     command = " ".join(sys.argv[1:2])
     try:
         match sys.argv[1:]:
-            case ["report", *arguments]:
-                raise SystemExit(report.run(settings.load(ReportSettings), arguments))
-            case ["quarantine", *arguments]:
-                raise SystemExit(quarantine.run(settings.load(QuarantineSettings), arguments))
             case ["consume"]:
                 consuming = settings.load(ConsumeSettings)
                 logs.configure("analytics-consume", consuming.log_level)
@@ -224,11 +253,20 @@ def main() -> None:
                 migration = settings.load(MigrateSettings)
                 logs.configure("analytics-migrate", migration.log_level)
                 migrate_database(migration)
+            case ["quarantine", *arguments]:
+                raise SystemExit(quarantine.run(settings.load(ConsumerClientSettings), arguments))
+            case ["report", *arguments]:
+                raise SystemExit(report.run(settings.load(ReportSettings), arguments))
+            case ["audit", *arguments]:
+                raise SystemExit(audit.run(settings.load(ConsumerClientSettings), arguments, Console(highlight=False)))
+            case ["rebuild", *options] if options in ([], ["--days-only"]):
+                rebuilding = settings.load(RebuildSettings)
+                logs.configure("analytics-rebuild", "WARNING")
+                console = Console(highlight=False)
+                work = rebuild.run(rebuilding, days_only=bool(options), console=console)
+                raise SystemExit(asyncio.run(work))
             case _:
-                print(
-                    "usage: python -m analytics_svc consume | serve | migrate | report … | quarantine …",
-                    file=sys.stderr,
-                )
+                print(f"usage: python -m analytics_svc {USAGE}", file=sys.stderr)
                 raise SystemExit(2)
     except settings.SettingsError as error:
         lifecycle.exit_with_settings_problems(f"analytics {command}", error)

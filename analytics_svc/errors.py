@@ -7,7 +7,10 @@ ServiceError
 ├── PurchaseQuarantined      its event is quarantined: waiting does not help
 ├── WatcherTooSlow           a watcher does not take what it is sent
 ├── PurchasesUnavailable     the purchases service, which an audit or a repair asks, does not answer
-└── PurchaseExists           an event that must not be discarded, as its purchase is not counted
+├── PurchaseExists           an event that must not be discarded, as its purchase is not counted
+├── TimeZonesDiffer          its business days are not ours
+├── RebuildRunning           one repair at a time
+└── HistoryDropped           the recorded purchases that it would take are past their retention
 """
 
 from grpc import StatusCode
@@ -64,3 +67,19 @@ class PurchasesUnavailable(ServiceError):
 class PurchaseExists(ServiceError):
     code = StatusCode.FAILED_PRECONDITION
     reason = "PURCHASE_EXISTS"
+
+
+class TimeZonesDiffer(ServiceError):
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "TIME_ZONES_DIFFER"
+
+
+class RebuildRunning(ServiceError):
+    code = StatusCode.ABORTED
+    reason = "REBUILD_RUNNING"
+    retry_after_s = 5.0
+
+
+class HistoryDropped(ServiceError):
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "HISTORY_DROPPED"

@@ -6,7 +6,7 @@ from chassis.settings import address, amqp_url, choice, integer, postgres_url, s
 
 
 @dataclass(frozen=True)
-class QuarantineSettings:
+class ConsumerClientSettings:
     consumer_target: str = setting("CONSUMER_TARGET", text, default="127.0.0.1:50054")
 
 
@@ -51,3 +51,8 @@ class ServeSettings(MigrateSettings):
 @dataclass(frozen=True)
 class ReportSettings:
     analytics_target: str = setting("ANALYTICS_TARGET", address, default="127.0.0.1:50052")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebuildSettings(MigrateSettings):
+    purchases_target: str = setting("PURCHASES_TARGET", text, default="127.0.0.1:50051")

@@ -56,11 +56,12 @@ log = structlog.get_logger()
 
 
 class Service(NamedTuple):
-    """A servicer, the generated function that adds it to a server, and its full name."""
+    """A servicer, the generated function that adds it to a server, its full name, and the most that a call may take."""
 
     add: Callable[[Any, Any], None]
     servicer: Any
     name: str
+    timeout_s: float = CALL_TIMEOUT_S
 
 
 class PortTaken(Exception):
@@ -97,7 +98,7 @@ class Server:
         # Shared by default on Linux: then two servers would have one port without noticing.
         server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", int(share_port))])
         for service in services:
-            service.add(service.servicer, _WrappingServer(server, self, CALL_TIMEOUT_S))
+            service.add(service.servicer, _WrappingServer(server, self, service.timeout_s))
         # Health and reflection answer while draining and count as nothing in flight: a health watch never ends.
         health_pb2_grpc.add_HealthServicer_to_server(self._health, _WrappingServer(server, None, None))  # type: ignore[arg-type]
         reflected = [s.name for s in services] + [health.SERVICE_NAME, reflection.SERVICE_NAME]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from pos.audit import Audited
 from pos.client import DayTotals
 
 POLL_S = 0.5
@@ -31,10 +32,11 @@ class Comparison(NamedTuple):
     arrived: int  # of those, the purchases that the read models have
     lags: list[Lag]
     foreign_days: list[datetime.date]  # only the read models know them: others published events of their own
+    audited: Audited | None = None  # what the system itself says in the end, of every read model
 
     @property
     def agrees(self) -> bool:
-        return not self.lags
+        return not self.lags and (self.audited is None or self.audited.agrees)
 
 
 def compare(recorded: Iterable[DayTotals], counted: Iterable[DayTotals]) -> Comparison:

@@ -1,8 +1,8 @@
 """The main job: `python -m pos.demo [--file F] [--limit N] [--report F] [--seed N]`.
 
 Sends purchases through the gRPC API, waits until the read models have them, and prints the owner's answers.
-Exit code: 0 only if the read models equal what was recorded, 1 if not, 2 for wrong usage or an unreadable file,
-130 on Ctrl-C.
+Exit code: 0 only if the audit finds that the read models equal what was recorded, 1 if not, 2 for wrong usage or an
+unreadable file, 130 on Ctrl-C.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from rich.text import Text
 from chassis.settings import SettingsError, address, load, setting
 from pos import report
 from pos.analytics import AnalyticsClient
+from pos.audit import AuditClient
 from pos.backlog import Backlog
 from pos.client import PosClient, Sale, connect
 from pos.control_totals import Comparison, wait_until_equal
@@ -50,6 +51,7 @@ T = TypeVar("T")
 class Settings:
     purchases_target: str = setting("PURCHASES_TARGET", address, default="127.0.0.1:50051")
     analytics_target: str = setting("ANALYTICS_TARGET", address, default="127.0.0.1:50052")
+    consumer_target: str = setting("CONSUMER_TARGET", address, default="127.0.0.1:50054")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,7 +115,7 @@ def send(sender: Tills | Backlog, sales: int, progress: Progress) -> Sent:
 
 
 def wait_and_ask(settings: Settings, progress: Progress) -> tuple[Comparison, Answers]:
-    """Wait until the read models equal what was recorded, or move no more; then ask for the answers."""
+    """Wait until the read models equal what was recorded, or move no more; then ask for the audit and the answers."""
     bar = progress.add_task("counted", total=None, note="")
 
     def pause(pause_s: float, why: PosError) -> None:
@@ -124,10 +126,16 @@ def wait_and_ask(settings: Settings, progress: Progress) -> tuple[Comparison, An
         lagging = f"{len(comparison.lags):,} days and branches lag" if comparison.lags else ""
         progress.update(bar, total=comparison.purchases, completed=comparison.arrived, note=lagging)
 
-    with connect(settings.purchases_target) as truth, connect(settings.analytics_target) as read_models:
+    with (
+        connect(settings.purchases_target) as truth,
+        connect(settings.analytics_target) as read_models,
+        connect(settings.consumer_target) as auditor,
+    ):
         purchases = PosClient(truth, total_timeout_s=READ_TIMEOUT_S, pause=pause)
         analytics = AnalyticsClient(read_models, total_timeout_s=READ_TIMEOUT_S, pause=pause)
         comparison = wait_until_equal(purchases.list_control_totals, analytics.daily_sales, show)
+        audited = AuditClient(auditor, total_timeout_s=READ_TIMEOUT_S, pause=pause).audit()
+        comparison = comparison._replace(audited=audited)
         answers = Answers(
             analytics.summary(),
             analytics.daily_sales(),

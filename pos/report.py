@@ -9,6 +9,7 @@ from rich.table import Table
 
 from chassis.wire import cents_text
 from pos.analytics import Summary, TopProduct
+from pos.audit import Audited
 from pos.client import DayTotals
 from pos.control_totals import STALL_S, Comparison
 
@@ -84,6 +85,8 @@ def _facts(answers: Answers, comparison: Comparison, sent: Sent) -> Table:
     if summary.quarantined_count:
         facts.add_row("[red]In quarantine", f"{summary.quarantined_count:,} events, missing from all figures")
     facts.add_row("Control totals", _verdict(comparison))
+    if audited := comparison.audited:
+        facts.add_row("Audit", _audit_verdict(audited))
     if foreign := comparison.foreign_days:
         named = ", ".join(map(str, foreign[:SHOWN_MAX])) + (", …" if len(foreign) > SHOWN_MAX else "")
         facts.add_row(
@@ -98,8 +101,15 @@ def _facts(answers: Answers, comparison: Comparison, sent: Sent) -> Table:
     return facts
 
 
+def _audit_verdict(audited: Audited) -> str:
+    if audited.agrees:
+        foreign = f"; {audited.foreign_events:,} events of others are counted besides" if audited.foreign_events else ""
+        return f"[green]agrees[/]: every read model, and {audited.rows:,} rows of business day and branch{foreign}"
+    return "\n".join(["[red]found[/]", *audited.problems[:SHOWN_MAX]])
+
+
 def _verdict(comparison: Comparison) -> str:
-    if comparison.agrees:
+    if not comparison.lags:
         return f"[green]agree[/] on all {comparison.rows:,} rows of business day and branch"
     lines = [
         f"[red]differ[/] on {len(comparison.lags):,} of {comparison.rows:,} rows of business day and branch, "

@@ -10,7 +10,7 @@ import grpc
 from rich.console import Console
 from rich.table import Column, Table
 
-from analytics_svc.settings import QuarantineSettings
+from analytics_svc.settings import ConsumerClientSettings
 from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
 
@@ -20,7 +20,7 @@ CALL_TIMEOUT_S = 30.0
 BODY_SHOWN = 60  # bytes of a body in the table
 
 
-def run(config: QuarantineSettings, arguments: Sequence[str]) -> int:
+def run(config: ConsumerClientSettings, arguments: Sequence[str]) -> int:
     """Do what is asked; returns the exit code: 1 when something stays that was to go."""
     asked = _parser().parse_args(arguments)
     with grpc.insecure_channel(config.consumer_target) as channel:

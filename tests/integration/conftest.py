@@ -14,7 +14,8 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 import purchases_svc.__main__ as purchases
 from purchases_svc.settings import ServeSettings
-from tests.conftest import eventually
+from tests.conftest import eventually, pool
+from tests.integration.chain import Chain, open_chain
 
 
 def free_address() -> str:
@@ -52,9 +53,14 @@ async def running(serve: Callable[[asyncio.Event], Awaitable[None]], address: st
 
 
 @pytest.fixture
-async def purchases_channel(purchases_db: str) -> AsyncIterator[grpc.aio.Channel]:
+def purchases_address() -> str:
+    return free_address()
+
+
+@pytest.fixture
+async def purchases_channel(purchases_db: str, purchases_address: str) -> AsyncIterator[grpc.aio.Channel]:
     """A running purchases service on an empty database."""
-    config = ServeSettings(database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    config = ServeSettings(database_url=purchases_db, listen=purchases_address, metrics_listen="127.0.0.1:0")
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         yield channel
 
@@ -77,3 +83,10 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+async def chain(purchases_channel: grpc.aio.Channel, analytics_db: str) -> AsyncIterator[Chain]:
+    """A chain on a running purchases service, with empty read models."""
+    async with pool(analytics_db, "analytics_consumer", size=3) as opened:
+        yield open_chain(purchases_channel, opened, analytics_db)

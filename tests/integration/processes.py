@@ -75,8 +75,10 @@ class Processes:
 
 
 @contextmanager
-def all_processes(purchases_url: str, analytics_url: str, amqp_url: str, logs: Path) -> Iterator[Processes]:
-    processes = Processes(purchases_url, analytics_url, amqp_url, logs)
+def all_processes(
+    purchases_url: str, analytics_url: str, amqp_url: str, logs: Path, kind: type[Processes] = Processes
+) -> Iterator[Processes]:
+    processes = kind(purchases_url, analytics_url, amqp_url, logs)
     try:
         for name in COMMANDS:
             processes.start(name)

@@ -16,7 +16,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 import purchases_svc.__main__ as purchases
 from analytics_svc.commands import quarantine
-from analytics_svc.settings import QuarantineSettings
+from analytics_svc.settings import ConsumerClientSettings
 from purchases_svc.settings import ServeSettings
 from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
@@ -243,7 +243,7 @@ async def command(target: str, *arguments: str) -> tuple[int, str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
-            code = await asyncio.to_thread(quarantine.run, QuarantineSettings(target), arguments)
+            code = await asyncio.to_thread(quarantine.run, ConsumerClientSettings(target), arguments)
         except SystemExit as ended:
             code = int(ended.code or 0)
     return code, printed.getvalue()

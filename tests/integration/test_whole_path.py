@@ -34,6 +34,7 @@ def processes(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: Pat
 def run_demo(processes: Processes, monkeypatch: pytest.MonkeyPatch, report: Path, *arguments: str) -> int:
     monkeypatch.setenv("PURCHASES_TARGET", processes.address["purchases"])
     monkeypatch.setenv("ANALYTICS_TARGET", processes.address["analytics"])
+    monkeypatch.setenv("CONSUMER_TARGET", processes.address["consumer"])
     return demo.main([*arguments, "--report", str(report)])
 
 

@@ -23,12 +23,13 @@ _sym_db = _symbol_database.Default()
 
 
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.type import date_pb2 as google_dot_type_dot_date__pb2
 from google.type import decimal_pb2 as google_dot_type_dot_decimal__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'retail/analytics/v1/audit_service.proto\x12\x13retail.analytics.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\x1a\x19google/type/decimal.proto\"\x86\x01\n\x0b\x41uditTotals\x12\x16\n\x0epurchase_count\x18\x01 \x01(\x03\x12$\n\x1cpurchase_with_customer_count\x18\x02 \x01(\x03\x12\x12\n\nitem_count\x18\x03 \x01(\x03\x12%\n\x07revenue\x18\x04 \x01(\x0b\x32\x14.google.type.Decimal\"\xef\x01\n\x08\x41uditRow\x12%\n\nsales_date\x18\x01 \x01(\x0b\x32\x11.google.type.Date\x12\x11\n\tbranch_id\x18\x02 \x01(\x05\x12\x32\n\x08recorded\x18\x03 \x01(\x0b\x32 .retail.analytics.v1.AuditTotals\x12\x31\n\x07\x63ounted\x18\x04 \x01(\x0b\x32 .retail.analytics.v1.AuditTotals\x12\x32\n\x07verdict\x18\x05 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\"v\n\x1b\x43ompareControlTotalsRequest\x12+\n\nfirst_date\x18\x01 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12*\n\tlast_date\x18\x02 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\"\xb1\x01\n\x1c\x43ompareControlTotalsResponse\x12+\n\x04rows\x18\x01 \x03(\x0b\x32\x1d.retail.analytics.v1.AuditRow\x12\x32\n\x07verdict\x18\x02 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x15\n\rpending_count\x18\x03 \x01(\x03\x12\x19\n\x11\x66oreign_event_ids\x18\x04 \x03(\t\"@\n\x11RebuildDayRequest\x12+\n\nsales_date\x18\x01 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\"H\n\x12RebuildDayResponse\x12\x16\n\x0epurchase_count\x18\x01 \x01(\x03\x12\x1a\n\x12repaired_row_count\x18\x02 \x01(\x03\"\x17\n\x15GetAuditStatusRequest\"\xd2\x01\n\x16GetAuditStatusResponse\x12\x32\n\x07verdict\x18\x01 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x33\n\x0flast_cycle_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x0e\x64ifferent_rows\x18\x03 \x03(\x0b\x32\x1d.retail.analytics.v1.AuditRow\x12\x18\n\x10proven_day_count\x18\x04 \x01(\x03*\x7f\n\x0c\x41uditVerdict\x12\x1d\n\x19\x41UDIT_VERDICT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41UDIT_VERDICT_AGREED\x10\x01\x12\x19\n\x15\x41UDIT_VERDICT_PENDING\x10\x02\x12\x1b\n\x17\x41UDIT_VERDICT_DIFFERENT\x10\x03\x32\xe5\x02\n\x0c\x41uditService\x12\x80\x01\n\x14\x43ompareControlTotals\x12\x30.retail.analytics.v1.CompareControlTotalsRequest\x1a\x31.retail.analytics.v1.CompareControlTotalsResponse\"\x03\x90\x02\x01\x12\x62\n\nRebuildDay\x12&.retail.analytics.v1.RebuildDayRequest\x1a\'.retail.analytics.v1.RebuildDayResponse\"\x03\x90\x02\x02\x12n\n\x0eGetAuditStatus\x12*.retail.analytics.v1.GetAuditStatusRequest\x1a+.retail.analytics.v1.GetAuditStatusResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'retail/analytics/v1/audit_service.proto\x12\x13retail.analytics.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\x1a\x19google/type/decimal.proto\"\x86\x01\n\x0b\x41uditTotals\x12\x16\n\x0epurchase_count\x18\x01 \x01(\x03\x12$\n\x1cpurchase_with_customer_count\x18\x02 \x01(\x03\x12\x12\n\nitem_count\x18\x03 \x01(\x03\x12%\n\x07revenue\x18\x04 \x01(\x0b\x32\x14.google.type.Decimal\"\xef\x01\n\x08\x41uditRow\x12%\n\nsales_date\x18\x01 \x01(\x0b\x32\x11.google.type.Date\x12\x11\n\tbranch_id\x18\x02 \x01(\x05\x12\x32\n\x08recorded\x18\x03 \x01(\x0b\x32 .retail.analytics.v1.AuditTotals\x12\x31\n\x07\x63ounted\x18\x04 \x01(\x0b\x32 .retail.analytics.v1.AuditTotals\x12\x32\n\x07verdict\x18\x05 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\"a\n\x0c\x41uditFinding\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12%\n\nsales_date\x18\x04 \x01(\x0b\x32\x11.google.type.Date\"v\n\x1b\x43ompareControlTotalsRequest\x12+\n\nfirst_date\x18\x01 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12*\n\tlast_date\x18\x02 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\"\xc4\x02\n\x1c\x43ompareControlTotalsResponse\x12+\n\x04rows\x18\x01 \x03(\x0b\x32\x1d.retail.analytics.v1.AuditRow\x12\x32\n\x07verdict\x18\x02 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x15\n\rpending_count\x18\x03 \x01(\x03\x12\x19\n\x11\x66oreign_event_ids\x18\x04 \x03(\t\x12\x33\n\x08\x66indings\x18\x05 \x03(\x0b\x32!.retail.analytics.v1.AuditFinding\x12.\n\x13\x65\x61rliest_sales_date\x18\x06 \x01(\x0b\x32\x11.google.type.Date\x12,\n\x11latest_sales_date\x18\x07 \x01(\x0b\x32\x11.google.type.Date\"@\n\x11RebuildDayRequest\x12+\n\nsales_date\x18\x01 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\"\xc1\x01\n\x12RebuildDayResponse\x12\x16\n\x0epurchase_count\x18\x01 \x01(\x03\x12\x1a\n\x12repaired_row_count\x18\x02 \x01(\x03\x12\x1c\n\x14\x61\x64\x64\x65\x64_purchase_count\x18\x03 \x01(\x03\x12\x19\n\x11\x66oreign_event_ids\x18\x04 \x03(\t\x12\x1b\n\x13\x66oreign_event_count\x18\x05 \x01(\x03\x12!\n\x19unrepaired_customer_count\x18\x06 \x01(\x03\"\x17\n\x15GetAuditStatusRequest\"\xc8\x03\n\x16GetAuditStatusResponse\x12\x32\n\x07verdict\x18\x01 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x33\n\x0flast_cycle_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x0e\x64ifferent_rows\x18\x03 \x03(\x0b\x32\x1d.retail.analytics.v1.AuditRow\x12\x18\n\x10proven_day_count\x18\x04 \x01(\x03\x12\x33\n\x08\x66indings\x18\x05 \x03(\x0b\x32!.retail.analytics.v1.AuditFinding\x12\x19\n\x11\x66oreign_event_ids\x18\x06 \x03(\t\x12\x15\n\rpending_count\x18\x07 \x01(\x03\x12\x31\n\x0e\x63ycle_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\nsweep_date\x18\t \x01(\x0b\x32\x11.google.type.Date\x12\x33\n\x0flast_sweep_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x9a\x01\n\x0c\x41uditVerdict\x12\x1d\n\x19\x41UDIT_VERDICT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41UDIT_VERDICT_AGREED\x10\x01\x12\x19\n\x15\x41UDIT_VERDICT_PENDING\x10\x02\x12\x1b\n\x17\x41UDIT_VERDICT_DIFFERENT\x10\x03\x12\x19\n\x15\x41UDIT_VERDICT_FOREIGN\x10\x04\x32\xe5\x02\n\x0c\x41uditService\x12\x80\x01\n\x14\x43ompareControlTotals\x12\x30.retail.analytics.v1.CompareControlTotalsRequest\x1a\x31.retail.analytics.v1.CompareControlTotalsResponse\"\x03\x90\x02\x01\x12\x62\n\nRebuildDay\x12&.retail.analytics.v1.RebuildDayRequest\x1a\'.retail.analytics.v1.RebuildDayResponse\"\x03\x90\x02\x02\x12n\n\x0eGetAuditStatus\x12*.retail.analytics.v1.GetAuditStatusRequest\x1a+.retail.analytics.v1.GetAuditStatusResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,24 +48,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUDITSERVICE'].methods_by_name['RebuildDay']._serialized_options = b'\220\002\002'
   _globals['_AUDITSERVICE'].methods_by_name['GetAuditStatus']._loaded_options = None
   _globals['_AUDITSERVICE'].methods_by_name['GetAuditStatus']._serialized_options = b'\220\002\001'
-  _globals['_AUDITVERDICT']._serialized_start=1238
-  _globals['_AUDITVERDICT']._serialized_end=1365
-  _globals['_AUDITTOTALS']._serialized_start=182
-  _globals['_AUDITTOTALS']._serialized_end=316
-  _globals['_AUDITROW']._serialized_start=319
-  _globals['_AUDITROW']._serialized_end=558
-  _globals['_COMPARECONTROLTOTALSREQUEST']._serialized_start=560
-  _globals['_COMPARECONTROLTOTALSREQUEST']._serialized_end=678
-  _globals['_COMPARECONTROLTOTALSRESPONSE']._serialized_start=681
-  _globals['_COMPARECONTROLTOTALSRESPONSE']._serialized_end=858
-  _globals['_REBUILDDAYREQUEST']._serialized_start=860
-  _globals['_REBUILDDAYREQUEST']._serialized_end=924
-  _globals['_REBUILDDAYRESPONSE']._serialized_start=926
-  _globals['_REBUILDDAYRESPONSE']._serialized_end=998
-  _globals['_GETAUDITSTATUSREQUEST']._serialized_start=1000
-  _globals['_GETAUDITSTATUSREQUEST']._serialized_end=1023
-  _globals['_GETAUDITSTATUSRESPONSE']._serialized_start=1026
-  _globals['_GETAUDITSTATUSRESPONSE']._serialized_end=1236
-  _globals['_AUDITSERVICE']._serialized_start=1368
-  _globals['_AUDITSERVICE']._serialized_end=1725
+  _globals['_AUDITVERDICT']._serialized_start=1885
+  _globals['_AUDITVERDICT']._serialized_end=2039
+  _globals['_AUDITTOTALS']._serialized_start=214
+  _globals['_AUDITTOTALS']._serialized_end=348
+  _globals['_AUDITROW']._serialized_start=351
+  _globals['_AUDITROW']._serialized_end=590
+  _globals['_AUDITFINDING']._serialized_start=592
+  _globals['_AUDITFINDING']._serialized_end=689
+  _globals['_COMPARECONTROLTOTALSREQUEST']._serialized_start=691
+  _globals['_COMPARECONTROLTOTALSREQUEST']._serialized_end=809
+  _globals['_COMPARECONTROLTOTALSRESPONSE']._serialized_start=812
+  _globals['_COMPARECONTROLTOTALSRESPONSE']._serialized_end=1136
+  _globals['_REBUILDDAYREQUEST']._serialized_start=1138
+  _globals['_REBUILDDAYREQUEST']._serialized_end=1202
+  _globals['_REBUILDDAYRESPONSE']._serialized_start=1205
+  _globals['_REBUILDDAYRESPONSE']._serialized_end=1398
+  _globals['_GETAUDITSTATUSREQUEST']._serialized_start=1400
+  _globals['_GETAUDITSTATUSREQUEST']._serialized_end=1423
+  _globals['_GETAUDITSTATUSRESPONSE']._serialized_start=1426
+  _globals['_GETAUDITSTATUSRESPONSE']._serialized_end=1882
+  _globals['_AUDITSERVICE']._serialized_start=2042
+  _globals['_AUDITSERVICE']._serialized_end=2399
 # @@protoc_insertion_point(module_scope)

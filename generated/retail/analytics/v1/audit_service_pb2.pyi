@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -36,6 +37,10 @@ class _AuditVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditVer
     """Purchases are on their way; not yet to be told."""
     AUDIT_VERDICT_DIFFERENT: _AuditVerdict.ValueType  # 3
     """The sides differ."""
+    AUDIT_VERDICT_FOREIGN: _AuditVerdict.ValueType  # 4
+    """They differ by events that were counted but never recorded: published by
+    others, or lost by the purchases' database in a restore.
+    """
 
 class AuditVerdict(_AuditVerdict, metaclass=_AuditVerdictEnumTypeWrapper):
     """What a comparison says."""
@@ -48,6 +53,10 @@ AUDIT_VERDICT_PENDING: AuditVerdict.ValueType  # 2
 """Purchases are on their way; not yet to be told."""
 AUDIT_VERDICT_DIFFERENT: AuditVerdict.ValueType  # 3
 """The sides differ."""
+AUDIT_VERDICT_FOREIGN: AuditVerdict.ValueType  # 4
+"""They differ by events that were counted but never recorded: published by
+others, or lost by the purchases' database in a restore.
+"""
 Global___AuditVerdict: _TypeAlias = AuditVerdict  # noqa: Y015
 
 @_typing.final
@@ -135,6 +144,44 @@ class AuditRow(_message.Message):
 Global___AuditRow: _TypeAlias = AuditRow  # noqa: Y015
 
 @_typing.final
+class AuditFinding(_message.Message):
+    """A row, or a sum of rows, of a read model that is wrong by what another read
+    model or the recorded purchases say.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    SALES_DATE_FIELD_NUMBER: _builtins.int
+    table: _builtins.str
+    """Table."""
+    key: _builtins.str
+    """The row's key, such as "day 2026-03-01, branch_id 2"."""
+    detail: _builtins.str
+    """What is wrong, in words."""
+    @_builtins.property
+    def sales_date(self) -> _date_pb2.Date:
+        """RebuildDay of this business day repairs it; of any day when absent."""
+
+    def __init__(
+        self,
+        *,
+        table: _builtins.str = ...,
+        key: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        sales_date: _date_pb2.Date | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sales_date", b"sales_date"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "key", b"key", "sales_date", b"sales_date", "table", b"table"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditFinding: _TypeAlias = AuditFinding  # noqa: Y015
+
+@_typing.final
 class CompareControlTotalsRequest(_message.Message):
     """Request of CompareControlTotals."""
 
@@ -174,17 +221,40 @@ class CompareControlTotalsResponse(_message.Message):
     VERDICT_FIELD_NUMBER: _builtins.int
     PENDING_COUNT_FIELD_NUMBER: _builtins.int
     FOREIGN_EVENT_IDS_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    EARLIEST_SALES_DATE_FIELD_NUMBER: _builtins.int
+    LATEST_SALES_DATE_FIELD_NUMBER: _builtins.int
     verdict: Global___AuditVerdict.ValueType
-    """The worst of the rows' verdicts."""
+    """The worst of the rows' verdicts; DIFFERENT when there are findings."""
     pending_count: _builtins.int
     """Purchases that are on their way."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditRow]:
-        """Every day and branch that either side knows, by day, then branch."""
+        """Every day and branch that either side knows, by day, then branch. Days of
+        which the retention has dropped purchases are left out.
+        """
 
     @_builtins.property
     def foreign_event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Counted events without a recorded purchase: published by others."""
+        """Counted events without a recorded purchase: published by others. 1,000 of
+        a day at most.
+        """
+
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditFinding]:
+        """What is wrong with the read models of these days and of all time, beyond
+        the sums.
+        """
+
+    @_builtins.property
+    def earliest_sales_date(self) -> _date_pb2.Date:
+        """Business day of the earliest sale that either side knows; absent when there
+        is none.
+        """
+
+    @_builtins.property
+    def latest_sales_date(self) -> _date_pb2.Date:
+        """Business day of the latest sale that either side knows."""
 
     def __init__(
         self,
@@ -193,10 +263,13 @@ class CompareControlTotalsResponse(_message.Message):
         verdict: Global___AuditVerdict.ValueType = ...,
         pending_count: _builtins.int = ...,
         foreign_event_ids: _abc.Iterable[_builtins.str] | None = ...,
+        findings: _abc.Iterable[Global___AuditFinding] | None = ...,
+        earliest_sales_date: _date_pb2.Date | None = ...,
+        latest_sales_date: _date_pb2.Date | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["earliest_sales_date", b"earliest_sales_date", "latest_sales_date", b"latest_sales_date"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["foreign_event_ids", b"foreign_event_ids", "pending_count", b"pending_count", "rows", b"rows", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["earliest_sales_date", b"earliest_sales_date", "findings", b"findings", "foreign_event_ids", b"foreign_event_ids", "latest_sales_date", b"latest_sales_date", "pending_count", b"pending_count", "rows", b"rows", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,19 +307,39 @@ class RebuildDayResponse(_message.Message):
 
     PURCHASE_COUNT_FIELD_NUMBER: _builtins.int
     REPAIRED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    ADDED_PURCHASE_COUNT_FIELD_NUMBER: _builtins.int
+    FOREIGN_EVENT_IDS_FIELD_NUMBER: _builtins.int
+    FOREIGN_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    UNREPAIRED_CUSTOMER_COUNT_FIELD_NUMBER: _builtins.int
     purchase_count: _builtins.int
     """Purchases of that day."""
     repaired_row_count: _builtins.int
     """Read-model rows that were wrong."""
+    added_purchase_count: _builtins.int
+    """Purchases that had not been counted yet."""
+    foreign_event_count: _builtins.int
+    """Number of these events."""
+    unrepaired_customer_count: _builtins.int
+    """Customers whose rows are wrong, but that only a full rebuild can repair."""
+    @_builtins.property
+    def foreign_event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Counted events without a recorded purchase. They count no more, not even
+        when they are delivered again. 1,000 at most.
+        """
+
     def __init__(
         self,
         *,
         purchase_count: _builtins.int = ...,
         repaired_row_count: _builtins.int = ...,
+        added_purchase_count: _builtins.int = ...,
+        foreign_event_ids: _abc.Iterable[_builtins.str] | None = ...,
+        foreign_event_count: _builtins.int = ...,
+        unrepaired_customer_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["purchase_count", b"purchase_count", "repaired_row_count", b"repaired_row_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_purchase_count", b"added_purchase_count", "foreign_event_count", b"foreign_event_count", "foreign_event_ids", b"foreign_event_ids", "purchase_count", b"purchase_count", "repaired_row_count", b"repaired_row_count", "unrepaired_customer_count", b"unrepaired_customer_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -279,10 +372,18 @@ class GetAuditStatusResponse(_message.Message):
     LAST_CYCLE_TIME_FIELD_NUMBER: _builtins.int
     DIFFERENT_ROWS_FIELD_NUMBER: _builtins.int
     PROVEN_DAY_COUNT_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    FOREIGN_EVENT_IDS_FIELD_NUMBER: _builtins.int
+    PENDING_COUNT_FIELD_NUMBER: _builtins.int
+    CYCLE_DURATION_FIELD_NUMBER: _builtins.int
+    SWEEP_DATE_FIELD_NUMBER: _builtins.int
+    LAST_SWEEP_TIME_FIELD_NUMBER: _builtins.int
     verdict: Global___AuditVerdict.ValueType
     """The verdict of the last complete cycle."""
     proven_day_count: _builtins.int
     """Business days proven in the last cycle."""
+    pending_count: _builtins.int
+    """Purchases that were on their way."""
     @_builtins.property
     def last_cycle_time(self) -> _timestamp_pb2.Timestamp:
         """When that cycle ended; absent before the first."""
@@ -291,6 +392,30 @@ class GetAuditStatusResponse(_message.Message):
     def different_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditRow]:
         """Rows that differ."""
 
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditFinding]:
+        """What is wrong beyond the sums."""
+
+    @_builtins.property
+    def foreign_event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Counted events without a recorded purchase."""
+
+    @_builtins.property
+    def cycle_duration(self) -> _duration_pb2.Duration:
+        """How long the cycle took, pauses included: the time within which a change of
+        what it looks at is found.
+        """
+
+    @_builtins.property
+    def sweep_date(self) -> _date_pb2.Date:
+        """The last business day that the sweep through all days has compared row by
+        row; absent before the first and after the last.
+        """
+
+    @_builtins.property
+    def last_sweep_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last complete sweep ended; absent before the first."""
+
     def __init__(
         self,
         *,
@@ -298,10 +423,16 @@ class GetAuditStatusResponse(_message.Message):
         last_cycle_time: _timestamp_pb2.Timestamp | None = ...,
         different_rows: _abc.Iterable[Global___AuditRow] | None = ...,
         proven_day_count: _builtins.int = ...,
+        findings: _abc.Iterable[Global___AuditFinding] | None = ...,
+        foreign_event_ids: _abc.Iterable[_builtins.str] | None = ...,
+        pending_count: _builtins.int = ...,
+        cycle_duration: _duration_pb2.Duration | None = ...,
+        sweep_date: _date_pb2.Date | None = ...,
+        last_sweep_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_cycle_time", b"last_cycle_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cycle_duration", b"cycle_duration", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "sweep_date", b"sweep_date"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["different_rows", b"different_rows", "last_cycle_time", b"last_cycle_time", "proven_day_count", b"proven_day_count", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle_duration", b"cycle_duration", "different_rows", b"different_rows", "findings", b"findings", "foreign_event_ids", b"foreign_event_ids", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_count", b"pending_count", "proven_day_count", b"proven_day_count", "sweep_date", b"sweep_date", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

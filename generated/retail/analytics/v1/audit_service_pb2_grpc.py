@@ -65,7 +65,9 @@ class AuditServiceServicer:
 
     def RebuildDay(self, request, context):
         """Rebuilds the read models of one business day from the recorded purchases
-        while live events go on.
+        while live events go on, with everything that sums up that day, and the
+        rows of customers that are wrong. Purchases that were never counted are
+        counted. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

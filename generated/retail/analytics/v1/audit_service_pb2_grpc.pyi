@@ -37,7 +37,9 @@ class AuditServiceStub:
     """Compares recorded purchases and read models, per business day and branch."""
     RebuildDay: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.RebuildDayRequest, _audit_service_pb2.RebuildDayResponse]
     """Rebuilds the read models of one business day from the recorded purchases
-    while live events go on.
+    while live events go on, with everything that sums up that day, and the
+    rows of customers that are wrong. Purchases that were never counted are
+    counted. Safe to repeat.
     """
     GetAuditStatus: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.GetAuditStatusRequest, _audit_service_pb2.GetAuditStatusResponse]
     """Tells what the continuous audit found last."""
@@ -51,7 +53,9 @@ class AuditServiceAsyncStub(AuditServiceStub):
     """Compares recorded purchases and read models, per business day and branch."""
     RebuildDay: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.RebuildDayRequest, _audit_service_pb2.RebuildDayResponse]  # type: ignore[assignment]
     """Rebuilds the read models of one business day from the recorded purchases
-    while live events go on.
+    while live events go on, with everything that sums up that day, and the
+    rows of customers that are wrong. Purchases that were never counted are
+    counted. Safe to repeat.
     """
     GetAuditStatus: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.GetAuditStatusRequest, _audit_service_pb2.GetAuditStatusResponse]  # type: ignore[assignment]
     """Tells what the continuous audit found last."""
@@ -74,7 +78,9 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_audit_service_pb2.RebuildDayResponse, _abc.Awaitable[_audit_service_pb2.RebuildDayResponse]]:
         """Rebuilds the read models of one business day from the recorded purchases
-        while live events go on.
+        while live events go on, with everything that sums up that day, and the
+        rows of customers that are wrong. Purchases that were never counted are
+        counted. Safe to repeat.
         """
 
     @_abc_1.abstractmethod

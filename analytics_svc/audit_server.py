@@ -1,0 +1,127 @@
+"""The gRPC face of audit and repair, on the consumer's port: requests to days, verdicts to responses."""
+
+import datetime
+from typing import Any
+
+from google.protobuf import duration_pb2, message
+
+from analytics_svc import audit, auditor, rebuild
+from analytics_svc.contradictions import Finding
+from analytics_svc.source import CONTROL_TOTALS_DAYS_MAX, Source, Totals
+from analytics_svc.verdicts import Row, Verdict, worst
+from chassis import wire
+from chassis.errors import InvalidRequest, Violation
+from chassis.postgres import Pool
+from retail.analytics.v1 import audit_service_pb2 as pb
+from retail.analytics.v1 import audit_service_pb2_grpc
+
+COMPLETE_WAIT_S = 5.0  # for purchases on their way, unless the caller's deadline is sooner
+CALL_TIMEOUT_S = 1_800.0  # a day of a million purchases is rebuilt in a few minutes
+
+
+class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
+    """`retail.analytics.v1.AuditService`."""
+
+    def __init__(self, pool: Pool, database_url: str, source: Source) -> None:
+        """Repairs open a session of their own on `database_url`."""
+        self._pool, self._database_url, self._source = pool, database_url, source
+
+    async def CompareControlTotals(
+        self, request: pb.CompareControlTotalsRequest, context: Any
+    ) -> pb.CompareControlTotalsResponse:
+        violations: list[Violation] = []
+        first, last = (_required_date(request, field, violations) for field in ("first_date", "last_date"))
+        if first and last and not 0 <= (last - first).days < CONTROL_TOTALS_DAYS_MAX:
+            rule = f"must not be before first_date, nor make the range longer than {CONTROL_TOTALS_DAYS_MAX} days"
+            violations.append(Violation("last_date", rule))
+        if violations or not (first and last):
+            raise InvalidRequest(violations)
+        remaining_s = context.time_remaining()
+        wait_s = COMPLETE_WAIT_S if remaining_s is None else min(COMPLETE_WAIT_S, remaining_s / 2)
+        compared = await audit.compare(self._pool, self._source, first, last, wait_s=wait_s)
+        days = sorted({row.day for row in compared.rows})
+        found = [*compared.findings, *await audit.find_contradictions(self._pool, days)]
+        response = pb.CompareControlTotalsResponse(
+            rows=map(_row, compared.rows),
+            verdict=_verdict(worst([compared.verdict, *(Verdict.DIFFERENT for _ in found)])),
+            pending_count=compared.pending,
+            foreign_event_ids=compared.foreign_ids,
+            findings=map(_finding, dict.fromkeys(found)),
+        )
+        if known := await audit.known_days(self._pool, self._source, first):
+            response.earliest_sales_date.CopyFrom(wire.date(known[0]))
+            response.latest_sales_date.CopyFrom(wire.date(known[1]))
+        return response
+
+    async def RebuildDay(self, request: pb.RebuildDayRequest, context: Any) -> pb.RebuildDayResponse:
+        violations: list[Violation] = []
+        day = _required_date(request, "sales_date", violations)
+        if day is None:
+            raise InvalidRequest(violations)
+        rebuilt = await rebuild.rebuild_day(self._database_url, self._source, day)
+        return pb.RebuildDayResponse(
+            purchase_count=rebuilt.purchases,
+            repaired_row_count=rebuilt.repaired,
+            added_purchase_count=rebuilt.added,
+            foreign_event_ids=rebuilt.foreign.event_ids,
+            foreign_event_count=rebuilt.foreign.total,
+            unrepaired_customer_count=rebuilt.unrepaired_customers,
+        )
+
+    async def GetAuditStatus(self, request: pb.GetAuditStatusRequest, context: Any) -> pb.GetAuditStatusResponse:
+        async with self._pool.connection() as connection:
+            status = await auditor.read_status(connection)
+        response = pb.GetAuditStatusResponse()
+        if status.sweep_day:
+            response.sweep_date.CopyFrom(wire.date(status.sweep_day))
+        if status.sweep_ended_at:
+            response.last_sweep_time.CopyFrom(wire.timestamp(status.sweep_ended_at))
+        if status.report and status.ended_at:
+            report = status.report
+            response.verdict = _verdict(report.verdict)
+            response.last_cycle_time.CopyFrom(wire.timestamp(status.ended_at))
+            response.different_rows.extend(map(_row, report.wrong_rows))
+            response.proven_day_count = report.proven_days
+            response.findings.extend(map(_finding, report.findings))
+            response.foreign_event_ids.extend(report.foreign_ids)
+            response.pending_count = report.pending
+            response.cycle_duration.CopyFrom(duration_pb2.Duration(seconds=int(report.seconds)))
+        return response
+
+
+def _required_date(request: message.Message, field: str, violations: list[Violation]) -> datetime.date | None:
+    if not request.HasField(field):
+        violations.append(Violation(field, "is required"))
+        return None
+    return wire.parse_date(request, field, violations)
+
+
+def _row(row: Row) -> pb.AuditRow:
+    return pb.AuditRow(
+        sales_date=wire.date(row.day),
+        branch_id=row.branch_id,
+        recorded=_totals(row.recorded),
+        counted=_totals(row.counted),
+        verdict=_verdict(row.verdict),
+        detail=row.detail,
+    )
+
+
+def _totals(totals: Totals) -> pb.AuditTotals:
+    return pb.AuditTotals(
+        purchase_count=totals.purchases,
+        purchase_with_customer_count=totals.with_customer,
+        item_count=totals.items,
+        revenue=wire.decimal(wire.cents_text(totals.cents)),
+    )
+
+
+def _finding(finding: Finding) -> pb.AuditFinding:
+    named = pb.AuditFinding(table=finding.table, key=finding.key, detail=finding.detail)
+    if finding.day:
+        named.sales_date.CopyFrom(wire.date(finding.day))
+    return named
+
+
+def _verdict(verdict: Verdict) -> pb.AuditVerdict.ValueType:
+    return pb.AuditVerdict.ValueType(verdict)  # the numbers are the contract's

@@ -1,0 +1,123 @@
+"""`python -m analytics_svc audit [--first DATE] [--last DATE] [--json]`: do the read models say what was recorded?
+
+A client of the consumer's AuditService. Exit code: 0 when all agree, 1 when something differs, 3 when purchases are on
+their way, 4 when nobody answers.
+"""
+
+import argparse
+import datetime
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from google.protobuf import json_format
+from rich.console import Console
+from rich.table import Column, Table
+
+from analytics_svc.settings import ConsumerClientSettings
+from analytics_svc.source import CONTROL_TOTALS_DAYS_MAX
+from analytics_svc.verdicts import Verdict, worst
+from chassis import wire
+from retail.analytics.v1 import audit_service_pb2 as pb
+from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub
+
+TIMEOUT_S = 120.0  # for one month
+ROWS_SHOWN_MAX = 40  # of those that agree
+STYLES = {Verdict.AGREED: "green", Verdict.PENDING: "yellow", Verdict.FOREIGN: "yellow", Verdict.DIFFERENT: "red"}
+EXIT_CODES = {Verdict.AGREED: 0, Verdict.PENDING: 3, Verdict.FOREIGN: 1, Verdict.DIFFERENT: 1}
+NO_ANSWER = 4
+
+
+def run(config: ConsumerClientSettings, arguments: Sequence[str], console: Console) -> int:
+    """Compare, print, and return the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        with grpc.insecure_channel(config.consumer_target) as channel:
+            replies = _ask(AuditServiceStub(channel), args.first, args.last)
+    except grpc.RpcError as error:
+        console.print(f"no answer from {config.consumer_target}: {error.code().name}: {error.details()}", style="red")
+        return NO_ANSWER
+    verdict = worst(Verdict(reply.verdict) for reply in replies)
+    if args.json:
+        found = [json_format.MessageToDict(reply, preserving_proto_field_name=True) for reply in replies]
+        console.out(json.dumps({"verdict": verdict.name, "comparisons": found}), highlight=False)
+    else:
+        _show(replies, verdict, console)
+    return EXIT_CODES[verdict]
+
+
+def _ask(stub: Any, first: datetime.date | None, last: datetime.date | None) -> list[pb.CompareControlTotalsResponse]:
+    """One answer for every 31 days, from the first day to the last that either side knows."""
+    day = first or last or datetime.datetime.now(datetime.UTC).date()
+    reply = stub.CompareControlTotals(_request(day, day), timeout=TIMEOUT_S)
+    if not reply.HasField("earliest_sales_date"):
+        return [reply]
+    first = first or min(_day(reply.earliest_sales_date), last or datetime.date.max)
+    last = last or max(_day(reply.latest_sales_date), first)
+    replies = []
+    while first <= last:
+        end = min(first + datetime.timedelta(days=CONTROL_TOTALS_DAYS_MAX - 1), last)
+        replies.append(stub.CompareControlTotals(_request(first, end), timeout=TIMEOUT_S))
+        first = end + datetime.timedelta(days=1)
+    return replies or [reply]
+
+
+def _show(replies: list[pb.CompareControlTotalsResponse], verdict: Verdict, console: Console) -> None:
+    rows = [row for reply in replies for row in reply.rows]
+    agreeing = [row for row in rows if Verdict(row.verdict) is Verdict.AGREED]
+    hidden = {id(row) for row in agreeing[:-ROWS_SHOWN_MAX]}
+    numbers = ("purchases", "items", "revenue", "counted", "items", "revenue")
+    table = Table("day", "branch", *(Column(name, justify="right") for name in numbers), "verdict", "detail")
+    for row in rows:
+        if id(row) not in hidden:
+            sides = [
+                text
+                for side in (row.recorded, row.counted)
+                for text in (f"{side.purchase_count:,}", f"{side.item_count:,}", side.revenue.value)
+            ]
+            said = Verdict(row.verdict)
+            table.add_row(
+                str(_day(row.sales_date)), str(row.branch_id), *sides, f"[{STYLES[said]}]{said.name}", row.detail
+            )
+    console.print(table)
+    if hidden:
+        console.print(f"{len(hidden):,} earlier rows that agree are not shown.")
+    for finding in dict.fromkeys(_words(finding) for reply in replies for finding in reply.findings):
+        console.print(finding, style="red")
+    foreign = [event_id for reply in replies for event_id in reply.foreign_event_ids]
+    if foreign:
+        console.print(
+            f"{len(foreign):,} counted events that nobody recorded: {', '.join(foreign[:10])} …", style="yellow"
+        )
+    pending = sum(reply.pending_count for reply in replies)
+    console.print(
+        f"{verdict.name}: {len(agreeing):,} of {len(rows):,} days and branches agree;"
+        f" {sum(row.recorded.purchase_count for row in rows):,} purchases recorded, {pending:,} on their way.",
+        style=STYLES[verdict],
+    )
+
+
+def _words(finding: pb.AuditFinding) -> str:
+    repair = f"RebuildDay {_day(finding.sales_date)}" if finding.HasField("sales_date") else "RebuildDay of any day"
+    return f"{finding.table}, {finding.key}: {finding.detail} ({repair} repairs it)"
+
+
+def _request(first: datetime.date, last: datetime.date) -> pb.CompareControlTotalsRequest:
+    return pb.CompareControlTotalsRequest(first_date=wire.date(first), last_date=wire.date(last))
+
+
+def _day(value: Any) -> datetime.date:
+    return datetime.date(value.year, value.month, value.day)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "analytics_svc audit", description="Compare what is counted with what was recorded."
+    )
+    parser.add_argument(
+        "--first", type=datetime.date.fromisoformat, metavar="DATE", help="default: the earliest sale's"
+    )
+    parser.add_argument("--last", type=datetime.date.fromisoformat, metavar="DATE", help="default: the latest sale's")
+    parser.add_argument("--json", action="store_true", help="the answers as one JSON document")
+    return parser

@@ -1,0 +1,52 @@
+"""`python -m analytics_svc rebuild [--days-only]`: the read models from the recorded purchases, while all goes on."""
+
+import datetime
+from zoneinfo import ZoneInfo
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from analytics_svc import rebuild, source
+from analytics_svc.settings import RebuildSettings
+from chassis.errors import ServiceError
+
+
+async def run(config: RebuildSettings, *, days_only: bool, console: Console) -> int:
+    """Rebuild and tell what was wrong; returns the exit code: 0 when it is done, 1 when nothing was changed."""
+    zone = ZoneInfo(config.business_time_zone)
+    columns = (
+        TextColumn("days"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("days", total=None, note="")
+
+        def show(now: rebuild.Progress) -> None:
+            progress.update(
+                bar, total=now.days, completed=now.days_done, note=f"{now.purchases:,} purchases; {now.stage}"
+            )
+
+        try:
+            async with source.connect(config.purchases_target, zone) as truth:
+                today = datetime.datetime.now(zone).date()
+                rebuilt = await rebuild.rebuild_all(config.database_url, truth, today, days_only=days_only, show=show)
+        except ServiceError as error:
+            console.print(f"nothing was changed: {error.message}", style="red", markup=False)
+            return 1
+    wrong = {table: rows for table, rows in rebuilt.repaired.items() if rows}
+    console.print(
+        f"{rebuilt.purchases:,} purchases were read; {sum(wrong.values()):,} rows were wrong, missing or surplus."
+    )
+    for table, rows in wrong.items():
+        console.print(f"  {table}: {rows:,}")
+    if rebuilt.foreign.total:
+        console.print(
+            f"{rebuilt.foreign.total:,} events had been counted that nobody recorded; they count no more:",
+            style="yellow",
+        )
+        for event_id in rebuilt.foreign.event_ids:
+            console.print(f"  {event_id}")
+    return 0

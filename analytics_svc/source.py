@@ -1,0 +1,145 @@
+"""What was recorded, asked of the purchases service: the truth that read models are checked against and rebuilt from.
+
+The only file here that knows its messages.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, date, datetime
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
+
+import grpc
+
+from analytics_svc.errors import PurchasesUnavailable, TimeZonesDiffer
+from analytics_svc.events import Item, PurchaseCreated
+from chassis import wire
+from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
+from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+
+CONTROL_TOTALS_DAYS_MAX = 31  # the service's limit for one question
+CUSTOMERS_MAX = 1_000  # the service's limit for one export
+PAGE_ROWS = 1_000
+CHUNK = 500  # purchases; as many as the consumer applies at once
+CALL_TIMEOUT_S = 20.0
+MESSAGE_BYTES_MAX = 16 << 20  # a page, or a purchase of 2,000 items; gRPC's own limit of 4 MiB would do for both
+KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]  # an export has no deadline
+
+
+class Totals(NamedTuple):
+    """Sums over the purchases of one branch on one business day."""
+
+    purchases: int = 0
+    with_customer: int = 0
+    items: int = 0
+    cents: int = 0
+
+
+class Recorded(NamedTuple):
+    """What was recorded by a moment."""
+
+    totals: dict[tuple[date, int], Totals]  # by business day and branch
+    read_at: datetime  # by the purchases' clock, which is also that of complete_through_at
+    earliest: date | None  # business days of the earliest and the latest purchase
+    latest: date | None
+    complete_from: date | None  # the retention has dropped purchases of days before it; None: nothing yet
+
+
+class Source:
+    """Asks the purchases service. Every method may raise PurchasesUnavailable."""
+
+    def __init__(self, channel: grpc.aio.Channel, zone: ZoneInfo) -> None:
+        self._stub: Any = PurchasesServiceStub(channel)
+        self._zone = zone
+
+    async def control_totals(self, first: date, last: date) -> Recorded:
+        """Sums by business day and branch, of 31 days at most.
+
+        Raises:
+            TimeZonesDiffer: the other side's days are not ours.
+        """
+        request = purchases_service_pb2.ListControlTotalsRequest(
+            page_size=PAGE_ROWS, first_date=wire.date(first), last_date=wire.date(last)
+        )
+        totals: dict[tuple[date, int], Totals] = {}
+        while True:
+            try:
+                reply = await self._stub.ListControlTotals(request, timeout=CALL_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                raise _unavailable(error) from error
+            if reply.time_zone != self._zone.key:
+                raise TimeZonesDiffer(
+                    f"the purchases' business days are cut in {reply.time_zone}, ours in {self._zone.key};"
+                    " they cannot be compared"
+                )
+            for row in reply.control_totals:
+                totals[_day(row.sales_date), row.branch_id] = Totals(
+                    row.purchase_count, row.purchase_with_customer_count, row.item_count, _cents(row.revenue.value)
+                )
+            if not reply.next_page_token:
+                break
+            request.page_token = reply.next_page_token
+        return Recorded(
+            totals,
+            reply.read_time.ToDatetime(UTC),  # of the last page, and so no earlier than any
+            *(
+                _day(getattr(reply, field)) if reply.HasField(field) else None
+                for field in ("earliest_sales_date", "latest_sales_date", "complete_from_date")
+            ),
+        )
+
+    async def export(
+        self, first: date, last: date, customer_ids: Sequence[str] = ()
+    ) -> AsyncIterator[list[PurchaseCreated]]:
+        """The purchases of these business days as the events that announced them, some at a time."""
+        request = purchases_service_pb2.ExportPurchasesRequest(
+            first_date=wire.date(first), last_date=wire.date(last), customer_ids=customer_ids
+        )
+        call = self._stub.ExportPurchases(request)
+        chunk: list[PurchaseCreated] = []
+        try:
+            async for reply in call:
+                chunk.append(self._event(reply.event_id, reply.purchase))
+                if len(chunk) == CHUNK:
+                    yield chunk
+                    chunk = []
+        except grpc.aio.AioRpcError as error:
+            raise _unavailable(error) from error
+        finally:
+            call.cancel()
+        if chunk:
+            yield chunk
+
+    def _event(self, event_id: str, purchase: purchase_pb2.Purchase) -> PurchaseCreated:
+        purchase_time = purchase.purchase_time.ToDatetime(UTC)
+        return PurchaseCreated(
+            event_id,
+            purchase_time.astimezone(self._zone).date(),
+            purchase_time,
+            purchase.branch_id,
+            purchase.customer_id or None,
+            _cents(purchase.total_amount.value),
+            [Item(item.product_id, item.quantity, _cents(item.line_total.value)) for item in purchase.items],
+        )
+
+
+@asynccontextmanager
+async def connect(target: str, zone: ZoneInfo) -> AsyncIterator[Source]:
+    """A source at `target`, which need not be up yet."""
+    options = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), *KEEPALIVE]
+    async with grpc.aio.insecure_channel(target, options=options) as channel:
+        yield Source(channel, zone)
+
+
+def _unavailable(error: grpc.aio.AioRpcError) -> PurchasesUnavailable:
+    return PurchasesUnavailable(f"the purchases service does not answer: {error.code().name}: {error.details()}")
+
+
+def _day(value: Any) -> date:
+    return date(value.year, value.month, value.day)
+
+
+def _cents(text: str) -> int:
+    """A printed amount: always with two fraction digits, and sums may be longer than what the wire takes in."""
+    cents = wire.parse_cents(text)
+    return int(text.replace(".", "")) if cents is None else cents

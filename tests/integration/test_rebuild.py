@@ -1,0 +1,137 @@
+"""Rebuilds: the read models made equal to what was recorded, at rest and under load, whatever was wrong with them."""
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+from datetime import timedelta
+
+import psycopg
+import pytest
+
+from analytics_svc import rebuild
+from analytics_svc.errors import HistoryDropped, RebuildRunning
+from tests.conftest import ROOT, eventually
+from tests.integration.chain import FIRST, TABLES, Chain, enough, load
+from tests.integration.purchase_events import query, read_models
+
+
+async def test_rebuild_of_everything_after_a_loss(chain: Chain) -> None:
+    """Read models that are gone come back as they were, with the log; again, nothing is wrong any more."""
+    await chain.sell(120, seed=1)
+    await chain.apply(await chain.recorded())
+    before, log = read_models(chain.url), chain.ids()
+    query(chain.url, f"TRUNCATE {TABLES}")
+    rebuilt = await rebuild.rebuild_all(chain.url, chain.source, FIRST)
+    assert rebuilt.purchases == 120
+    assert all(rebuilt.repaired.values())
+    assert (read_models(chain.url), chain.ids()) == (before, log)
+    again = await rebuild.rebuild_all(chain.url, chain.source, FIRST)
+    assert not any(again.repaired.values())
+    assert again.foreign.total == 0
+    await chain.apply(await chain.recorded())  # delivered again
+    assert read_models(chain.url) == before
+
+
+@pytest.mark.parametrize("scope", ["everything", "day"])
+async def test_rebuild_under_load_equals_a_rebuild_at_rest(chain: Chain, scope: str) -> None:
+    """What is counted while a rebuild runs, is in its result: row by row as if everything had stood still."""
+    await chain.sell(150, seed=5)
+    await chain.apply((await chain.recorded())[::2])
+    query(chain.url, "UPDATE product_sales_daily SET qty_sum = qty_sum + 1")
+    query(chain.url, "UPDATE customer_loyalty SET purchases_count = purchases_count + 2 WHERE branch_id = 2")
+    async with load(chain, seed=1_000) as sold:
+        await eventually(lambda: enough(sold, 20), "sales go on")
+        if scope == "everything":
+            await rebuild.rebuild_all(chain.url, chain.source, FIRST)
+        else:
+            for number in range(3):
+                await rebuild.rebuild_day(chain.url, chain.source, FIRST + timedelta(days=number))
+        while_running = sold[0]
+    assert while_running > 20
+    under_load, log = read_models(chain.url), chain.ids()
+    query(chain.url, f"TRUNCATE {TABLES}")
+    await rebuild.rebuild_all(chain.url, chain.source, FIRST)
+    assert (read_models(chain.url), chain.ids()) == (under_load, log)
+
+
+async def test_two_at_once_are_refused(chain: Chain) -> None:
+    """While one repairs, another is refused and changes nothing; when it is gone, the next one works."""
+    await chain.sell(20, seed=11)
+    await chain.apply(await chain.recorded())
+    query(chain.url, "UPDATE sales_totals SET items_sum = items_sum + 1")
+    async with await psycopg.AsyncConnection.connect(chain.url) as other:
+        await other.execute("SELECT pg_advisory_lock(%s)", [rebuild.ONE_REPAIR_LOCK])
+        with pytest.raises(RebuildRunning):
+            await rebuild.rebuild_all(chain.url, chain.source, FIRST)
+        with pytest.raises(RebuildRunning):
+            await rebuild.rebuild_day(chain.url, chain.source, FIRST)
+    rebuilt = await rebuild.rebuild_day(chain.url, chain.source, FIRST)
+    assert rebuilt.repaired == len(query(chain.url, "SELECT 1 FROM sales_totals"))
+
+
+async def test_what_was_dropped_is_not_rebuilt(chain: Chain, purchases_db: str) -> None:
+    """Days before the retention's horizon stay as they are; what would need them is refused with the reason."""
+    await chain.sell(90, seed=12)
+    await chain.apply(await chain.recorded())
+    before = read_models(chain.url)
+    query(purchases_db, "UPDATE chain_settings SET dropped_before = '2026-03-02'")
+    with pytest.raises(HistoryDropped, match="2026-03-02"):
+        await rebuild.rebuild_all(chain.url, chain.source, FIRST)
+    with pytest.raises(HistoryDropped, match="2026-03-01 cannot be rebuilt"):
+        await rebuild.rebuild_day(chain.url, chain.source, FIRST)
+    query(purchases_db, "DELETE FROM purchase_items WHERE purchase_time < '2026-03-02Z'")
+    query(purchases_db, "DELETE FROM purchases WHERE purchase_time < '2026-03-02Z'")
+    query(chain.url, "UPDATE product_sales_daily SET qty_sum = 1000 WHERE day > '2026-03-01'")
+    query(chain.url, "UPDATE sales_totals SET items_sum = items_sum + 1")
+    rebuilt = await rebuild.rebuild_all(chain.url, chain.source, FIRST, days_only=True)
+    assert rebuilt.foreign.total == 0  # the log has events of days that were dropped: they are not foreign
+    assert read_models(chain.url) == before
+
+
+KILLS = 6
+
+
+async def test_kill_9_in_the_middle_leaves_nothing_behind(
+    chain: Chain, purchases_address: str, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    """A rebuild that dies, whenever, has changed nothing, holds up nobody and does not prevent the next one."""
+    await chain.sell(400, seed=13)
+    await chain.apply(await chain.recorded())
+    right = read_models(chain.url)
+    query(chain.url, "UPDATE daily_sales_of_chain SET items_sum = 7")
+    wrong = read_models(chain.url)
+    environ = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}",
+        "ANALYTICS_DATABASE_URL": chain.url,
+        "PURCHASES_TARGET": purchases_address,
+    }
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "analytics_svc", "rebuild"]
+        processes.append(
+            subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+        return processes[-1]
+
+    async def rebuilding() -> bool:
+        if processes[-1].poll() is not None:
+            pytest.fail(str(processes[-1].communicate()))
+        return bool(query(chain.url, "SELECT 1 FROM pg_stat_activity WHERE application_name = 'analytics rebuild'"))
+
+    chance = random.Random(14)
+    for _ in range(KILLS):
+        process = start()
+        await eventually(rebuilding, "a rebuild is under way")
+        await asyncio.sleep(chance.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        await chain.apply(await chain.recorded())  # not held up; and nothing of it counts twice
+        assert read_models(chain.url) in (wrong, right)  # some may have been killed too late
+    process = start()
+    output, errors = await asyncio.to_thread(process.communicate)
+    assert process.returncode == 0, errors
+    assert b"400 purchases were read" in output
+    assert read_models(chain.url) == right
