@@ -78,6 +78,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         require_time_zone(config.business_time_zone, time_zone)
 
         partitions = Partitions(write_pool)
+        await partitions.look_ahead()  # before the first sale has to wait for it
         backlog = Backlog(read_pool, config.outbox_max)
         recorder = Recorder(
             write_pool,

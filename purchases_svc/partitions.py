@@ -13,7 +13,7 @@ from chassis.postgres import Pool
 
 MONTHS_AHEAD = 2  # besides the current one
 DAYS_AHEAD = 3
-CHECK_EVERY_S = 3600.0
+CHECK_EVERY_S, TRY_AGAIN_S = 3600.0, 5.0
 # Creating one waits a second at most for its lock, so that nobody queues up behind it; then it tries again.
 ATTEMPTS_MAX = 10
 
@@ -69,14 +69,16 @@ class Partitions:
     async def keep(self, stop: asyncio.Event) -> None:
         """Create the months and days to come, now and every hour."""
         while not stop.is_set():
-            today = datetime.datetime.now(datetime.UTC).date()
-            try:
-                await self.ensure(*_upcoming(today))
-            except (psycopg.Error, PoolTimeout) as error:  # whatever it is, it must not take the sales down with it
-                log.warning("partitions are not taken care of", error=str(error).strip())
-                await wait_set(stop, 5.0)
-            else:
-                await wait_set(stop, CHECK_EVERY_S)
+            await wait_set(stop, CHECK_EVERY_S if await self.look_ahead() else TRY_AGAIN_S)
+
+    async def look_ahead(self) -> bool:
+        """Create the months and days to come; False when that failed, which must not take the sales down with it."""
+        try:
+            await self.ensure(*_upcoming(datetime.datetime.now(datetime.UTC).date()))
+        except (psycopg.Error, PoolTimeout) as error:
+            log.warning("partitions are not taken care of", error=str(error).strip())
+            return False
+        return True
 
 
 def _upcoming(today: datetime.date) -> tuple[list[datetime.date], list[datetime.date]]:

@@ -1,0 +1,149 @@
+"""What happens when the database does not keep up: limits, deadlines, and who is still answered."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+import purchases_svc.__main__ as purchases
+from chassis import grpc_server
+from purchases_svc.settings import ServeSettings
+from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest, GetPurchaseRequest
+from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from tests.conftest import eventually
+from tests.integration.conftest import free_address, is_serving, running
+from tests.integration.sales import Refusal, refusal, sale
+from tests.integration.test_create_purchase import assert_whole
+from tests.integration.test_upload_purchases import message, upload
+
+WAITING_MAX = 20
+
+
+@asynccontextmanager
+async def service(url: str, **settings: Any) -> AsyncIterator[grpc.aio.Channel]:
+    config = ServeSettings(url, listen=free_address(), metrics_listen="127.0.0.1:0", **settings)
+    async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
+        tills: Any = PurchasesServiceStub(channel)
+        await tills.CreatePurchase(sale())  # its partitions are there from now on
+        yield channel
+
+
+@contextmanager
+def locked(url: str, table: str) -> Iterator[None]:
+    """While the block runs, nobody gets at the table."""
+    with psycopg.connect(url) as connection:
+        connection.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+        yield
+
+
+async def outcome(call: Any) -> Refusal | None:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return Refusal(error)
+    return None
+
+
+async def reflected(channel: grpc.aio.Channel) -> int:
+    """How many services the server says that it has."""
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]
+    requests = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+    return sum([len(reply.list_services_response.service) async for reply in stub.ServerReflectionInfo(requests)])
+
+
+async def test_too_many_sales_are_refused_and_health_answers(purchases_db: str) -> None:
+    """While writing is stuck, some sales wait, the rest is told when to come again, and all else goes on."""
+    async with service(purchases_db, waiting_max=WAITING_MAX, batch_max=5) as channel:
+        tills: Any = PurchasesServiceStub(channel)
+        with locked(purchases_db, "idempotency_keys"):
+            calls = [asyncio.ensure_future(outcome(tills.CreatePurchase(sale(), timeout=30))) for _ in range(100)]
+            await asyncio.wait(calls, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+            results = await upload(tills, [message(0, [sale() for _ in range(30)])])  # more than may wait
+            assert {result.error.message.split()[-1] for result in results.values()} == {"later"}
+            started = time.monotonic()
+            assert await is_serving(channel)
+            assert await reflected(channel) == 4
+            missing = await refusal(tills.GetPurchase(GetPurchaseRequest(purchase_id=str(uuid.uuid4())), timeout=5))
+            assert missing.reason == "PURCHASE_NOT_FOUND"
+            assert time.monotonic() - started < 2
+        refused = [each for each in await asyncio.gather(*calls) if each]
+        assert 100 - WAITING_MAX - 10 <= len(refused) <= 100 - WAITING_MAX
+        for each in refused:
+            assert (each.code, each.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+            assert each.retry.retry_delay.ToMilliseconds() > 0
+        assert_whole(purchases_db, 1 + 100 - len(refused))
+
+
+async def test_flush_has_a_time_of_its_own(purchases_db: str) -> None:
+    """A flush that is stuck ends by its own timeout, however patient its callers are; a retry finds everything well."""
+    request = sale()
+    async with service(purchases_db, flush_timeout_s=0.4) as channel:
+        tills: Any = PurchasesServiceStub(channel)
+        with locked(purchases_db, "idempotency_keys"):
+            refused = await refusal(tills.CreatePurchase(request, timeout=20))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+        assert not (await tills.CreatePurchase(request, timeout=20)).replayed
+    assert_whole(purchases_db, 2)
+
+
+async def test_callers_deadline_does_not_end_the_flush(purchases_db: str) -> None:
+    """Who waits no longer leaves the flush alone: the sale is stored, for him and for his patient neighbour."""
+    impatient, patient = sale(), sale()
+    async with service(purchases_db) as channel:
+        tills: Any = PurchasesServiceStub(channel)
+        with locked(purchases_db, "idempotency_keys"):
+            calls = [
+                asyncio.ensure_future(_code(tills, impatient, 0.4)),
+                asyncio.ensure_future(_code(tills, patient, 20)),
+            ]
+            assert await calls[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert await calls[1] is grpc.StatusCode.OK
+        assert (await tills.CreatePurchase(impatient)).purchase.purchase_id
+    assert_whole(purchases_db, 3)
+
+
+async def _code(tills: Any, request: CreatePurchaseRequest, timeout_s: float) -> grpc.StatusCode:
+    try:
+        await tills.CreatePurchase(request, timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+async def test_call_without_a_deadline_gets_one(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's cap ends calls of clients that would wait for ever, or for an hour."""
+    monkeypatch.setattr(grpc_server, "CALL_TIMEOUT_S", 0.4)
+    async with service(purchases_db) as channel:
+        tills: Any = PurchasesServiceStub(channel)
+        with locked(purchases_db, "idempotency_keys"):
+            for timeout_s in (None, 3_600):
+                refused = await asyncio.wait_for(refusal(tills.CreatePurchase(sale(), timeout=timeout_s)), 10)
+                assert (refused.code, refused.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+
+
+async def test_reads_end_with_their_callers(purchases_db: str) -> None:
+    """A query ends in PostgreSQL when its caller's deadline passes: it is given to it as statement_timeout."""
+    async with service(purchases_db) as channel:
+        tills: Any = PurchasesServiceStub(channel)
+        purchase_id = (await tills.CreatePurchase(sale())).purchase.purchase_id
+
+        async def nobody_waits() -> bool:
+            with psycopg.connect(purchases_db) as connection:
+                row = connection.execute(
+                    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                    " AND application_name = 'purchases read' AND wait_event_type = 'Lock'"
+                ).fetchone()
+            return row == (0,)
+
+        with locked(purchases_db, "purchases"):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await tills.GetPurchase(GetPurchaseRequest(purchase_id=purchase_id), timeout=0.5)
+            await eventually(nobody_waits, "the query is ended", within_s=3)
+        assert (await tills.GetPurchase(GetPurchaseRequest(purchase_id=purchase_id))).purchase
