@@ -16,7 +16,7 @@ from relay_svc.publisher import Publisher
 from relay_svc.wakeup import Wakeup
 
 LANES = 2  # windows on their way: while the broker confirms one, the next is claimed and sent, and the last is marked
-GATHER_S = 0.005  # after a window that was not full: a commit for every few events would cost the writers more
+GATHER_S = 0.02  # between windows that are not full: a commit for every few events would slow down the writers
 RETRIES_EVERY_S = 1.0  # or ten times that often, while there are many; new events go in between
 # Events that another relay had claimed and gave up are found by a sweep.
 SWEEP_EVERY_S = 30.0
@@ -112,10 +112,11 @@ class Relay:
                 return
             backoff.reset()
             if step.claimed == 0:
-                async with self._idling:  # one lane looks out for both
+                async with self._idling:  # one lane at a time looks out for both
                     await self._idle(stop)
             elif step.claimed < self._window:
-                await asyncio.sleep(GATHER_S)
+                async with self._idling:
+                    await asyncio.sleep(GATHER_S)
 
     async def _idle(self, stop: asyncio.Event) -> None:
         """Look again soon; when nothing comes, ask to be told, look once more, and wait."""
