@@ -76,11 +76,13 @@ async def backlog(connection: Connection) -> Backlog:
         """
         SELECT outbox_waiting(%(most)s),
                (SELECT count(*) FROM (SELECT FROM outbox_events WHERE status = 'FAILED' LIMIT %(most)s) AS given_up),
-               greatest(now() - least(
+               (SELECT greatest(now() - min(oldest.occurred_at), '0 s') FROM (
                    (SELECT e.occurred_at FROM outbox_events e
-                    WHERE e.status = 'NEW' AND e.created_xid >= outbox_low_water_xid() ORDER BY e.created_xid LIMIT 1),
-                   (SELECT min(r.occurred_at) FROM (SELECT e.occurred_at FROM outbox_events e
-                    WHERE e.status = 'NEW' AND e.next_attempt_at IS NOT NULL LIMIT %(most)s) AS r)), '0 s')
+                    WHERE e.status = 'NEW' AND e.created_xid >= outbox_low_water_xid() ORDER BY e.created_xid LIMIT 1)
+                   UNION ALL
+                   (SELECT e.occurred_at FROM outbox_events e
+                    WHERE e.status = 'NEW' AND e.next_attempt_at IS NOT NULL LIMIT %(most)s)
+                ) AS oldest HAVING count(*) > 0)
         """,
         {"most": COUNT_MAX},
     )

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf import json_format
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from relay_svc.settings import ClientSettings
 from retail.relay.v1 import outbox_service_pb2 as pb
@@ -66,7 +66,7 @@ def status(stub: Any, asked: argparse.Namespace) -> int:
 
 
 def events(stub: Any, asked: argparse.Namespace) -> int:
-    table = Table("event", "type", "purchase", "occurred", "status", "attempts", "last error", "sent")
+    table = Table(Column("event", min_width=36), "status", Column("tries", justify="right"), "occurred")
     shown = 0
     for event in _events(stub, asked.status):
         if shown == asked.limit:
@@ -76,14 +76,10 @@ def events(stub: Any, asked: argparse.Namespace) -> int:
             print(json.dumps(json_format.MessageToDict(event, always_print_fields_with_no_presence=True)))
             continue
         table.add_row(
-            event.event_id,
-            event.event_type,
-            event.aggregate_id,
-            _time(event.occur_time),
+            f"{event.event_id}\n{event.last_error}".rstrip(),
             pb.OutboxStatus.Name(event.status).removeprefix("OUTBOX_STATUS_"),
             str(event.attempt_count),
-            event.last_error,
-            _time(event.send_time) if event.HasField("send_time") else "",
+            event.occur_time.ToDatetime().isoformat(timespec="seconds") + "Z",
         )
     if not asked.json:
         console.print(table if shown else "There are no such events.")
@@ -115,10 +111,6 @@ def _events(stub: Any, wanted: str | None) -> Iterator[pb.OutboxEvent]:
 def _age(duration: Any) -> str:
     """Days, hours, minutes and seconds, such as 1 day, 2:03:04."""
     return str(duration.ToTimedelta()).partition(".")[0]
-
-
-def _time(moment: Any) -> str:
-    return str(moment.ToDatetime().isoformat(timespec="seconds")) + "Z"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -108,6 +108,13 @@ async def test_metrics_of_the_backlog(purchases_db: str) -> None:
         await measuring
 
 
+async def test_status_of_an_empty_outbox(stub: "OutboxServiceAsyncStub", purchases_db: str) -> None:
+    send(purchases_db, write(purchases_db, 2, age_s=60))
+    status = await stub.GetOutboxStatus(pb2.GetOutboxStatusRequest(), timeout=10)
+    assert (status.new_count, status.failed_count) == (0, 0)
+    assert not status.HasField("oldest_pending_age")
+
+
 async def test_status_names_who_holds_back_vacuum(stub: "OutboxServiceAsyncStub", purchases_db: str) -> None:
     """A transaction that only reads, and then idles, is enough. The relay may not look at others' sessions itself."""
     write(purchases_db, 1)
@@ -332,6 +339,7 @@ async def test_commands(
     assert (code, [json.loads(line)["eventId"] for line in text.splitlines()]) == (0, ids[:2])
     code, text = await said("events", "--limit", "1")
     assert code == 0
+    assert ids[0] in text  # whole, also in 80 columns
     code, text = await said("requeue", ids[0])
     assert (code, text) == (0, "1 requeued.\n")
     code, text = await said("requeue", "--all-failed", "--json")
