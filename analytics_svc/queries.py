@@ -7,6 +7,7 @@ whole months, from the roll-ups, and the days at its ends. Branch 0 of a roll-up
 from calendar import monthrange
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime, timedelta
+from functools import lru_cache
 from typing import Any, LiteralString, NamedTuple
 
 from chassis.postgres import Connection
@@ -57,8 +58,12 @@ def parts(days: Days) -> Parts:
 
 
 def _bounds(day: date) -> Days:
-    """The month of a day."""
-    return Days(day.replace(day=1), day.replace(day=monthrange(day.year, day.month)[1]))
+    return _bounds_of(day.year, day.month)
+
+
+@lru_cache(1_000)  # years of months; the calendar takes longer than all else here
+def _bounds_of(year: int, month: int) -> Days:
+    return Days(date(year, month, 1), date(year, month, monthrange(year, month)[1]))
 
 
 def _length(days: Days) -> int:

@@ -4,7 +4,6 @@ import datetime
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from statistics import median
-from typing import Any
 
 from tests.bench import stage, years
 from tests.bench.analytics_plot import plot
@@ -21,9 +20,9 @@ CUSTOMERS = 500  # of those who are asked for
 FILTERS = 1_000  # of the summaries
 
 # The goals are meant for a history of 100 times the range that is asked for: three years.
-GROWTH = Goal("p50, longest history beside shortest", 1.5, more_is_better=False)
+GROWTH = Goal("longest history beside shortest", 1.5, more_is_better=False)
 GROWTHS = {"ListTopProducts_all_time": Goal(GROWTH.meaning, 3.0, more_is_better=False)}
-SAVING = Goal("time, tables of purchases beside read models", 100, more_is_better=True)
+SAVING = Goal("SQL on purchases beside ours", 100, more_is_better=True)
 SAVINGS = dict.fromkeys(("GetSalesSummary", "ListTopProducts", "ListLoyalCustomers"), SAVING)
 ON_TOP = Goal(f"calls/s, beside {ECHO}", 0.7, more_is_better=True)
 
@@ -63,7 +62,8 @@ def run(plan: Plan, show: Show) -> Outcome:
         for question in asked
     }
     on_top = median_ratio(*([load.calls_per_s for load in loads[name]] for name in (SUMMARY, ECHO)))
-    show.table(*_table_of_answers(histories, answers, rows_of_answers, purchases_ms))
+    show.table(*_table_of_answers(histories, answers, purchases_ms))
+    show.table(*_table_of_rows(histories, rows_of_answers))
     show.table(*_table_of_loads(loads, fed))
     show.verdicts(
         [
@@ -119,17 +119,21 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def _table_of_answers(
-    histories: Sequence[History], answers: Answers, rows: Mapping[str, list[float]], purchases_ms: Mapping[str, Any]
+    histories: Sequence[History], answers: Answers, purchases_ms: Mapping[str, Sequence[float]]
 ) -> Table:
-    headings = ["", *(f"{history.times} ×" for history in histories), *(f"rows {h.times} ×" for h in histories)]
+    headings = ["", *(f"{history.times} ×" for history in histories), "p99", "in SQL"]
     lines = []
     for name, rounds in answers.items():
         medians = [Asked(*map(median, zip(*each, strict=True))) for each in zip(*rounds, strict=True)]
-        times = [f"{asked.p50_ms:.2f} / {asked.p99_ms:.1f}" for asked in medians]
-        read = [f"{each:,.0f}" for each in rows[name]]
-        lines.append([name, *times, *read, f"{median(purchases_ms[name]):,.1f}"])
-    title = f"p50 / p99 in ms, and rows read, with a history of … times {RANGE_DAYS} days; last the tables of purchases"
-    return title, [*headings, "in SQL"], lines
+        times = [f"{asked.p50_ms:.2f}" for asked in medians]
+        lines.append([name, *times, f"{medians[-1].p99_ms:.1f}", f"{median(purchases_ms[name]):,.1f}"])
+    title = f"Answers, ms, with a history of … times {RANGE_DAYS} days; the last p99; SQL on the purchases"
+    return title, headings, lines
+
+
+def _table_of_rows(histories: Sequence[History], rows: Mapping[str, list[float]]) -> Table:
+    headings = ["", *(f"{history.times} ×" for history in histories)]
+    return "Rows read for an answer", headings, [[n, *(f"{each:,.0f}" for each in read)] for n, read in rows.items()]
 
 
 def _table_of_loads(loads: Mapping[str, Sequence[Load]], fed: float) -> Table:

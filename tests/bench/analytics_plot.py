@@ -9,8 +9,8 @@ from tests.bench.questions import RANGE_DAYS
 from tests.bench.summaries import ECHO, IN_FLIGHT, Load
 from tests.bench.svg import AMBER, BLUE, FAINT, GREEN, GREY, ROSE, VIOLET, bar, heading, line, picture, text
 
-WIDTH, HEIGHT = 960, 520
-TOP, BOTTOM = 92, 448
+WIDTH, HEIGHT = 960, 580
+TOP, BOTTOM = 92, 508
 LEFT, RIGHT, LABELS = 70, 330, 342  # of the curves, and of their names
 BARS_LEFT, BARS_RIGHT = 640, 868
 COLOURS = (BLUE, GREEN, AMBER, ROSE, VIOLET, "#0891b2", "#4f46e5", "#65a30d")
