@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import psycopg
 
@@ -26,6 +26,7 @@ from tests.faults.tills import DAY_US, HOUR_US, Tills
 
 EXCHANGE, QUEUE = "purchases", "purchases.created"
 STEP_TIMEOUT_S = 12.0  # for an armed step to be reached
+RARE = {"in_partition", "after_partition", "alone"}  # steps that are reached once at best
 SYSCALLS = "sendto,sendmsg,write,writev"
 SYSCALLS_MAX = 60  # one full sale makes fewer of them in any process
 READY_TIMEOUT_S = 60.0
@@ -101,22 +102,25 @@ class Faults:
 
     def _at_step(self, service: str, step: str) -> Callable[[random.Random], bool]:
         def fault(chance: random.Random) -> bool:
-            """kill -9 when the step is reached for the n-th time."""
-            instance = self._instance(chance, service)
-            with instance.lock:
-                if not wait_until(lambda: instance.ready, READY_TIMEOUT_S):
-                    return False
-                down_s = chance.uniform(0, 1.5)
+            """kill -9 when the step is reached for the n-th time; the keeper's, in whichever process keeps."""
+            instances = self._system.of(service)
+            if not step.startswith("keeper"):
+                instances = [chance.choice(instances)]
+            count = 1 if step in RARE else chance.choice([1, 1, 2, 3, 5, 8])
+            with ExitStack() as locks:
+                for instance in instances:
+                    locks.enter_context(instance.lock)
+                    if not wait_until(lambda instance=instance: instance.ready, READY_TIMEOUT_S):  # type: ignore[misc]
+                        return False
+                    self._arm(instance, f"{service}.{step}:{count}")
+                    instance.not_before = time.monotonic() + STEP_TIMEOUT_S
                 if step.endswith("_partition"):
-                    self._arm(instance, f"{service}.{step}:1")
                     self._sell_in_a_new_month()
-                else:
-                    self._arm(instance, f"{service}.{step}:{chance.choice([1, 1, 2, 3, 5, 8])}")
-                instance.not_before = time.monotonic() + STEP_TIMEOUT_S
-                hit = wait_until(lambda: not instance.arming.exists(), STEP_TIMEOUT_S)
-                instance.arming.unlink(missing_ok=True)
-                instance.not_before = time.monotonic() + down_s
-                return self._back(instance) and hit
+                hit = wait_until(lambda: not all(instance.arming.exists() for instance in instances), STEP_TIMEOUT_S)
+                for instance in instances:
+                    instance.arming.unlink(missing_ok=True)
+                    instance.not_before = time.monotonic() + chance.uniform(0, 1.5)
+                return all(self._back(instance) for instance in instances) and hit
 
         return fault
 
@@ -271,7 +275,9 @@ class Faults:
 
     def _proxy(self, chance: random.Random) -> Proxy:
         """Any line, each end as often as the others."""
-        return chance.choice(self._system.proxies_to(chance.choice(["postgres", "rabbitmq", "purchases", "relay"])))
+        return chance.choice(
+            self._system.proxies_to(chance.choice(["postgres", "rabbitmq", "purchases", "analytics", "relay"]))
+        )
 
     def _line_cut(self, chance: random.Random) -> bool:
         proxy = self._proxy(chance)

@@ -146,6 +146,7 @@ class Run:
         options = self._options
         self._tills = Tills(
             [self._system.target(instance) for instance in self._system.of("purchases")],
+            self._system.target(self._system.of("analytics")[0]),
             self.ledger,
             self._numbers,
             seed=f"{options.seed}/{self.result.rounds}",
@@ -160,7 +161,7 @@ class Run:
                 self.result.findings.add(NOT_QUIET, "tills still have no answer, though everything is well again")
         finally:
             self._tills.close()
-        self._await_quiet()
+        self._await_quiet(time.time())
         self._check()
 
     def _break_things(self, faults: int) -> None:
@@ -224,10 +225,16 @@ class Run:
             channel.queue_bind(QUEUE, EXCHANGE, QUEUE)
         self._system.wait_ready()
 
-    def _await_quiet(self) -> None:
-        """No work is left anywhere, soon enough."""
+    def _await_quiet(self, since: float) -> None:
+        """No work is left anywhere, soon enough, and the system says so itself."""
         if not wait_until(self._quiet, QUIET_WITHIN_S):
             self.result.findings.add(NOT_QUIET, f"{QUIET_WITHIN_S:.0f} s after everything is well: {self._left()}")
+        elif not wait_until(lambda: self._complete_through() > since, QUIET_WITHIN_S):
+            why = f"complete_through_time is {since - self._complete_through():.1f} s before the last sale's answer"
+            self.result.findings.add(NOT_QUIET, f"{QUIET_WITHIN_S:.0f} s after everything is well, {why}")
+
+    def _complete_through(self) -> float:
+        return self.sampler.newest.timestamp() if self.sampler.newest else 0.0
 
     def _left(self) -> dict[str, int]:
         with self._system.database("purchases") as purchases, self._system.database("analytics") as analytics:

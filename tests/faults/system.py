@@ -198,7 +198,7 @@ class System:
             if self._planted:
                 instance.environ["PLANTED"] = self._planted
             self.instances[own] = instance
-            if name == "purchases":
+            if name in ("purchases", "analytics"):
                 self._proxy("tills", own, ("127.0.0.1", ports[own]))
 
     def _proxy(self, client: str, server: str, target: tuple[str, int]) -> Proxy:

@@ -15,6 +15,8 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from retail.analytics.v1.analytics_service_pb2 import GetCustomerLoyaltyRequest
+from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 from retail.purchases.v1.purchases_service_pb2 import (
     CreatePurchaseRequest,
     CreatePurchaseResponse,
@@ -69,8 +71,18 @@ class Tills:
     """`count` tills that make about `rate` sales a second together."""
 
     def __init__(
-        self, targets: Sequence[str], ledger: Ledger, numbers: "Numbers", *, seed: str, count: int, rate: float
+        self,
+        targets: Sequence[str],
+        analytics: str,
+        ledger: Ledger,
+        numbers: "Numbers",
+        *,
+        seed: str,
+        count: int,
+        rate: float,
     ) -> None:
+        """`targets` are the purchases services', each of which has all sales."""
+        self.analytics = analytics
         self._ledger, self._numbers, self._seed = ledger, numbers, seed
         self._targets = targets
         self.clocks = [Clock() for _ in range(count)]
@@ -134,8 +146,11 @@ class Till:
         self._branch, self._pos = number % BRANCHES + 1, f"POS-{number}"
         self._receipts = 0
         self._done: list[Sale] = []
+        self._token = ""  # of the latest acknowledged sale
         self._channels = [grpc.insecure_channel(target, options=OPTIONS) for target in targets]
         self._stubs = [PurchasesServiceStub(channel) for channel in self._channels]
+        self._channels.append(grpc.insecure_channel(tills.analytics, options=OPTIONS))
+        self._analytics = AnalyticsServiceStub(self._channels[-1])
         self._both = ThreadPoolExecutor(2)
 
     def __enter__(self) -> "Till":
@@ -239,8 +254,24 @@ class Till:
         """A customer that nobody has registered; then with registration, under the same key."""
         sale = self._sale()._replace(customer_id=self._uuid(), register=False)
         if self._deliver(sale) == "refused":
-            self._deliver(sale._replace(number=self._numbers.next(), register=True))
+            sale = sale._replace(number=self._numbers.next(), register=True)
+            if self._deliver(sale) == "ok":
+                self._read_own_write(sale)
         return 1
+
+    def _read_own_write(self, sale: Sale) -> None:
+        """The customer's only sale: with its token, analytics tells it or says that it cannot yet."""
+        request = GetCustomerLoyaltyRequest(customer_id=sale.customer_id or "", consistency_token=self._token)
+        try:
+            answer = self._analytics.GetCustomerLoyalty(request, timeout=ATTEMPT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() not in TRY_AGAIN:
+                why = f"read with its token: {error.code().name} {_reason(_status(error))}"
+                self._ledger.write("wrong", number=sale.number, why=why)
+            return
+        if answer.loyal_customer.purchase_count != 1:
+            why = f"read with its token: {answer.loyal_customer.purchase_count} purchases of its customer"
+            self._ledger.write("wrong", number=sale.number, why=why)
 
     def _from_the_future(self) -> int:
         """A clock that is an hour ahead: refused. Four minutes ahead: taken."""
@@ -320,6 +351,7 @@ class Till:
         if (problem := difference(sale, response)) is not None:
             self._ledger.write("wrong", number=sale.number, why=f"acknowledged with {problem}")
             return "wrong"
+        self._token = response.consistency_token
         self._ledger.sale_ok(sale, response.purchase.purchase_id, response.consistency_token)
         if len(self._done) < REMEMBERED:
             self._done.append(sale)
