@@ -11,6 +11,7 @@ from types import FrameType
 
 from deploy.local.machine import StackError
 from tests.faults import show
+from tests.faults.prove import CHANGES, unseen
 from tests.faults.run import Options, Result, Run
 from tests.faults.system import running
 
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=60.0, help="sales a second")
     parser.add_argument("--long", type=float, default=45.0, help="seconds of faults that outlast every timeout")
     parser.add_argument("--gap", type=float, default=1.5, help="seconds between faults, on average")
+    parser.add_argument("--prove", action="store_true", help="change the outcome in many ways: each must be found")
     parser.add_argument("--keep", action="store_true", help="leave ledger and logs behind")
     chosen = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -44,7 +46,7 @@ def main() -> int:
         gap_s=chosen.gap,
     )
     try:
-        result = _run(options, chosen.planted, chosen.keep)
+        result = _run(options, chosen.planted, keep=chosen.keep, proven=chosen.prove)
     except StackError as error:
         show.fail(str(error))
         return 1
@@ -56,12 +58,16 @@ def main() -> int:
     return 0 if not result.findings and result.hits.total() >= options.faults else 1
 
 
-def _run(options: Options, planted: str | None, keep: bool) -> Result:
+def _run(options: Options, planted: str | None, *, keep: bool, proven: bool) -> Result:
     show.say(f"seed {options.seed}: `make faults FAULTS={options.faults} SEED={options.seed}` plays it again")
     with running(show.say, planted) as system:
         run = Run(system, options, show.fault)
         with show.progress(run):
             result = run.run()
+        if proven and not result.findings:
+            if missed := unseen(system, run.ledger):
+                raise StackError("the checker does not see: " + "; ".join(missed))
+            show.say(f"{len(CHANGES)} changes of the outcome, made and taken back: the checker sees each")
         system.keep = keep or bool(result.findings)
         if system.keep:
             show.say(f"ledger and logs stay in {system.directory}")

@@ -70,12 +70,13 @@ class Told(NamedTuple):
     by_key: dict[str, list[int]]
     purchase_ids: dict[int, set[str]]  # of the acknowledged ones
     refusals: dict[int, list[tuple[str, float]]]  # reason, when
+    dropped: list[tuple[int, float]]  # months before which time were gone, and when that was seen
     poison: dict[str, bool]  # SHA-256 of the bad bodies that were sent: whether the broker took it
     wrong: list[str]
 
 
 def read_ledger(path: Path) -> Told:
-    told = Told({}, defaultdict(list), defaultdict(set), defaultdict(list), {}, [])
+    told = Told({}, defaultdict(list), defaultdict(set), defaultdict(list), [], {}, [])
     for line in ledger.read(path):
         match line["what"]:
             case "sent":
@@ -86,6 +87,8 @@ def read_ledger(path: Path) -> Told:
                 told.purchase_ids[line["number"]].add(line["purchase_id"])
             case "refused":
                 told.refusals[line["number"]].append((line["reason"], line["at"]))
+            case "dropped":
+                told.dropped.append((line["before_us"], line["at"]))
             case "poison_sent":
                 told.poison[line["sha256"]] = False
             case "poison":
@@ -169,14 +172,19 @@ class Checker:
             self._match(stored, items.pop(stored.purchase_id, []))
         for purchase_id in items:
             self.findings.add(ALTERED, f"lines of purchase {purchase_id}, which is not there")
+        # Retention deletes a month's keys and receipt numbers after the month itself, in its own time.
         self._compare_holders(
-            "idempotency keys", keys, "SELECT idempotency_key::text, count(*) FROM idempotency_keys GROUP BY 1"
+            "idempotency keys",
+            keys,
+            "SELECT idempotency_key::text, bool_and(purchase_time < dropped_before::timestamp AT TIME ZONE 'UTC')"
+            " FROM idempotency_keys, chain_settings GROUP BY 1",
         )
         self._compare_holders(
             "receipt numbers",
             receipts,
-            "SELECT branch_id, pos_id, business_day, receipt_id, count(*) FROM receipts WHERE purchase_time >="
-            " (SELECT dropped_before FROM chain_settings)::timestamp AT TIME ZONE 'UTC' GROUP BY 1, 2, 3, 4",
+            "SELECT branch_id, pos_id, business_day, receipt_id,"
+            " bool_and(purchase_time < dropped_before::timestamp AT TIME ZONE 'UTC')"
+            " FROM receipts, chain_settings GROUP BY 1, 2, 3, 4",
         )
 
     def _match(self, stored: Stored, items: list[tuple[int, int]]) -> None:
@@ -213,9 +221,10 @@ class Checker:
         for thing, count in wanted.items():
             if count > 1:
                 self.findings.add(DOUBLED, f"{what}: {thing} has {count} purchases", count - 1)
-        found = {row[0] if len(row) == 2 else tuple(row[:-1]): row[-1] for row in self._rows(self._purchases, query)}
-        for thing in found.keys() - wanted.keys():
-            self.findings.add(LEFTOVER, f"{what}: {thing} has no purchase")
+        found = {row[0] if len(row) == 2 else row[:-1]: row[-1] for row in self._rows(self._purchases, query)}
+        for thing, dropped in found.items():
+            if thing not in wanted and not dropped:
+                self.findings.add(LEFTOVER, f"{what}: {thing} has no purchase")
         for thing in wanted.keys() - found.keys():
             self.findings.add(LEFTOVER, f"{what}: {thing} of a purchase is not there")
 
@@ -232,6 +241,10 @@ class Checker:
     def _dropped(self, sale: Sale) -> bool:
         """Whether retention has taken its month."""
         return sale.time_us < self._dropped_before_us
+
+    def _gone_at(self, sale: Sale) -> float:
+        """When retention had dropped the sale's month, at the latest."""
+        return min((at for before_us, at in self._told.dropped if sale.time_us < before_us), default=float("inf"))
 
     def _check_refusals(self) -> None:
         """A refused sale is not stored, and something must speak against it."""
@@ -271,14 +284,17 @@ class Checker:
         stored = {row.purchase_id: (number, row) for number, row in self._stored.items()}
         seen: Counter[str] = Counter()
         known = set()
-        for event_id, purchase_id, status, attempts, body in self._rows(
+        for event_id, purchase_id, status, attempts, sent_at, body in self._rows(
             self._purchases,
-            "SELECT event_id::text, aggregate_id::text, status, attempts, payload_json::text FROM outbox_events",
+            "SELECT event_id::text, aggregate_id::text, status, attempts, extract(epoch FROM sent_at)::float8,"
+            " payload_json::text FROM outbox_events",
         ):
             known.add(event_id)
             seen[purchase_id] += 1
             sale = self._sale_of_event(event_id, purchase_id, body)
             self._check_origin(event_id, purchase_id, sale, stored.get(purchase_id, (0, None))[1])
+            if sale is not None and purchase_id not in stored and (sent_at or 0) > self._gone_at(sale):
+                self.findings.add(LOST, f"sale {sale.number} was dropped by retention before its event was sent")
             if status == "NEW":
                 self.findings.add(NOT_QUIET, f"event {event_id} is not sent")
             if status == "FAILED" or attempts:
@@ -293,6 +309,11 @@ class Checker:
                 self.findings.add(FALSELY_SENT, f"event {event_id} is sent, and was never counted")
             if sale is not None and sale.number in self._told.purchase_ids:
                 self.findings.add(LOST, f"sale {sale.number}, acknowledged, is not counted: event {event_id}, {status}")
+        for event_id in counted - known:
+            self.findings.add(INVENTED, f"event {event_id} was counted, and is no purchase's")
+        self._check_one_each(seen, stored)
+
+    def _check_one_each(self, seen: Counter[str], stored: dict[str, tuple[int, Stored]]) -> None:
         for purchase_id, count in seen.items():
             if count > 1:
                 self.findings.add(DOUBLED, f"purchase {purchase_id} has {count} events", count - 1)
@@ -300,8 +321,6 @@ class Checker:
             if purchase_id not in seen:
                 kind = LOST if number in self._told.purchase_ids else NOT_QUIET
                 self.findings.add(kind, f"purchase {purchase_id} (sale {number}) has no event")
-        for event_id in counted - known:
-            self.findings.add(INVENTED, f"event {event_id} was counted, and is no purchase's")
 
     def _check_origin(self, event_id: str, purchase_id: str, sale: Sale | None, stored: Stored | None) -> None:
         """The event and its purchase name each other and say the same."""

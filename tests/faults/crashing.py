@@ -51,6 +51,7 @@ STEPS: dict[str, dict[str, Step]] = {
         "after_decode": Step("analytics_svc.events", "decode", "after"),
         "after_apply": Step("analytics_svc.settling", "apply", "after"),
         "after_commit": Step("analytics_svc.settling", "Settler.settle", "after"),
+        "again": Step("analytics_svc.settling", "Settler.settle_again", "during"),
         "alone": Step("analytics_svc.settling", "Settler._settle_alone", "during"),
         "keeper_list": Step("analytics_svc.keeper", "Keeper._list", "during"),
         "keeper_store": Step("analytics_svc.keeper", "store", "before"),

@@ -5,12 +5,10 @@ A fault has random numbers of its own, made of the run's seed. Faults overlap; t
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 
@@ -21,13 +19,16 @@ from tests.faults.crashing import STEPS
 from tests.faults.ledger import Ledger
 from tests.faults.messages import Messages
 from tests.faults.proxy import Proxy
+from tests.faults.syscalls import kill_at_syscall
 from tests.faults.system import ROOT, Instance, System
 from tests.faults.tills import DAY_US, HOUR_US, Tills
 
 EXCHANGE, QUEUE = "purchases", "purchases.created"
 STEP_TIMEOUT_S = 12.0  # for an armed step to be reached
-RARE = {"in_partition", "after_partition", "alone"}  # steps that are reached once at best
-SYSCALLS = "sendto,sendmsg,write,writev"
+RARE = {"in_partition", "after_partition", "again", "alone"}  # steps that are reached once at best
+# Some steps are reached only after deaths with the same messages: delivered again, they are tried together; delivered
+# once more, each alone. All that is none of their fault, and must not count as such.
+DEATHS_BEFORE = {"again": ["after_apply"], "alone": ["after_apply", "again"]}
 SYSCALLS_MAX = 60  # one full sale makes fewer of them in any process
 READY_TIMEOUT_S = 60.0
 
@@ -56,6 +57,7 @@ class Faults:
             "rabbitmq.restart": self._rabbitmq_restart,
             "rabbitmq.blocked": self._rabbitmq_blocked,
             "rabbitmq.unbound": self._rabbitmq_unbound,
+            "rabbitmq.swallowed": self._rabbitmq_swallowed,
             "line.cut": self._line_cut,
             "line.deaf": self._line_deaf,
             "line.slow": self._line_slow,
@@ -102,27 +104,33 @@ class Faults:
 
     def _at_step(self, service: str, step: str) -> Callable[[random.Random], bool]:
         def fault(chance: random.Random) -> bool:
-            """kill -9 when the step is reached for the n-th time; the keeper's, in whichever process keeps."""
+            """kill -9 when the step is reached for the n-th time; where one copy may idle, in whichever comes first."""
             instances = self._system.of(service)
-            if not step.startswith("keeper"):
+            if service == "purchases" or step == "after_decode":
                 instances = [chance.choice(instances)]
-            count = 1 if step in RARE else chance.choice([1, 1, 2, 3, 5, 8])
-            with ExitStack() as locks:
-                for instance in instances:
-                    locks.enter_context(instance.lock)
-                    if not wait_until(lambda instance=instance: instance.ready, READY_TIMEOUT_S):  # type: ignore[misc]
-                        return False
-                    self._arm(instance, f"{service}.{step}:{count}")
-                    instance.not_before = time.monotonic() + STEP_TIMEOUT_S
+            return self._die(instances, service, [*DEATHS_BEFORE.get(step, []), step], chance)
+
+        return fault
+
+    def _die(self, instances: list[Instance], service: str, steps: list[str], chance: random.Random) -> bool:
+        """One of the processes dies at the first step, one at the next, and so on."""
+        with ExitStack() as locks:
+            for instance in instances:
+                locks.enter_context(instance.lock)
+            for step in steps:
+                if not wait_until(lambda: all(instance.ready for instance in instances), READY_TIMEOUT_S):
+                    return False
                 if step.endswith("_partition"):
                     self._sell_in_a_new_month()
+                count = 1 if step in RARE else chance.choice([1, 1, 2, 3, 5, 8])
+                for instance in instances:
+                    self._arm(instance, f"{service}.{step}:{count}")
                 hit = wait_until(lambda: not all(instance.arming.exists() for instance in instances), STEP_TIMEOUT_S)
                 for instance in instances:
                     instance.arming.unlink(missing_ok=True)
-                    instance.not_before = time.monotonic() + chance.uniform(0, 1.5)
-                return all(self._back(instance) for instance in instances) and hit
-
-        return fault
+                if not hit:
+                    return False
+            return all(self._back(instance) for instance in instances)
 
     def _sell_in_a_new_month(self) -> None:
         """Some tills' clocks have gone back to a month that nobody has sold anything in."""
@@ -263,6 +271,17 @@ class Faults:
                 channel.queue_bind(QUEUE, EXCHANGE, QUEUE)
             return True
 
+    def _rabbitmq_swallowed(self, chance: random.Random) -> bool:
+        """What relays send gets lost on its way, and so do the broker's answers; then the connections break."""
+        lines = [self._system.proxies[f"{relay.name}>rabbitmq"] for relay in self._system.of("relay")]
+        for line in lines:
+            line.deafen()
+        self._system.pause(chance.choice([0.1, 0.5, 2, 5]) * chance.uniform(0.8, 1))
+        for line in lines:
+            line.cut()
+            line.heal()
+        return True
+
     def _message_bad(self, chance: random.Random) -> bool:
         with self._system.rabbitmq_lock:
             return self._messages.publish_bad(chance)
@@ -332,7 +351,6 @@ class Faults:
         age_us = (keep_months + 1) * 2629746 * 1_000_000 + 15 * DAY_US  # the mean month has that many seconds
         ages_us.append(age_us)
         self._system.pause(chance.uniform(1, 3))
-        self._ledger.write("dropping", keep_months=keep_months)
         done = subprocess.run(
             [sys.executable, "-m", "purchases_svc", "partitions", "--drop"],
             env={**service.environ, "PURCHASES_RETENTION_MONTHS": str(keep_months)},
@@ -346,24 +364,8 @@ class Faults:
         ages_us.remove(age_us)
         if done.returncode:
             raise StackError(done.stdout + done.stderr)
+        with self._system.database("purchases") as connection:
+            row = connection.execute("SELECT extract(epoch FROM dropped_before)::bigint FROM chain_settings").fetchone()
+        assert row is not None
+        self._ledger.write("dropped", before_us=int(str(row[0])) * 1_000_000)
         return True
-
-
-def kill_at_syscall(instance: Instance, n: int, within_s: float) -> bool:
-    """Whether the process died at its n-th send or write, counted by thread; it lives on where it made fewer."""
-    if shutil.which("strace") is None:
-        raise StackError("strace is not installed: apt-get install strace")
-    assert instance.process is not None
-    process = instance.process
-    tracer = subprocess.Popen(
-        ["strace", "-f", "-qq", "-o", "/dev/null", "-p", str(process.pid), "-e", f"trace={SYSCALLS}",
-         "-e", f"inject={SYSCALLS}:signal=SIGKILL:when={n}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        return wait_until(lambda: process.poll() is not None, within_s)
-    finally:
-        tracer.terminate()
-        tracer.wait(10)

@@ -6,8 +6,8 @@
     refused  with the reason; it must not be stored
     wrong    an answer that no till should ever get
 
-and beside them: `poison` (a message that must end in quarantine, published by the rig), `dropped` (retention was let
-loose), `fault`, `finding`.
+and beside them: `poison_sent` and `poison` (a bad message, before it is published and when the broker has it),
+`dropped` (the months that retention has dropped by now), `fault`, `missed`, `mended`.
 """
 
 import json

@@ -49,6 +49,8 @@ class Options(NamedTuple):
     rate: float = 60.0  # sales a second
     long_s: float = 12.0  # of faults that outlast timeouts
     gap_s: float = 1.5  # between the beginnings of two faults, on average
+    quiet_s: float = QUIET_WITHIN_S
+    in_order: bool = False  # the kinds as they are given, instead of shuffled
 
 
 @dataclass
@@ -136,7 +138,8 @@ class Run:
         dealer, number = random.Random(f"{self._options.seed}/faults"), 0
         while True:
             kinds = self.kinds
-            dealer.shuffle(kinds)
+            if not self._options.in_order:
+                dealer.shuffle(kinds)
             for kind in kinds:
                 number += 1
                 yield number, kind, random.Random(f"{self._options.seed}/fault/{number}")
@@ -157,7 +160,7 @@ class Run:
         try:
             self._break_things(faults)
             self._heal()
-            if not self._tills.finish(QUIET_WITHIN_S):
+            if not self._tills.finish(self._options.quiet_s):
                 self.result.findings.add(NOT_QUIET, "tills still have no answer, though everything is well again")
         finally:
             self._tills.close()
@@ -227,11 +230,13 @@ class Run:
 
     def _await_quiet(self, since: float) -> None:
         """No work is left anywhere, soon enough, and the system says so itself."""
-        if not wait_until(self._quiet, QUIET_WITHIN_S):
-            self.result.findings.add(NOT_QUIET, f"{QUIET_WITHIN_S:.0f} s after everything is well: {self._left()}")
-        elif not wait_until(lambda: self._complete_through() > since, QUIET_WITHIN_S):
+        if not wait_until(self._quiet, self._options.quiet_s):
+            self.result.findings.add(
+                NOT_QUIET, f"{self._options.quiet_s:.0f} s after everything is well: {self._left()}"
+            )
+        elif not wait_until(lambda: self._complete_through() > since, self._options.quiet_s):
             why = f"complete_through_time is {since - self._complete_through():.1f} s before the last sale's answer"
-            self.result.findings.add(NOT_QUIET, f"{QUIET_WITHIN_S:.0f} s after everything is well, {why}")
+            self.result.findings.add(NOT_QUIET, f"{self._options.quiet_s:.0f} s after everything is well, {why}")
 
     def _complete_through(self) -> float:
         return self.sampler.newest.timestamp() if self.sampler.newest else 0.0
@@ -255,13 +260,19 @@ class Run:
         return not any(self._left().values())
 
     def _check(self) -> None:
-        with (
-            psycopg.connect(self._system.url("purchases")) as purchases,
-            psycopg.connect(self._system.url("analytics")) as analytics,
-        ):
-            checker = Checker(self.ledger.path, purchases, analytics, TIME_ZONE, self.result.findings)
-            checker.check()
-            self.result.unchecked = unchecked_tables(analytics)
-        (server,) = self._system.of("analytics")
-        check_answers(server.address, checker.counted, self.result.findings)
+        self.result.unchecked = check(self._system, self.ledger, self.result.findings)
         self._count()
+
+
+def check(system: System, ledger: Ledger, findings: Findings) -> set[str]:
+    """Count everything; returns the tables that the checker does not know."""
+    with (
+        psycopg.connect(system.url("purchases")) as purchases,
+        psycopg.connect(system.url("analytics")) as analytics,
+    ):
+        checker = Checker(ledger.path, purchases, analytics, TIME_ZONE, findings)
+        checker.check()
+        unchecked = unchecked_tables(analytics)
+    (server,) = system.of("analytics")
+    check_answers(server.address, checker.counted, findings)
+    return unchecked

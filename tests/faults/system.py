@@ -5,6 +5,7 @@ stack: ports, data and processes are this run's own, below `.local/faults`, and 
 """
 
 import fcntl
+import importlib
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,8 +103,8 @@ class Instance:
 class System:
     """See the module. Use it as `with running(...) as system`."""
 
-    def __init__(self, directory: Path, planted: str | None) -> None:
-        self.directory, self._planted = directory, planted
+    def __init__(self, directory: Path, planted: str | None, copies: Mapping[str, int]) -> None:
+        self.directory, self._planted, self._copies = directory, planted, copies
         for name in ("log", "armed"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         log = directory / "log"
@@ -150,6 +151,11 @@ class System:
             self.postgres.ensure_login(database.owner, creates_roles=True)
             self.postgres.ensure_database(database.name, database.owner)
             self._migrate(database.setting, self.postgres.url(database.name, database.owner), database.migrate)
+        if self._planted:
+            prepare = getattr(importlib.import_module(f"tests.faults.planted.{self._planted}"), "prepare", None)
+            with self.database("purchases") as purchases, self.database("analytics") as analytics:
+                if prepare is not None:
+                    prepare(purchases, analytics)
         for service in SERVICES:
             self.postgres.ensure_login(service.login, member_of=service.role)
         self.rabbitmq.wait()
@@ -174,7 +180,7 @@ class System:
 
     def _make_instances(self) -> None:
         services = {service.name: service for service in SERVICES}
-        names = [(name, number) for name, copies in COPIES.items() for number in range(1, copies + 1)]
+        names = [(name, number) for name, copies in self._copies.items() for number in range(1, copies + 1)]
         ports = {f"{name}-{number}": pick_port() for name, number in names}
         for name, number in names:
             service, own = services[name], f"{name}-{number}"
@@ -184,7 +190,7 @@ class System:
                 f"{name.upper()}_METRICS_LISTEN": f"127.0.0.1:{pick_port()}",
             }
             for called in service.calls:  # the first copy calls the first, the second the second
-                callee = f"{called}-{min(number, COPIES[called])}"
+                callee = f"{called}-{min(number, self._copies[called])}"
                 proxy = self._proxy(own, callee, ("127.0.0.1", ports[callee]))
                 settings[f"{called.upper()}_TARGET"] = proxy.address
             urls = {
@@ -311,7 +317,9 @@ def _clean_environ() -> dict[str, str]:
 
 
 @contextmanager
-def running(say: Callable[[str], None], planted: str | None = None) -> Iterator[System]:
+def running(
+    say: Callable[[str], None], planted: str | None = None, copies: Mapping[str, int] = COPIES
+) -> Iterator[System]:
     """The system from its start to its end; with `system.keep`, logs and ledger stay behind."""
     HOME.mkdir(parents=True, exist_ok=True)
     _clean_up_after_the_dead()
@@ -320,7 +328,7 @@ def running(say: Callable[[str], None], planted: str | None = None) -> Iterator[
     with ExitStack() as stack:
         lock = stack.enter_context((directory / "lock").open("w"))
         machine.try_lock(lock.fileno(), fcntl.LOCK_EX)
-        system = System(directory, planted)
+        system = System(directory, planted, copies)
         stack.callback(_throw_away, system)
         stack.callback(system.close)
         system.start(say)

@@ -17,7 +17,18 @@ MOST_S = 240
 @pytest.mark.timeout(MOST_S + 30)
 def test_nothing_is_lost_under_fire(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "tests.faults", "--faults", str(FAULTS), "--seed", str(SEED), "--long", "8"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults",
+        "--faults",
+        str(FAULTS),
+        "--seed",
+        str(SEED),
+        "--long",
+        "8",
+        "--prove",
+    ]
     done = subprocess.run(
         [*command, "--report", str(report)],
         cwd=ROOT,

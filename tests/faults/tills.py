@@ -164,7 +164,7 @@ class Till:
     def act(self) -> int:
         """One thing that a till does; how many sales it was."""
         acts: list[tuple[float, Callable[[], int]]] = [
-            (70, self._sell),
+            (70, self.sell),
             (7, self._upload),
             (5, self._repeat),
             (5, self._twins),
@@ -179,7 +179,7 @@ class Till:
 
     # --- what tills do ---
 
-    def _sell(self) -> int:
+    def sell(self) -> int:
         self._deliver(self._sale())
         return 1
 

@@ -1,0 +1,17 @@
+"""The relay's cursor passes over transactions that were still in progress when it looked."""
+
+from typing import Any
+
+from tests.faults.planted import replace
+
+FAULTS = ("till.clock",) * 6
+CAUGHT_AS = {"not_quiet", "lost"}
+
+
+def plant() -> None:
+    from relay_svc import outbox
+
+    def everything_in(snapshot: str) -> Any:
+        return original(snapshot)._replace(in_progress=())
+
+    original = replace(outbox, "_everything_in", everything_in)
