@@ -94,7 +94,7 @@ def read_ledger(path: Path) -> Told:
             case "poison":
                 told.poison[line["sha256"]] = True
             case "wrong":
-                told.wrong.append(f"sale {line['number']}: {line['why']}")
+                told.wrong.append(f"sale {line['number']}: {line['why']}" if line["number"] else line["why"])
     return told
 
 

@@ -53,17 +53,26 @@ STEPS: dict[str, dict[str, Step]] = {
         "after_commit": Step("analytics_svc.settling", "Settler.settle", "after"),
         "again": Step("analytics_svc.settling", "Settler.settle_again", "during"),
         "alone": Step("analytics_svc.settling", "Settler._settle_alone", "during"),
+        "rebuild_count": Step("analytics_svc.rebuild", "_count_apart", "after"),
+        "rebuild_write": Step("analytics_svc.repair", "replace_day", "before"),
+        "rebuild_written": Step("analytics_svc.repair", "replace_day", "after"),
         "keeper_list": Step("analytics_svc.keeper", "Keeper._list", "during"),
         "keeper_store": Step("analytics_svc.keeper", "store", "before"),
         "keeper_stored": Step("analytics_svc.keeper", "store", "after"),
     },
     "analytics": {},
+    "rebuild": {
+        "after_count": Step("analytics_svc.rebuild", "_count_apart", "after"),
+        "before_write": Step("analytics_svc.repair", "replace_all", "before"),
+        "after_write": Step("analytics_svc.repair", "replace_all", "after"),
+    },
 }
 PROCESSES = {
     ("purchases_svc", "serve"): "purchases",
     ("relay_svc", "serve"): "relay",
     ("analytics_svc", "consume"): "consumer",
     ("analytics_svc", "serve"): "analytics",
+    ("analytics_svc", "rebuild"): "rebuild",
 }
 
 

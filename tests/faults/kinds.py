@@ -19,6 +19,7 @@ from tests.faults.crashing import STEPS
 from tests.faults.ledger import Ledger
 from tests.faults.messages import Messages
 from tests.faults.proxy import Proxy
+from tests.faults.repairs import Repairs
 from tests.faults.syscalls import kill_at_syscall
 from tests.faults.system import ROOT, Instance, System
 from tests.faults.tills import DAY_US, HOUR_US, Tills
@@ -34,19 +35,33 @@ READY_TIMEOUT_S = 60.0
 
 
 class Faults:
-    """All kinds, by name. `long_s` is how long a process is stopped, or a line deaf: longer than every timeout."""
+    """All kinds, by name.
 
-    def __init__(self, system: System, tills: Callable[[], Tills], ledger: Ledger, messages: Messages, long_s: float):
+    `long_s` is how long a process is stopped, or a line deaf: longer than every timeout. `months` is how far back sales
+    go: retention comes from that end, the need for new partitions from this one.
+    """
+
+    def __init__(
+        self, system: System, tills: Callable[[], Tills], ledger: Ledger, messages: Messages, long_s: float, months: int
+    ):
         self._system, self._tills, self._ledger, self._messages = system, tills, ledger, messages
         self._long_s = long_s
-        self._keep_months = 300  # retention goes forward: each time it closes one month more
+        self._keep_months = months  # retention goes forward: each time it closes one month more
         self._new_month = 2  # months ago: there is no partition before it
         self._months_lock = threading.Lock()
+        self._repairs = Repairs(system, ledger)
         self.kinds: Mapping[str, Callable[[random.Random], bool]] = {
             "kill": self._kill,
             "drain.kill": self._drain,
             "stop": self._stop,
-            **{f"{service}.{step}": self._at_step(service, step) for service, steps in STEPS.items() for step in steps},
+            **{
+                f"{service}.{step}": self._at_step(service, step)
+                for service in ("purchases", "relay", "consumer")
+                for step in STEPS[service]
+            },
+            **{f"rebuild.{step}": self._rebuild_dies(step) for step in STEPS["rebuild"]},
+            "rebuild.everything": self._rebuild,
+            "rebuild.day": self._rebuild_day,
             **{f"syscall.{service}": self._at_syscall(service) for service in ("purchases", "relay", "consumer")},
             "postgres.backend_terminated": self._backend_terminated,
             "postgres.backend_killed": self._backend_killed,
@@ -106,7 +121,7 @@ class Faults:
         def fault(chance: random.Random) -> bool:
             """kill -9 when the step is reached for the n-th time; where one copy may idle, in whichever comes first."""
             instances = self._system.of(service)
-            if service == "purchases" or step == "after_decode":
+            if service == "purchases" or step == "after_decode" or step.startswith("rebuild"):
                 instances = [chance.choice(instances)]
             return self._die(instances, service, [*DEATHS_BEFORE.get(step, []), step], chance)
 
@@ -122,6 +137,8 @@ class Faults:
                     return False
                 if step.endswith("_partition"):
                     self._sell_in_a_new_month()
+                if step.startswith("rebuild"):
+                    self._repairs.begin_day(instances[0], chance)
                 count = 1 if step in RARE else chance.choice([1, 1, 2, 3, 5, 8])
                 for instance in instances:
                     self._arm(instance, f"{service}.{step}:{count}")
@@ -289,6 +306,25 @@ class Faults:
     def _message_again(self, chance: random.Random) -> bool:
         with self._system.rabbitmq_lock:
             return self._messages.publish_again(chance)
+
+    # --- repairs ---
+
+    def _rebuild_day(self, chance: random.Random) -> bool:
+        """A day is rebuilt while sales of it come in: nothing was wrong with it, so nothing may be repaired."""
+        return self._repairs.day(self._instance(chance, "consumer"), chance)
+
+    def _rebuild(self, chance: random.Random) -> bool:
+        """Everything is rebuilt while sales come in: no row was wrong."""
+        return self._repairs.everything(self._instance(chance, "consumer")) == 0
+
+    def _rebuild_dies(self, step: str) -> Callable[[random.Random], bool]:
+        def fault(chance: random.Random) -> bool:
+            """A rebuild of everything dies by kill -9 at the step: nothing has changed, nobody is in the way."""
+            count = chance.choice([1, 2, 5]) if step == "after_count" else 1
+            died = self._repairs.everything(self._instance(chance, "consumer"), f"rebuild.{step}:{count}")
+            return died == -signal.SIGKILL
+
+        return fault
 
     # --- lines ---
 

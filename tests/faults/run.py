@@ -102,7 +102,9 @@ class Run:
         self._numbers = Numbers()
         self._tills: Tills | None = None
         messages = Messages(system, self.ledger)
-        self._faults = Faults(system, lambda: self._tills, self.ledger, messages, options.long_s)  # type: ignore[arg-type,return-value] # there are tills while there are faults
+        self._faults = Faults(
+            system, self._present_tills, self.ledger, messages, options.long_s, _months(options.faults)
+        )
         unknown = set(options.kinds) - self._faults.kinds.keys()
         if unknown:
             raise StackError(f"no such kinds of faults: {', '.join(sorted(unknown))}")
@@ -110,6 +112,10 @@ class Run:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self.sampler = Sampler(system.url("analytics"), self.ledger, self.result.findings)
+
+    def _present_tills(self) -> Tills:
+        assert self._tills is not None  # there are tills while there are faults
+        return self._tills
 
     @property
     def kinds(self) -> list[str]:
@@ -262,6 +268,11 @@ class Run:
     def _check(self) -> None:
         self.result.unchecked = check(self._system, self.ledger, self.result.findings)
         self._count()
+
+
+def _months(faults: int) -> int:
+    """Enough for one in fourteen faults to use up one, and not before the year 2000."""
+    return min(30 + faults // 8, 300)
 
 
 def check(system: System, ledger: Ledger, findings: Findings) -> set[str]:

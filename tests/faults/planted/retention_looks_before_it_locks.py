@@ -5,7 +5,7 @@ from typing import Any
 
 from tests.faults.planted import replace
 
-FAULTS = ("retention",) * 6
+FAULTS = ("retention",) * 8
 CAUGHT_AS = {"lost", "leftover"}
 
 
@@ -32,7 +32,7 @@ def plant() -> None:
     from relay_svc import outbox
 
     async def claim(*arguments: Any) -> Any:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.15)
         return await original(*arguments)
 
     original = replace(outbox, "claim", claim)

@@ -1,0 +1,68 @@
+"""Rebuilds of read models that are right: they must find nothing to repair, whatever happens meanwhile."""
+
+import datetime
+import random
+import re
+import subprocess
+import sys
+import threading
+from zoneinfo import ZoneInfo
+
+import grpc
+from google.type import date_pb2
+
+from retail.analytics.v1.audit_service_pb2 import RebuildDayRequest
+from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub
+from tests.faults.ledger import Ledger
+from tests.faults.system import ROOT, TIME_ZONE, Instance, System
+
+DAY_TIMEOUT_S = 30.0
+EVERYTHING_TIMEOUT_S = 120.0
+DAYS_BACK = 5  # sales are sold on these days, too
+
+
+class Repairs:
+    """What a rebuild says of rows that were wrong goes into the ledger: there are none."""
+
+    def __init__(self, system: System, ledger: Ledger) -> None:
+        self._system, self._ledger = system, ledger
+
+    def day(self, consumer: Instance, chance: random.Random) -> bool:
+        """Rebuild one of the last days; whether it was done."""
+        today = datetime.datetime.now(ZoneInfo(TIME_ZONE)).date()
+        day = today - datetime.timedelta(days=chance.randrange(DAYS_BACK))
+        request = RebuildDayRequest(sales_date=date_pb2.Date(year=day.year, month=day.month, day=day.day))
+        with grpc.insecure_channel(consumer.address) as channel:
+            try:
+                done = AuditServiceStub(channel).RebuildDay(request, timeout=DAY_TIMEOUT_S)
+            except grpc.RpcError as error:
+                if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+                    self._ledger.write("wrong", number=0, why=f"RebuildDay: {error.code().name} {error.details()}")
+                return False
+        if done.repaired_row_count or done.foreign_event_count:
+            why = f"RebuildDay of {day} repaired {done.repaired_row_count} rows, and found foreign events"
+            self._ledger.write("wrong", number=0, why=f"{why}: {done.foreign_event_count}")
+        return True
+
+    def begin_day(self, consumer: Instance, chance: random.Random) -> None:
+        """Have a day rebuilt, and do not wait for it."""
+        chance = random.Random(chance.random())
+        threading.Thread(target=self.day, args=[consumer, chance], daemon=True).start()
+
+    def everything(self, like: Instance, fault: str = "") -> int:
+        """Rebuild all days that are complete, as an operator would; the exit code, negative for a signal."""
+        environ = {name: value for name, value in like.environ.items() if name != "FAULT_FILE"}
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.faults.crashing", "analytics_svc", "rebuild", "--days-only"],
+            env=environ | ({"FAULT": fault} if fault else {}),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=EVERYTHING_TIMEOUT_S,
+            check=False,
+        )
+        wrong = re.search(r"([\d,]+) rows were wrong", done.stdout)
+        if (wrong and wrong.group(1) != "0") or "nobody recorded" in done.stdout:
+            self._ledger.write("wrong", number=0, why=f"a rebuild of everything says: {done.stdout}")
+        self._ledger.write("rebuild", code=done.returncode, said=(done.stdout + done.stderr)[-2000:])
+        return done.returncode
