@@ -80,30 +80,36 @@ class Trigger:
     """Which step is armed, and how often it still has to be reached."""
 
     def __init__(self, file: str | None, armed: str | None) -> None:
-        self._file = file
-        self._armed, self._left = self._parse(armed) if armed else ("", 0)
+        self._file = Path(file) if file else None
+        self._text = ""
+        self._step, self._left = "", 0
+        if armed:
+            self._arm(armed)
 
     def reached(self, step: str) -> None:
-        if self._file and not self._armed:
+        if self._file:  # read each time: it may have been disarmed, or armed anew
             try:
-                self._armed, self._left = self._parse(Path(self._file).read_text())
+                text = self._file.read_text()
             except FileNotFoundError:
-                return
-        if step == self._armed:
+                text = ""
+            if text != self._text:
+                self._arm(text)
+        if step == self._step:
             self._left -= 1
             if self._left <= 0:
                 self._die(step)
 
+    def _arm(self, text: str) -> None:
+        """`service.step:count`; empty: nothing is armed."""
+        self._text = text
+        step, _, count = text.strip().partition(":")
+        self._step, self._left = step.partition(".")[2], int(count or 1)
+
     def _die(self, step: str) -> None:
         if self._file:
-            Path(self._file).unlink(missing_ok=True)  # gone means that it happened; the next process lives
+            self._file.unlink(missing_ok=True)  # gone means that it happened; the next process lives
         print(f'{{"crashing": "{step}"}}', flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-
-    @staticmethod
-    def _parse(text: str) -> tuple[str, int]:
-        step, _, count = text.strip().partition(":")
-        return step.partition(".")[2], int(count or 1)
 
 
 def wrap(name: str, step: Step, trigger: Trigger) -> None:

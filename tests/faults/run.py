@@ -272,7 +272,7 @@ class Run:
 
 def _months(faults: int) -> int:
     """Enough for one in fourteen faults to use up one, and not before the year 2000."""
-    return min(30 + faults // 8, 300)
+    return min(6 + faults // 8, 300)
 
 
 def check(system: System, ledger: Ledger, findings: Findings) -> set[str]:
