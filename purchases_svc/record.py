@@ -18,7 +18,7 @@ from psycopg_pool import PoolTimeout
 from uuid_utils import uuid7
 
 from chassis.errors import Overloaded, ServiceError, TransactionConflict
-from chassis.postgres import UNAVAILABLE, Connection, Pool
+from chassis.postgres import Connection, Pool
 from purchases_svc import stored
 from purchases_svc.backlog import Backlog
 from purchases_svc.errors import (
@@ -159,7 +159,7 @@ class Recorder:
         try:
             async with self._pool.connection() as connection:
                 holders = await stored.by_keys(connection, [sale.idempotency_key for sale in sales])
-        except UNAVAILABLE as error:
+        except (psycopg.Error, PoolTimeout) as error:
             return [error] * len(sales)
         return [
             _replay(sale, holders[sale.idempotency_key])
