@@ -4,6 +4,7 @@ The publisher owns the exchange; the queue and its binding are made here. The on
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from pika.channel import Channel
 from pika.exceptions import AMQPError
 from prometheus_client import Counter, Histogram
 
+from analytics_svc.events import uuid7_time
 from analytics_svc.health import Health
 from analytics_svc.messages import Message
 from analytics_svc.settling import Case, Settler
@@ -33,6 +35,11 @@ REDELIVERED_MAX = 50  # tried together: few enough to be tried alone when a proc
 CLOSE_TIMEOUT_S = 5.0  # for the broker to confirm the end of a connection, and with it the last acknowledgements
 
 REDELIVERED = Counter("analytics_redeliveries_total", "Deliveries of messages that were delivered before.")
+AGE_SECONDS = Histogram(
+    "analytics_event_age_seconds",
+    "Time from the recording of a batch's first event to its being counted.",
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3_600, 86_400),
+)
 BATCH_SECONDS = Histogram("analytics_batch_seconds", "Time to settle a batch, retries included.")
 BATCH_EVENTS = Histogram("analytics_batch_events", "Deliveries in a batch.", buckets=(1, 3, 10, 30, 100, 300, 1_000))
 
@@ -206,6 +213,8 @@ class Consumer:
                 if await wait_set(inbox.closed, backoff.next_s()):
                     return False
         BATCH_EVENTS.observe(len(batch))
+        if (recorded_at := uuid7_time(batch[0].message.properties.get("message_id"))) is not None:
+            AGE_SECONDS.observe(max(time.time() - recorded_at, 0.0))
         inbox.settled(batch)
         if trouble:
             log.info("batches are applied again")

@@ -89,6 +89,12 @@ def message_event_id(message_id: object) -> str | None:
     return message_id.lower() if isinstance(message_id, str) and _UUID.fullmatch(message_id) else None
 
 
+def uuid7_time(message_id: object) -> float | None:
+    """When an event was recorded, in seconds since 1970, by an id of ours; None for any other."""
+    event_id = message_event_id(message_id)
+    return int(event_id[:8] + event_id[9:13], 16) / 1_000 if event_id and event_id[14] == "7" else None
+
+
 def _purchase(event_id: str, purchase: Any, zone: ZoneInfo) -> PurchaseCreated:
     if type(purchase) is not dict:
         _wrong("purchase", "must be an object", purchase)

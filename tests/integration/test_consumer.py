@@ -297,6 +297,19 @@ async def test_database_outage(analytics_db: str, postgres_url: str, amqp_url: s
     assert depth(channel) == 0
 
 
+@pytest.mark.usefixtures("channel")
+async def test_database_lost_while_nothing_arrives(analytics_db: str, postgres_url: str, amqp_url: str) -> None:
+    """Health turns though there is nothing to apply, and turns back by itself."""
+    name = urlsplit(analytics_db).path[1:]
+    async with consuming(analytics_db, amqp_url) as health:
+        with psycopg.connect(postgres_url, autocommit=True) as admin:
+            admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false'.encode())
+            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+            await eventually(lambda: is_not_serving(health), "it does not serve", within_s=40)
+            admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true'.encode())
+        await eventually(lambda: is_serving(health), "it serves again", within_s=40)
+
+
 async def is_not_serving(channel: grpc.aio.Channel) -> bool:
     """Whether it says so, as opposed to saying nothing."""
     try:

@@ -13,14 +13,18 @@ import grpc
 import psycopg
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
+from prometheus_client import REGISTRY
 
 import purchases_svc.__main__ as purchases
 from analytics_svc.commands import quarantine
+from analytics_svc.health import Health
 from analytics_svc.settings import ConsumerClientSettings
+from analytics_svc.upkeep import Upkeep
 from purchases_svc.settings import ServeSettings
 from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from tests.conftest import pool
 from tests.integration.conftest import free_address, running
 from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts, publish, serving, start
 from tests.integration.purchase_events import expected, query, read_models, sold, some_sales
@@ -79,6 +83,26 @@ async def test_list_the_oldest_first(stub: Any, analytics_db: str) -> None:
     )
     assert [len(page) for page in await listed(stub, page_size=23)] == [23]
     assert await listed(stub, reason="NOTHING") == [[]]
+
+
+async def test_metrics_tell_the_reasons(analytics_db: str) -> None:
+    """How many events are there and why; a reason that is gone disappears."""
+
+    async def ignore(_serving: bool) -> None: ...
+
+    def shown(reason: str) -> float | None:
+        return REGISTRY.get_sample_value("analytics_quarantined_events", {"reason": reason})
+
+    async with pool(analytics_db, "analytics_consumer") as opened:
+        upkeep = Upkeep(opened, Health(ignore, set()), 0)
+        gone = put(analytics_db, reason="TOO_LARGE")
+        put(analytics_db, b"1")
+        put(analytics_db, b"2")
+        await upkeep.run_once()
+        assert (shown("UNDECODABLE"), shown("TOO_LARGE")) == (2, 1)
+        query(analytics_db, f"DELETE FROM quarantined_events WHERE quarantine_id = '{gone}'")
+        await upkeep.run_once()
+        assert (shown("UNDECODABLE"), shown("TOO_LARGE")) == (2, None)
 
 
 async def test_pages_of_large_bodies_are_short(stub: Any, analytics_db: str) -> None:

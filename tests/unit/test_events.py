@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analytics_svc.errors import Rejected
-from analytics_svc.events import BODY_BYTES_MAX, Item, PurchaseCreated, decode
+from analytics_svc.events import BODY_BYTES_MAX, Item, PurchaseCreated, decode, uuid7_time
 
 GOLDEN = (Path(__file__).parent.parent.parent / "proto" / "events" / "purchase_created.v1.example.json").read_bytes()
 EVENT_ID = "019b92cd-80a0-7c3e-8f5a-2b6d1c0e4f77"
@@ -389,3 +389,10 @@ def test_no_value_breaks_the_decoder(path: tuple[Any, ...], value: Any) -> None:
     else:
         detail = ""
     assert all(character.isprintable() for character in detail)
+
+
+def test_time_of_our_ids() -> None:
+    """An id of ours tells when the sale was recorded; others tell nothing."""
+    assert uuid7_time("019B92CD-80A0-7c3e-8f5a-2b6d1c0e4f77") == 0x019B92CD80A0 / 1_000
+    for other in ("4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f", "019b92cd", "", None, 7, b"x"):
+        assert uuid7_time(other) is None
