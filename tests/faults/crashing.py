@@ -51,7 +51,7 @@ STEPS: dict[str, dict[str, Step]] = {
         "after_decode": Step("analytics_svc.events", "decode", "after"),
         "after_apply": Step("analytics_svc.settling", "apply", "after"),
         "after_commit": Step("analytics_svc.settling", "Settler.settle", "after"),
-        "again": Step("analytics_svc.settling", "Settler.settle_again", "during"),
+        "again": Step("analytics_svc.trials", "begin", "after"),
         "alone": Step("analytics_svc.settling", "Settler._settle_alone", "during"),
         "rebuild_count": Step("analytics_svc.rebuild", "_count_apart", "after"),
         "rebuild_write": Step("analytics_svc.repair", "replace_day", "before"),

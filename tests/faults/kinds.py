@@ -26,10 +26,7 @@ from tests.faults.tills import DAY_US, HOUR_US, Tills
 
 EXCHANGE, QUEUE = "purchases", "purchases.created"
 STEP_TIMEOUT_S = 12.0  # for an armed step to be reached
-RARE = {"in_partition", "after_partition", "again", "alone"}  # steps that are reached once at best
-# Some steps are reached only after deaths with the same messages: delivered again, they are tried together; delivered
-# once more, each alone. All that is none of their fault, and must not count as such.
-DEATHS_BEFORE = {"again": ["after_apply"], "alone": ["after_apply", "again"]}
+RARE = {"in_partition", "after_partition", "rebuild_count", "rebuild_write", "rebuild_written"}  # once at best
 SYSCALLS_MAX = 60  # one full sale makes fewer of them in any process
 READY_TIMEOUT_S = 60.0
 
@@ -121,33 +118,53 @@ class Faults:
         def fault(chance: random.Random) -> bool:
             """kill -9 when the step is reached for the n-th time; where one copy may idle, in whichever comes first."""
             instances = self._system.of(service)
+            if step in ("again", "alone"):
+                return self._die_again(instances, alone=step == "alone")
             if service == "purchases" or step == "after_decode" or step.startswith("rebuild"):
                 instances = [chance.choice(instances)]
-            return self._die(instances, service, [*DEATHS_BEFORE.get(step, []), step], chance)
+            return self._die(instances, service, step, chance)
 
         return fault
 
-    def _die(self, instances: list[Instance], service: str, steps: list[str], chance: random.Random) -> bool:
-        """One of the processes dies at the first step, one at the next, and so on."""
+    def _die(self, instances: list[Instance], service: str, step: str, chance: random.Random) -> bool:
+        """One of the processes dies when it comes to the step."""
         with ExitStack() as locks:
             for instance in instances:
                 locks.enter_context(instance.lock)
-            for step in steps:
-                if not wait_until(lambda: all(instance.ready for instance in instances), READY_TIMEOUT_S):
-                    return False
-                if step.endswith("_partition"):
-                    self._sell_in_a_new_month()
-                if step.startswith("rebuild"):
-                    self._repairs.begin_day(instances[0], chance)
-                count = 1 if step in RARE else chance.choice([1, 1, 2, 3, 5, 8])
-                for instance in instances:
-                    self._arm(instance, f"{service}.{step}:{count}")
-                hit = wait_until(lambda: not all(instance.arming.exists() for instance in instances), STEP_TIMEOUT_S)
-                for instance in instances:
-                    instance.arming.unlink(missing_ok=True)
-                if not hit:
-                    return False
-            return all(self._back(instance) for instance in instances)
+            if not wait_until(lambda: all(instance.ready for instance in instances), READY_TIMEOUT_S):
+                return False
+            count = 1 if step in RARE else chance.choice([1, 1, 2, 3, 5, 8])
+            for instance in instances:
+                self._arm(instance, f"{service}.{step}:{count}")
+            if step.endswith("_partition"):
+                self._sell_in_a_new_month()
+            if step.startswith("rebuild"):
+                self._repairs.begin_day(instances[0], chance)
+            hit = self._disarmed(instances, any)
+            return all(self._back(instance) for instance in instances) and hit
+
+    def _die_again(self, consumers: list[Instance], *, alone: bool) -> bool:
+        """The same messages see a consumer die that counts them, another that tries them again, and one that tries one
+        of them alone. All that is none of their fault, and must not count as such."""
+        first, second = consumers
+        with first.lock, second.lock:
+            if not wait_until(lambda: first.ready and second.ready, READY_TIMEOUT_S):
+                return False
+            self._arm(second, "consumer.again:1")
+            self._arm(first, "consumer.after_apply:1")
+            hit = self._disarmed(consumers, all)
+            if hit and alone:
+                for consumer in consumers:
+                    self._arm(consumer, "consumer.alone:1")
+                hit = self._disarmed(consumers, any)
+            return self._back(first) and self._back(second) and hit
+
+    def _disarmed(self, instances: list[Instance], enough: Callable[[list[bool]], bool]) -> bool:
+        """Whether any, or all, of the armed processes died in time; no more will."""
+        hit = wait_until(lambda: enough([not instance.arming.exists() for instance in instances]), STEP_TIMEOUT_S)
+        for instance in instances:
+            instance.arming.unlink(missing_ok=True)
+        return hit
 
     def _sell_in_a_new_month(self) -> None:
         """Some tills' clocks have gone back to a month that nobody has sold anything in."""

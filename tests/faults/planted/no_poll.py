@@ -18,14 +18,5 @@ def plant() -> None:
 
     original = replace(wakeup.Wakeup, "__init__", init)
     replace(relay, "SWEEP_EVERY_S", FOREVER_S)
-
-    calls = 0
-    ring = relay_bell.RelayBell.ring
-
-    def ring_seldom(self: Any) -> Any:
-        """A call that is lost is no bug: whoever waits for it must look all the same."""
-        nonlocal calls
-        calls += 1
-        return ring(self) if calls % 4 == 0 else None
-
-    replace(relay_bell.RelayBell, "ring", ring_seldom)
+    # A call that is lost is no bug: whoever waits for it must look all the same.
+    replace(relay_bell.RelayBell, "ring", lambda _: None)
