@@ -68,12 +68,12 @@ async def rebuild_day(url: str, source: Source, day: date) -> DayRebuilt:
         HistoryDropped: purchases of that day are past their retention.
         RebuildRunning, PurchasesUnavailable, TimeZonesDiffer: nothing was changed.
     """
-    recorded = await source.control_totals(day, day)
-    if recorded.complete_from and day < recorded.complete_from:
-        raise HistoryDropped(
-            f"the recorded purchases are complete from {recorded.complete_from} on; {day} cannot be rebuilt"
-        )
     async with _repairing(url) as (pool, connection):
+        complete_from = (await source.control_totals(day, day)).complete_from
+        if complete_from and day < complete_from:
+            raise HistoryDropped(
+                f"the recorded purchases are complete from {complete_from} on; {day} cannot be rebuilt"
+            )
         added = purchases = 0
         async for chunk in _export(source, day, day):
             added += await _count_missing(pool, chunk)
@@ -84,11 +84,14 @@ async def rebuild_day(url: str, source: Source, day: date) -> DayRebuilt:
             while events := await tail.take(connection, TAIL_CHUNK):
                 await count(connection, [event for event in events if event.day == day])
             wrong = await repair.wrong_customers(connection, day)
-        customers = wrong if len(wrong) <= CUSTOMERS_MAX and not recorded.complete_from else []
+        # Asked only now: what left the tail above was recorded before, on whatever day, and so is in this export.
+        recorded = await source.control_totals(day, day)
+        customers = wrong if len(wrong) <= CUSTOMERS_MAX and not complete_from else []
         if customers and recorded.earliest and recorded.latest:
             async for chunk in _export(source, recorded.earliest, recorded.latest, customers):
                 added += await _count_missing(pool, chunk)
                 await _count_apart(connection, chunk)
+        await _require_history_since(source, day, complete_from)
 
         def concerned(event: PurchaseCreated) -> bool:
             return event.day == day or event.customer_id in customers
@@ -115,17 +118,18 @@ async def rebuild_all(
         HistoryDropped: it has dropped some, so what customers bought in all time is not to be had.
         RebuildRunning, PurchasesUnavailable, TimeZonesDiffer: nothing was changed.
     """
-    recorded = await source.control_totals(today, today)
-    complete_from = recorded.complete_from
-    if complete_from and not days_only:
-        raise HistoryDropped(
-            f"purchases before {complete_from} were dropped by the retention: customers' rows and sums of all time"
-            " cannot be rebuilt from what is left; --days-only rebuilds complete days, and what sums up days"
-        )
-    first, last = recorded.earliest or today, recorded.latest or today
-    first = max(first, complete_from) if complete_from else first
-    days = (last - first).days + 1
     async with _repairing(url) as (pool, connection):
+        # Asked only now: what was counted before the tail began was recorded before, on whatever day.
+        recorded = await source.control_totals(today, today)
+        complete_from = recorded.complete_from
+        if complete_from and not days_only:
+            raise HistoryDropped(
+                f"purchases before {complete_from} were dropped by the retention: customers' rows and sums of all time"
+                " cannot be rebuilt from what is left; --days-only rebuilds complete days, and what sums up days"
+            )
+        first, last = recorded.earliest or today, recorded.latest or today
+        first = max(first, complete_from) if complete_from else first
+        days = (last - first).days + 1
         purchases = 0
         for number in range(days):
             day = first + timedelta(days=number)
@@ -135,6 +139,7 @@ async def rebuild_all(
                 purchases += len(await _count_apart(connection, chunk))
                 show(Progress(days, number, purchases, str(day)))
             await _count_tail(connection)
+        await _require_history_since(source, today, complete_from)
         for name in (*(model.name for model in read_models.ALL), read_models.LOG):
             await connection.execute(f"ANALYZE pg_temp.{name}")
         show(Progress(days, days, purchases, "comparing and writing"))
@@ -202,6 +207,17 @@ async def _export(
                 raise
             log.warning("export interrupted; trying again", day=str(first), error=error.message)
             await asyncio.sleep(backoff.next_s())
+
+
+async def _require_history_since(source: Source, day: date, complete_from: date | None) -> None:
+    """Require that the retention has dropped nothing meanwhile: what it dropped, an export may have missed.
+
+    Raises:
+        HistoryDropped: it has.
+    """
+    now_from = (await source.control_totals(day, day)).complete_from
+    if now_from != complete_from:
+        raise HistoryDropped(f"the retention has just dropped purchases before {now_from}; try again")
 
 
 async def _count_apart(connection: Connection, events: Sequence[PurchaseCreated]) -> list[PurchaseCreated]:

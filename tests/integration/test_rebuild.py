@@ -5,13 +5,16 @@ import os
 import random
 import subprocess
 import sys
-from datetime import timedelta
+from collections.abc import Awaitable, Callable
+from datetime import date, timedelta
+from typing import Any
 
 import psycopg
 import pytest
 
 from analytics_svc import rebuild
 from analytics_svc.errors import HistoryDropped, RebuildRunning
+from analytics_svc.source import Recorded, Source
 from tests.conftest import ROOT, eventually
 from tests.integration.chain import FIRST, TABLES, Chain, enough, load
 from tests.integration.purchase_events import query, read_models
@@ -54,6 +57,62 @@ async def test_rebuild_under_load_equals_a_rebuild_at_rest(chain: Chain, scope: 
     query(chain.url, f"TRUNCATE {TABLES}")
     await rebuild.rebuild_all(chain.url, chain.source, FIRST)
     assert (read_models(chain.url), chain.ids()) == (under_load, log)
+
+
+class Meanwhile:
+    """A source beside which something happens: right after its n-th answer about the sums."""
+
+    def __init__(self, source: Source, number: int, happen: Callable[[], Awaitable[None]]) -> None:
+        self.export, self._source, self._left, self._happen = source.export, source, number, happen
+
+    async def control_totals(self, first: date, last: date) -> Recorded:
+        recorded = await self._source.control_totals(first, last)
+        self._left -= 1
+        if self._left == 0:
+            await self._happen()
+        return recorded
+
+
+@pytest.mark.parametrize("scope", ["everything", "day"])
+async def test_a_sale_on_a_new_day_while_a_rebuild_begins(chain: Chain, scope: str) -> None:
+    """At midnight, or after the very first sale, a day begins that the rebuild did not know of when it asked."""
+    await chain.sell(60, seed=21, days=2)
+    await chain.apply(await chain.recorded())
+    query(chain.url, "UPDATE customer_loyalty SET purchases_count = purchases_count + 2")
+
+    async def new_day() -> None:
+        await chain.sell(60, seed=22, days=4)
+        await chain.apply(await chain.recorded())
+
+    source: Any = Meanwhile(chain.source, 1, new_day)
+    if scope == "everything":
+        rebuilt = await rebuild.rebuild_all(chain.url, source, FIRST)
+        assert rebuilt.foreign.total == 0
+    else:
+        await rebuild.rebuild_day(chain.url, source, FIRST)
+    result, log = read_models(chain.url), chain.ids()
+    query(chain.url, f"TRUNCATE {TABLES}")
+    await chain.apply(await chain.recorded())
+    assert (read_models(chain.url), chain.ids()) == (result, log)
+
+
+@pytest.mark.parametrize("scope", ["everything", "day"])
+async def test_the_retention_drops_what_is_being_rebuilt(chain: Chain, purchases_db: str, scope: str) -> None:
+    """An export that may have missed what was dropped under its hands is not made the truth."""
+    await chain.sell(60, seed=23)
+    await chain.apply(await chain.recorded())
+    before = read_models(chain.url)
+
+    async def drop() -> None:
+        query(purchases_db, "UPDATE chain_settings SET dropped_before = '2026-03-02'")
+        query(purchases_db, "DELETE FROM purchase_items WHERE purchase_time < '2026-03-02Z'")
+        query(purchases_db, "DELETE FROM purchases WHERE purchase_time < '2026-03-02Z'")
+
+    source: Any = Meanwhile(chain.source, 1, drop)
+    work: Any = rebuild.rebuild_all if scope == "everything" else rebuild.rebuild_day
+    with pytest.raises(HistoryDropped, match="2026-03-02"):
+        await work(chain.url, source, FIRST)
+    assert read_models(chain.url) == before
 
 
 async def test_two_at_once_are_refused(chain: Chain) -> None:
