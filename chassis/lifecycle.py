@@ -51,7 +51,8 @@ def exit_with_settings_problems(process: str, error: SettingsError) -> None:
 async def wait_set(event: asyncio.Event, timeout_s: float) -> bool:
     """Wait until the event is set, `timeout_s` at most; True when it is."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):  # wait_for() loses a cancellation that comes with the event
+            await event.wait()
     return event.is_set()
 
 

@@ -1,0 +1,29 @@
+"""How a process lives: what waits ends when it is told to."""
+
+import asyncio
+
+import pytest
+
+from chassis.lifecycle import wait_set
+
+
+@pytest.mark.parametrize("steps", range(5))
+async def test_a_cancellation_that_comes_with_the_event_is_not_lost(steps: int) -> None:
+    """Otherwise a loop that waits for work would go on for ever, and its process would never stop."""
+    event = asyncio.Event()
+
+    async def run() -> None:
+        while True:
+            await wait_set(event, 60.0)
+            event.clear()
+
+    task = asyncio.create_task(run())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    event.set()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=1.0)
+    task.cancel()
+    assert done
