@@ -11,6 +11,7 @@ holds the lock. It does all on the connection that holds the lock: one that lost
   waited for now; so the old promise still holds, and the time goes on from where it was. It never goes back.
 - An analytics database that was restored brings along the snapshot, time and log of one moment: the promise goes on
   from there. What was counted since is missing, so the time stands still until that is published again or rebuilt.
+  Of days that the outbox has dropped meanwhile nothing is listed, though: the promise holds once they are rebuilt.
 - A clock of the purchases database that was set back: the time stands still until the clock has passed it.
 """
 

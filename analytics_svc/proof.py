@@ -132,8 +132,9 @@ async def _read_day(pool: Pool, day: date, *, all_logged: bool) -> _Day:
         logged = await connection.execute("SELECT event_id::text FROM analytics_event_log WHERE day = %s", [day])
         quarantined = await connection.execute(
             """
-            SELECT event_id::text FROM quarantined_events
-            WHERE event_id IS NOT NULL AND event_id NOT IN (SELECT event_id FROM analytics_event_log)
+            SELECT event_id::text FROM quarantined_events AS kept
+            WHERE event_id IS NOT NULL
+                AND NOT EXISTS (SELECT FROM analytics_event_log AS log WHERE log.event_id = kept.event_id)
             """
         )
         return _Day(
