@@ -1,6 +1,7 @@
 """Connection pools with explicit limits, and what PostgreSQL's errors mean to a caller."""
 
 import asyncio
+import select
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,8 +26,28 @@ TCP_OPTIONS = {  # a peer that vanished is noticed within seconds, not after the
 }
 
 Connection = AsyncConnection[TupleRow]
-Pool = AsyncConnectionPool[Connection]
 log = structlog.get_logger()
+
+
+class Pool(AsyncConnectionPool[Connection]):
+    """A pool that hands out no connection which the server has ended, say by a restart: only calls in flight fail."""
+
+    async def getconn(self, timeout: float | None = None) -> Connection:
+        connection = await super().getconn(timeout)
+        while _has_ended(connection):
+            try:
+                await connection.close()
+            finally:
+                await self.putconn(connection)  # which replaces it
+            connection = await super().getconn(timeout)
+        return connection
+
+
+def _has_ended(connection: Connection) -> bool:
+    """Whether there is something to read: unasked, a server sends but its last words. Costs no round trip."""
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 @asynccontextmanager
@@ -66,7 +87,7 @@ async def open_pool(
         "connect_timeout": CONNECT_TIMEOUT_S,
         **TCP_OPTIONS,
     }
-    pool: Pool = AsyncConnectionPool(
+    pool = Pool(
         url,
         min_size=size,
         max_size=size,
