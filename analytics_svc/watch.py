@@ -6,8 +6,8 @@ newer, so its memory is bounded; beyond that bound, it is forgotten and read aga
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import date
 from typing import NamedTuple, TypeVar
 
@@ -15,9 +15,9 @@ import structlog
 
 from analytics_svc.announce import EVERYTHING, Announcement, Row
 from analytics_svc.queries import Days, Freshness
-from chassis.errors import Overloaded, ShuttingDown
+from chassis.errors import DatabaseUnavailable, Overloaded, ShuttingDown
 from chassis.lifecycle import Backoff, wait_set
-from chassis.postgres import UNAVAILABLE, Connection, Pool
+from chassis.postgres import POOL_WAIT_S, UNAVAILABLE, Connection, Pool
 
 WATCHERS_MAX = 200  # at once: each gets a message per round of reading
 PAUSE_S = 0.1  # between rounds; rows that change more often are sent in their latest state
@@ -26,7 +26,8 @@ MARKS_EVERY_S = 1.0  # a watcher whose rows do not change still learns how fresh
 PAGE_ROWS = 1_000
 PENDING_ROWS_MAX = 5_000  # kept for a watcher; a message of so many has about 300 KB
 CHANGED_ROWS_MAX = 10_000  # heard of and not read yet
-PATIENCE_S = 10.0  # for the database: after its restart, connections of the pool fail once each
+PATIENCE_S = 10.0  # for the database, and for those who read before: a restart of it takes seconds
+LAST_WAIT_S = 0.1  # at least, for a connection, however little patience is left
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -170,8 +171,8 @@ class Watchers:
         with self._admitted(Watch(days, branch_ids)) as watch:
             while not watch.ended:
                 if watch.begin_pass():
-                    async with self._reading:
-                        watch.take_page(*await self._read(lambda connection: read_page(connection, watch)))
+                    async with self._turn() as until:
+                        watch.take_page(*await self._read(lambda connection: read_page(connection, watch), until))
                 else:
                     await wait_set(watch.ready, MARKS_EVERY_S)
                     watch.ready.clear()
@@ -186,7 +187,7 @@ class Watchers:
             self._news.clear()
             try:
                 await self.run_once()
-            except UNAVAILABLE as error:
+            except (*UNAVAILABLE, DatabaseUnavailable) as error:
                 log.warning("changed rows are not read", error=str(error).strip())
                 for watch in self._watches:
                     watch.start_over()
@@ -197,10 +198,10 @@ class Watchers:
         if not self._watches:
             self._changed.clear()
             return
-        async with self._reading:
+        async with self._turn() as until:
             changed, self._changed = self._changed, set()
             heard = self._heard
-            rows, marks = await self._read(lambda connection: read_rows(connection, changed))
+            rows, marks = await self._read(lambda connection: read_rows(connection, changed), until)
             # A read may see changes that are not heard of yet. Its marks would promise them, so they come later.
             valid = next((m for m in (marks, self._early_marks) if m and m.announced_count <= heard), None)
             if valid is not marks and (valid or not self._early_marks):
@@ -220,15 +221,33 @@ class Watchers:
         finally:
             self._watches.discard(watch)
 
-    async def _read(self, read: Callable[[Connection], Awaitable[T]]) -> T:
-        """Read, and try again for a while when the database is not there: watchers outlive its restart."""
-        backoff, deadline = Backoff(0.05, 1.0), asyncio.get_running_loop().time() + PATIENCE_S
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[float]:
+        """The turn to read; yields until when to be patient. That includes the wait for the turn: nobody waits longer.
+
+        Raises:
+            DatabaseUnavailable: those before have got no answer all the while.
+        """
+        until = asyncio.get_running_loop().time() + PATIENCE_S
+        try:
+            async with asyncio.timeout_at(until):
+                await self._reading.acquire()
+        except TimeoutError:
+            raise DatabaseUnavailable("the database does not answer") from None
+        try:
+            yield until
+        finally:
+            self._reading.release()
+
+    async def _read(self, read: Callable[[Connection], Awaitable[T]], until: float) -> T:
+        """Read, and try again until then when the database is not there: watchers outlive its restart."""
+        backoff, now = Backoff(0.05, 1.0), asyncio.get_running_loop().time
         while True:
             try:
-                async with self._pool.connection() as connection:
+                async with self._pool.connection(min(POOL_WAIT_S, max(until - now(), LAST_WAIT_S))) as connection:
                     return await read(connection)
             except UNAVAILABLE:
-                if asyncio.get_running_loop().time() > deadline:
+                if now() > until:
                     raise
                 await asyncio.sleep(backoff.next_s())
 

@@ -12,7 +12,10 @@ import pytest
 import analytics_svc.__main__ as analytics
 from analytics_svc import server, watch
 from analytics_svc.announce import EVERYTHING, announce
+from analytics_svc.queries import Days
 from analytics_svc.settings import ServeSettings
+from chassis import postgres
+from chassis.errors import DatabaseUnavailable
 from chassis.wire import EPOCH
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
@@ -95,6 +98,22 @@ async def test_pages_of_rows_and_changes_beside_them(
     await viewer.until({(FIRST + timedelta(days=days), branch_id): 6 for branch_id, days in keys})
     while not viewer.updates[-1].HasField("data_as_of_time"):
         await viewer.read()
+
+
+async def test_a_database_that_is_away_is_told_to_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watchers read one after the other, but none waits for the patience of those before it."""
+    monkeypatch.setattr(watch, "PATIENCE_S", 0.5)
+    nowhere = "postgresql://nobody@127.0.0.1:9/none"
+    async with postgres.open_pool(
+        nowhere, role="analytics_server", application_name="test", size=1, statement_timeout_s=1
+    ) as opened:
+        watchers = watch.Watchers(opened)
+        began = asyncio.get_running_loop().time()
+        ends = await asyncio.gather(
+            *(anext(watchers.watch(Days(FIRST, FIRST), ())) for _ in range(20)), return_exceptions=True
+        )
+        assert asyncio.get_running_loop().time() - began < 3
+    assert all(isinstance(end, (*postgres.UNAVAILABLE, DatabaseUnavailable)) for end in ends)
 
 
 async def test_what_changes_often_is_sent_in_its_latest_state(reports: Any, analytics_db: str) -> None:
