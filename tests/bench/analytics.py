@@ -20,11 +20,11 @@ CUSTOMERS = 500  # of those who are asked for
 FILTERS = 1_000  # of the summaries
 
 # The goals are meant for a history of 100 times the range that is asked for: three years.
-GROWTH = Goal("longest history beside shortest", 1.5, more_is_better=False)
+GROWTH = Goal("longest / shortest history", 1.5, more_is_better=False)
 GROWTHS = {"ListTopProducts_all_time": Goal(GROWTH.meaning, 3.0, more_is_better=False)}
-SAVING = Goal("SQL on purchases beside ours", 100, more_is_better=True)
+SAVING = Goal("SQL on purchases / ours", 100, more_is_better=True)
 SAVINGS = dict.fromkeys(("GetSalesSummary", "ListTopProducts", "ListLoyalCustomers"), SAVING)
-ON_TOP = Goal(f"calls/s, beside {ECHO}", 0.7, more_is_better=True)
+ON_TOP = Goal(f"calls/s / {ECHO}", 0.7, more_is_better=True)
 
 
 def run(plan: Plan, show: Show) -> Outcome:
@@ -65,13 +65,7 @@ def run(plan: Plan, show: Show) -> Outcome:
     show.table(*_table_of_answers(histories, answers, purchases_ms))
     show.table(*_table_of_rows(histories, rows_of_answers))
     show.table(*_table_of_loads(loads, fed))
-    show.verdicts(
-        [
-            *((f"{name}: {GROWTH.meaning}", value, GROWTHS.get(name, GROWTH)) for name, value in growth.items()),
-            *((f"{name}: {SAVING.meaning}", value, SAVINGS.get(name)) for name, value in saving.items()),
-            (f"{SUMMARY}: {ON_TOP.meaning}", on_top, ON_TOP),
-        ]
-    )
+    show.verdicts(_verdicts(growth, saving, on_top))
     return Outcome(
         {
             f"query_growth_{plan.history}x": growth,
@@ -115,6 +109,16 @@ def _measure(
     return answers, purchases_ms
 
 
+def _verdicts(
+    growth: Mapping[str, float], saving: Mapping[str, float], on_top: float
+) -> list[tuple[str, float, Goal | None]]:
+    return [
+        *((f"{name}: {GROWTH.meaning}", value, GROWTHS.get(name, GROWTH)) for name, value in growth.items()),
+        *((f"{name}: {SAVING.meaning}", value, SAVINGS.get(name)) for name, value in saving.items()),
+        (f"{SUMMARY}: {ON_TOP.meaning}", on_top, ON_TOP),
+    ]
+
+
 Table = tuple[str, list[str], list[list[str]]]
 
 
@@ -127,7 +131,7 @@ def _table_of_answers(
         medians = [Asked(*map(median, zip(*each, strict=True))) for each in zip(*rounds, strict=True)]
         times = [f"{asked.p50_ms:.2f}" for asked in medians]
         lines.append([name, *times, f"{medians[-1].p99_ms:.1f}", f"{median(purchases_ms[name]):,.1f}"])
-    title = f"Answers, ms, with a history of … times {RANGE_DAYS} days; the last p99; SQL on the purchases"
+    title = f"ms, by history in units of {RANGE_DAYS} days; p99: of the last"
     return title, headings, lines
 
 
@@ -141,5 +145,5 @@ def _table_of_loads(loads: Mapping[str, Sequence[Load]], fed: float) -> Table:
     for name, rounds in loads.items():
         load = Load(*map(median, zip(*rounds, strict=True)))
         lines.append([name, f"{load.calls_per_s:,.0f}", f"{load.p50_ms:.1f}", f"{load.p99_ms:.1f}"])
-    title = f"{IN_FLIGHT} calls at once, {FILTERS:,} different ranges, while {fed:,.0f} sales a second are counted"
+    title = f"{IN_FLIGHT} calls at once, {fed:,.0f} new sales/s beside them"
     return title, ["", "calls/s", "p50 ms", "p99 ms"], lines

@@ -2,16 +2,32 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tests.bench.figures import Figure, Flow, Goal, Rounds, cpu, middle
 
 Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Moves a progress bar on."""
+
+    bar: Progress
+    task: TaskID
+
+    def __call__(self, count: int) -> None:
+        self.bar.advance(self.task, count)
+
+    def expect(self, more: int) -> None:
+        """There is more to do than was said."""
+        self.bar.update(self.task, total=(self.bar.tasks[self.task].total or 0) + more)
 
 
 class Show:
@@ -27,11 +43,11 @@ class Show:
         self._console.print(f"✗ {text}", style="red", markup=False)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, title: str, total: int) -> Iterator["Advance"]:
         columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self._console) as bar:
             task = bar.add_task(title, total=total)
-            yield lambda count: bar.advance(task, count)
+            yield Advance(bar, task)
 
     def in_turn(
         self, contenders: Mapping[str, Callable[[], Measured]], rounds: int, title: str

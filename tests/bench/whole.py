@@ -169,6 +169,7 @@ def measure(scene: Scene, plan: Plan, show: Show) -> list[Round]:
             low = max(0.0, around - LATER_MARGIN)
             trials = search(low, around + LATER_MARGIN, LATER_TRIALS, attempt)
             if not any(each.sustained for each in trials):  # the machine, or its other users, changed altogether
+                on.expect(LATER_TRIALS)
                 trials += search(0.0, low, LATER_TRIALS, attempt)
             job = Job(
                 "create", CALLS_IN_FLIGHT_MAX, plan.measure_s * TRIAL_LONGER, highest(trials).asked_per_s / 2, True

@@ -1,9 +1,18 @@
 """The arithmetic of the benchmark."""
 
+import datetime
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from deploy.local.machine import StackError
+from tests.bench import analytics
+from tests.bench.asking import Asked
 from tests.bench.figures import Figure, Flow, median_ratio, middle_flow, percentile
+from tests.bench.questions import questions
+from tests.bench.show import Show
+from tests.bench.summaries import ECHO, Load
 from tests.bench.svg import nice_step
 from tests.bench.whole import Trial, highest, search
 
@@ -54,3 +63,39 @@ def test_percentiles() -> None:
 @pytest.mark.parametrize(("rough", "step"), [(0.3, 1), (1, 1), (1.1, 2), (3, 5), (41, 50), (60, 100)])
 def test_steps_of_axes(rough: float, step: int) -> None:
     assert nice_step(rough) == step
+
+
+def test_analytics_tables_have_one_line_for_each_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a narrow terminal, with large figures."""
+    monkeypatch.setenv("COLUMNS", "80")
+    histories: Any = [SimpleNamespace(times=times) for times in (1, 10, 100)]
+    asked = questions(datetime.date(2026, 1, 1), ["customer"])
+    ratios = {question.name: 123.45 for question in asked}
+    savings = {question.oltp_name: 12_345.67 for question in asked}
+    answers = {question.name: [[Asked(1.0, 123.0)] * 3] for question in asked}
+    tables = [
+        analytics._table_of_answers(histories, answers, {question.name: [123_456.0] for question in asked}),
+        analytics._table_of_loads({ECHO: [Load(12_345.0, 1.0, 123.0)]}, 12_345.0),
+    ]
+    verdicts = analytics._verdicts(ratios, savings, 0.7)
+    show = Show()
+    for table in tables:
+        show.table(*table)
+    show.verdicts(verdicts)
+    printed = capsys.readouterr().out.splitlines()
+    figures = sum(len(lines) for _, _, lines in tables) + len(verdicts)
+    assert (
+        len([line for line in printed if line.strip()]) == figures + 3 * 3
+    )  # a title, headings, and a line below them
+
+
+def test_progress_expects_more(capsys: pytest.CaptureFixture[str]) -> None:
+    """What turns out to be more work than was said does not count past the end."""
+    with Show().progress("trials", 2) as on:
+        on(2)
+        on.expect(3)
+        on(3)
+        assert (on.bar.tasks[on.task].completed, on.bar.tasks[on.task].total) == (5, 5)
+    capsys.readouterr()
