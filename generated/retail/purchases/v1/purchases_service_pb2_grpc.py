@@ -30,6 +30,8 @@ class PurchasesServiceStub:
 
     Every error carries a google.rpc.ErrorInfo with the domain
     "purchases.retail.example" and a reason. A message may be 1 MiB long at most.
+    A stream whose client takes nothing of what is sent for 20 seconds ends with
+    DEADLINE_EXCEEDED.
     """
 
     def __init__(self, channel):
@@ -75,6 +77,8 @@ class PurchasesServiceServicer:
 
     Every error carries a google.rpc.ErrorInfo with the domain
     "purchases.retail.example" and a reason. A message may be 1 MiB long at most.
+    A stream whose client takes nothing of what is sent for 20 seconds ends with
+    DEADLINE_EXCEEDED.
     """
 
     def CreatePurchase(self, request, context):
@@ -121,7 +125,10 @@ class PurchasesServiceServicer:
 
     def ExportPurchases(self, request, context):
         """Streams every purchase of a range of business days together with its
-        event's id, one day after the other, each day from one snapshot.
+        event's id, one day after the other, each day from one snapshot. A server
+        runs a few exports at once (PURCHASES_EXPORT_CONNECTIONS, 4 by default);
+        one more waits a second for its turn, and is then refused with
+        RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,6 +180,8 @@ class PurchasesService:
 
     Every error carries a google.rpc.ErrorInfo with the domain
     "purchases.retail.example" and a reason. A message may be 1 MiB long at most.
+    A stream whose client takes nothing of what is sent for 20 seconds ends with
+    DEADLINE_EXCEEDED.
     """
 
     @staticmethod

@@ -31,6 +31,8 @@ class PurchasesServiceStub:
 
     Every error carries a google.rpc.ErrorInfo with the domain
     "purchases.retail.example" and a reason. A message may be 1 MiB long at most.
+    A stream whose client takes nothing of what is sent for 20 seconds ends with
+    DEADLINE_EXCEEDED.
     """
 
     @_typing.overload
@@ -59,7 +61,10 @@ class PurchasesServiceStub:
     """
     ExportPurchases: _grpc.UnaryStreamMultiCallable[_purchases_service_pb2.ExportPurchasesRequest, _purchases_service_pb2.ExportPurchasesResponse]
     """Streams every purchase of a range of business days together with its
-    event's id, one day after the other, each day from one snapshot.
+    event's id, one day after the other, each day from one snapshot. A server
+    runs a few exports at once (PURCHASES_EXPORT_CONNECTIONS, 4 by default);
+    one more waits a second for its turn, and is then refused with
+    RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo.
     """
 
 @_typing.type_check_only
@@ -68,6 +73,8 @@ class PurchasesServiceAsyncStub(PurchasesServiceStub):
 
     Every error carries a google.rpc.ErrorInfo with the domain
     "purchases.retail.example" and a reason. A message may be 1 MiB long at most.
+    A stream whose client takes nothing of what is sent for 20 seconds ends with
+    DEADLINE_EXCEEDED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -93,7 +100,10 @@ class PurchasesServiceAsyncStub(PurchasesServiceStub):
     """
     ExportPurchases: _aio.UnaryStreamMultiCallable[_purchases_service_pb2.ExportPurchasesRequest, _purchases_service_pb2.ExportPurchasesResponse]  # type: ignore[assignment]
     """Streams every purchase of a range of business days together with its
-    event's id, one day after the other, each day from one snapshot.
+    event's id, one day after the other, each day from one snapshot. A server
+    runs a few exports at once (PURCHASES_EXPORT_CONNECTIONS, 4 by default);
+    one more waits a second for its turn, and is then refused with
+    RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo.
     """
 
 class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -101,6 +111,8 @@ class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every error carries a google.rpc.ErrorInfo with the domain
     "purchases.retail.example" and a reason. A message may be 1 MiB long at most.
+    A stream whose client takes nothing of what is sent for 20 seconds ends with
+    DEADLINE_EXCEEDED.
     """
 
     @_abc_1.abstractmethod
@@ -160,7 +172,10 @@ class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_purchases_service_pb2.ExportPurchasesResponse], _abc.AsyncIterator[_purchases_service_pb2.ExportPurchasesResponse]]:
         """Streams every purchase of a range of business days together with its
-        event's id, one day after the other, each day from one snapshot.
+        event's id, one day after the other, each day from one snapshot. A server
+        runs a few exports at once (PURCHASES_EXPORT_CONNECTIONS, 4 by default);
+        one more waits a second for its turn, and is then refused with
+        RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo.
         """
 
 def add_PurchasesServiceServicer_to_server(servicer: PurchasesServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
