@@ -86,10 +86,12 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             statement_timeout_s=AUDIT_STATEMENT_TIMEOUT_S,
         ) as audit_pool,
         grpc.aio.insecure_channel(config.purchases_target) as purchases,
+        grpc.aio.insecure_channel(config.relay_target) as relay,
         source.connect(config.purchases_target, ZoneInfo(config.business_time_zone)) as truth,
     ):
         zone = ZoneInfo(config.business_time_zone)
-        servicer = QuarantineServicer(upkeep_pool, Settler(upkeep_pool, zone, config.deaths_max), purchases)
+        settler, outbox = Settler(upkeep_pool, zone, config.deaths_max), Outbox(relay)
+        servicer = QuarantineServicer(upkeep_pool, settler, purchases, outbox)
         services = [
             grpc_server.Service(
                 quarantine_grpc.add_QuarantineServiceServicer_to_server,
@@ -117,7 +119,7 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             )
             upkeep = Upkeep(upkeep_pool, health, config.log_retention_days)
             log.info("ready", listen=config.listen, metrics=config.metrics_listen, time_zone=config.business_time_zone)
-            async with keeping(config), lifecycle.beside(upkeep.run(), Auditor(audit_pool, truth).run()):
+            async with keeping(config, outbox), lifecycle.beside(upkeep.run(), Auditor(audit_pool, truth).run()):
                 consuming, stopping = asyncio.create_task(consumer.run(stop)), asyncio.create_task(stop.wait())
                 await asyncio.wait({consuming, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 stopping.cancel()
@@ -130,7 +132,7 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
 
 
 @asynccontextmanager
-async def keeping(config: ConsumeSettings) -> AsyncIterator[None]:
+async def keeping(config: ConsumeSettings, outbox: Outbox) -> AsyncIterator[None]:
     """Keep complete_through_time while the block lasts, or stand by for the process that does."""
     async with (
         postgres.open_pool(
@@ -141,8 +143,7 @@ async def keeping(config: ConsumeSettings) -> AsyncIterator[None]:
             statement_timeout_s=APPLY_TIMEOUT_S,
             settings=KEEPER_SESSION,
         ) as pool,
-        grpc.aio.insecure_channel(config.relay_target) as relay,
-        lifecycle.beside(Keeper(pool, Outbox(relay).list_committed).run()),
+        lifecycle.beside(Keeper(pool, outbox.list_committed).run()),
     ):
         yield
 

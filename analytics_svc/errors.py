@@ -7,6 +7,7 @@ ServiceError
 ├── PurchaseQuarantined      its event is quarantined: waiting does not help
 ├── WatcherTooSlow           a watcher does not take what it is sent
 ├── PurchasesUnavailable     the purchases service, which an audit or a repair asks, does not answer
+├── RelayUnavailable         the relay cannot be asked about the outbox, or does not finish its answer
 ├── PurchaseExists           an event that must not be discarded, as its purchase is not counted
 ├── TimeZonesDiffer          its business days are not ours
 ├── RebuildRunning           one repair at a time
@@ -61,6 +62,12 @@ class WatcherTooSlow(ServiceError):
 class PurchasesUnavailable(ServiceError):
     code = StatusCode.UNAVAILABLE
     reason = "PURCHASES_UNAVAILABLE"
+    retry_after_s = 1.0
+
+
+class RelayUnavailable(ServiceError):
+    code = StatusCode.UNAVAILABLE
+    reason = "RELAY_UNAVAILABLE"
     retry_after_s = 1.0
 
 

@@ -27,7 +27,8 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from analytics_svc.announce import announce
-from analytics_svc.outbox import Listed, RelayUnavailable, SnapshotRefused
+from analytics_svc.errors import RelayUnavailable
+from analytics_svc.outbox import Listed, SnapshotRefused
 from chassis.lifecycle import Backoff
 from chassis.postgres import UNAVAILABLE, Connection, Pool
 

@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from analytics_svc.errors import RelayUnavailable
 from chassis import wire
 from retail.relay.v1 import outbox_service_pb2 as pb
 from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceStub
 
 SILENCE_S = 20.0  # between two messages of a listing; a longer one is an outage
-
-
-class RelayUnavailable(Exception):
-    """The relay cannot be asked, or did not finish its answer; the text says why."""
+ASK_TIMEOUT_S = 5.0  # for the answer about one event
 
 
 class SnapshotRefused(Exception):
@@ -34,7 +32,19 @@ class Outbox:
     """Asks the relay."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = OutboxServiceStub(channel)
+        self._stub: Any = OutboxServiceStub(channel)
+
+    async def holds(self, event_id: str) -> bool:
+        """Whether a purchase was recorded with this event, as far back as the outbox is kept.
+
+        Raises:
+            RelayUnavailable: it does not say.
+        """
+        request = pb.ListOutboxEventsRequest(page_size=1, event_ids=[event_id])
+        try:
+            return bool((await self._stub.ListOutboxEvents(request, timeout=ASK_TIMEOUT_S)).outbox_events)
+        except grpc.aio.AioRpcError as error:
+            raise RelayUnavailable(f"the relay does not answer: {error.code().name}: {error.details()}") from error
 
     async def list_committed(self, after_snapshot: str) -> AsyncGenerator[Listed, None]:
         """The ids of all events committed since a snapshot, part by part; since ever, if it is empty.

@@ -34,6 +34,7 @@ class Listed(NamedTuple):
 class Kept(NamedTuple):
     """What a message was, and whether an event with its id is counted."""
 
+    event_id: str | None
     reason: str
     body: bytes
     properties: Mapping[str, Any]
@@ -119,7 +120,7 @@ async def find(connection: Connection, quarantine_id: str) -> Kept | None:
     """One event, and for the rest of the transaction nobody else's; None when it is not here."""
     cursor = await connection.execute(
         """
-        SELECT reason, body, properties,
+        SELECT event_id::text, reason, body, properties,
             EXISTS (SELECT FROM analytics_event_log AS log WHERE log.event_id = kept.event_id)
         FROM quarantined_events AS kept WHERE quarantine_id = %s
         FOR UPDATE

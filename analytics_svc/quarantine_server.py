@@ -10,6 +10,8 @@ import grpc
 from analytics_svc import quarantine
 from analytics_svc.announce import announce
 from analytics_svc.errors import PurchaseExists, PurchasesUnavailable
+from analytics_svc.outbox import Outbox
+from analytics_svc.quarantine import Kept
 from analytics_svc.settling import OLDER_THAN_FLOOR, Settler
 from chassis import wire
 from chassis.errors import VIOLATIONS_MAX, DatabaseUnavailable, InvalidRequest, Violation
@@ -33,8 +35,8 @@ _REASON = re.compile(r"[A-Z][A-Z_]{0,62}")
 class QuarantineServicer(quarantine_service_pb2_grpc.QuarantineServiceServicer):
     """`retail.analytics.v1.QuarantineService`."""
 
-    def __init__(self, pool: Pool, settler: Settler, purchases: grpc.aio.Channel) -> None:
-        self._pool, self._settler = pool, settler
+    def __init__(self, pool: Pool, settler: Settler, purchases: grpc.aio.Channel, outbox: Outbox) -> None:
+        self._pool, self._settler, self._outbox = pool, settler, outbox
         self._purchases: Any = PurchasesServiceStub(purchases)
         self.tokens: wire.PageTokens | None = None  # comes when the database is up and proven to be ours
 
@@ -86,7 +88,7 @@ class QuarantineServicer(quarantine_service_pb2_grpc.QuarantineServiceServicer):
             if kept is None:
                 continue
             known.append(quarantine_id)
-            if not kept.counted and kept.reason != OLDER_THAN_FLOOR and await self._has_purchase(kept.body):
+            if not kept.counted and kept.reason != OLDER_THAN_FLOOR and await self._has_purchase(kept):
                 sold.append(quarantine_id)
                 rule = "its purchase exists and is not counted: redrive the event, or rebuild the purchase's day"
                 violations.append(Violation(f"quarantine_ids[{index}]", rule))
@@ -107,13 +109,18 @@ class QuarantineServicer(quarantine_service_pb2_grpc.QuarantineServiceServicer):
             unknown_quarantine_ids=[quarantine_id for quarantine_id in ids if quarantine_id not in known],
         )
 
-    async def _has_purchase(self, body: bytes) -> bool:
-        """Whether the purchases service has a purchase that the body names.
+    async def _has_purchase(self, kept: Kept) -> bool:
+        """Whether the purchases service has a purchase that the body names, or the outbox an event with that id.
+
+        The body alone does not tell: who sends another one with the id of a real event would have that event settled,
+        as far as `complete_through_time` goes.
 
         Raises:
-            PurchasesUnavailable: it does not say.
+            PurchasesUnavailable, RelayUnavailable: one of them does not say.
         """
-        named = {wire.parse_uuid(match.decode()) for match in _PURCHASE_ID.findall(body)}
+        if kept.event_id and await self._outbox.holds(kept.event_id):
+            return True
+        named = {wire.parse_uuid(match.decode()) for match in _PURCHASE_ID.findall(kept.body)}
         for purchase_id in list(filter(None, named))[:PURCHASES_MAX]:
             request = purchases_service_pb2.GetPurchaseRequest(purchase_id=purchase_id)
             try:

@@ -118,8 +118,10 @@ async def measure(pool: Pool, stop: asyncio.Event) -> None:
         await wait_set(stop, MEASURE_EVERY_S)
 
 
-async def page(connection: Connection, *, status: str | None, after: Place, limit: int) -> list[StoredEvent]:
-    """Events in the order in which they were written, from `after` on."""
+async def page(
+    connection: Connection, *, status: str | None, among: Sequence[str], after: Place, limit: int
+) -> list[StoredEvent]:
+    """Events in the order in which they were written, from `after` on; only those of some ids if there are any."""
     # Each status has an index of its own, which a parameter would hide from the planner.
     conditions: dict[str | None, LiteralString] = {
         None: "true",
@@ -132,10 +134,11 @@ async def page(connection: Connection, *, status: str | None, after: Place, limi
         SELECT event_id::text, event_type, aggregate_id::text, occurred_at, status, attempts, last_error, sent_at,
                created_xid::text
         FROM outbox_events e
-        WHERE {conditions[status]} AND (e.created_xid, e.event_id) > (%s::xid8, %s::uuid)
-        ORDER BY e.created_xid, e.event_id LIMIT %s
+        WHERE {conditions[status]} AND {"e.event_id = ANY (%(among)s::uuid[])" if among else "true"}
+            AND (e.created_xid, e.event_id) > (%(xid)s::xid8, %(id)s::uuid)
+        ORDER BY e.created_xid, e.event_id LIMIT %(limit)s
         """,
-        [*after, limit],
+        {"among": list(among), "xid": after.created_xid, "id": after.event_id, "limit": limit},
     )
     return [StoredEvent(*row) for row in await cursor.fetchall()]
 

@@ -1,6 +1,6 @@
 """The gRPC face: requests to values, values to responses. Errors are raised; `chassis.grpc_server` maps them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -51,12 +51,15 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
         limit = wire.page_size(request.page_size, *EVENTS_PER_PAGE, violations)
         if request.status not in pb2.OutboxStatus.values():
             violations.append(Violation("status", "must be a known status"))
+        if len(request.event_ids) > EVENTS_PER_PAGE[1]:
+            violations.append(Violation("event_ids", f"must have at most {EVENTS_PER_PAGE[1]} events"))
+        event_ids = _parsed(request.event_ids[: EVENTS_PER_PAGE[1]], violations)
         _raise_if(violations)
         status = pb2.OutboxStatus.Name(request.status).removeprefix("OUTBOX_STATUS_") if request.status else None
         position = self._tokens.read(request)
         after = inspection.Place(*position) if position else inspection.BEGINNING
         async with _transaction(self._pool, context) as connection:
-            events = await inspection.page(connection, status=status, after=after, limit=limit + 1)
+            events = await inspection.page(connection, status=status, among=event_ids, after=after, limit=limit + 1)
         page = events[:limit]
         token = self._tokens.issue(request, list(page[-1].place)) if len(events) > limit else ""
         return pb2.ListOutboxEventsResponse(outbox_events=map(_outbox_event, page), next_page_token=token)
@@ -117,12 +120,17 @@ async def _transaction(pool: Pool, context: Any) -> AsyncIterator[Connection]:
 
 
 def _event_ids(request: pb2.RequeueEventsRequest) -> list[str]:
-    violations = []
+    violations: list[Violation] = []
     if not 1 <= len(request.event_ids) <= REQUEUE_MAX:
         violations.append(Violation("event_ids", f"must have 1 to {REQUEUE_MAX:,} events, or all_failed must be set"))
-    event_ids = [wire.parse_uuid(text) for text in request.event_ids]
-    violations += [Violation(f"event_ids[{n}]", wire.UUID_RULE) for n, known in enumerate(event_ids) if known is None]
+    event_ids = _parsed(request.event_ids, violations)
     _raise_if(violations)
+    return event_ids
+
+
+def _parsed(texts: Sequence[str], violations: list[Violation]) -> list[str]:
+    event_ids = [wire.parse_uuid(text) for text in texts]
+    violations += [Violation(f"event_ids[{n}]", wire.UUID_RULE) for n, known in enumerate(event_ids) if known is None]
     return [event_id for event_id in event_ids if event_id is not None]
 
 

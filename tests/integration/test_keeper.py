@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from analytics_svc import keeper
+from analytics_svc.errors import RelayUnavailable
 from analytics_svc.keeper import KEEPER_LOCK, KEEPER_SESSION, Keeper
-from analytics_svc.outbox import Listed, RelayUnavailable, SnapshotRefused
+from analytics_svc.outbox import Listed, SnapshotRefused
 from chassis import postgres
 from tests.conftest import eventually, pool
 from tests.integration.purchase_events import NOON, query

@@ -164,8 +164,25 @@ async def test_events_by_page_and_status(stub: "OutboxServiceAsyncStub", purchas
     request.page_token = (await stub.ListOutboxEvents(request)).next_page_token
     request.status = pb2.OUTBOX_STATUS_NEW
     assert (await refused(stub.ListOutboxEvents(request))).reason == "INVALID_TOKEN"
-    request = pb2.ListOutboxEventsRequest(page_size=-1, status=9)  # type: ignore[arg-type]
-    assert (await refused(stub.ListOutboxEvents(request))).fields == ["page_size", "status"]
+    request = pb2.ListOutboxEventsRequest(page_size=-1, status=9, event_ids=[ids[0], "7"])  # type: ignore[arg-type]
+    assert (await refused(stub.ListOutboxEvents(request))).fields == ["page_size", "status", "event_ids[1]"]
+    request = pb2.ListOutboxEventsRequest(event_ids=ids[:1] * 501)
+    assert (await refused(stub.ListOutboxEvents(request))).fields == ["event_ids"]
+
+
+async def test_events_by_id(stub: "OutboxServiceAsyncStub", purchases_db: str) -> None:
+    """Those of the ids that are there, page by page, and of one status if that is asked for, too."""
+    ids = sorted(write(purchases_db, 6))
+    give_up(purchases_db, ids[:1])
+    request = pb2.ListOutboxEventsRequest(page_size=2, event_ids=[ids[4], UNKNOWN, ids[0].upper(), ids[2]])
+    page = await stub.ListOutboxEvents(request)
+    assert [event.event_id for event in page.outbox_events] == [ids[0], ids[2]]
+    request.page_token = page.next_page_token
+    page = await stub.ListOutboxEvents(request)
+    assert ([event.event_id for event in page.outbox_events], page.next_page_token) == ([ids[4]], "")
+    request = pb2.ListOutboxEventsRequest(status=pb2.OUTBOX_STATUS_FAILED, event_ids=ids)
+    assert [event.event_id for event in (await stub.ListOutboxEvents(request)).outbox_events] == ids[:1]
+    assert not (await stub.ListOutboxEvents(pb2.ListOutboxEventsRequest(event_ids=[UNKNOWN]))).outbox_events
 
 
 async def refused(call: Any) -> Refusal:

@@ -16,11 +16,13 @@ from pika.adapters.blocking_connection import BlockingChannel
 from prometheus_client import REGISTRY
 
 import purchases_svc.__main__ as purchases
+import relay_svc.__main__ as relay
 from analytics_svc.commands import quarantine
 from analytics_svc.health import Health
 from analytics_svc.settings import ConsumerClientSettings
 from analytics_svc.upkeep import Upkeep
 from purchases_svc.settings import ServeSettings
+from relay_svc.settings import ServeSettings as RelaySettings
 from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
@@ -39,8 +41,8 @@ INSERT = """
 
 @pytest.fixture
 async def stub(analytics_db: str, amqp_url: str, channel: BlockingChannel) -> AsyncIterator[Any]:
-    """The service in a consumer that has no purchases service."""
-    async with consuming(analytics_db, amqp_url, purchases_target=NOWHERE) as opened:
+    """The service in a consumer that has neither a purchases service nor a relay."""
+    async with consuming(analytics_db, amqp_url, purchases_target=NOWHERE, relay_target=NOWHERE) as opened:
         yield QuarantineServiceStub(opened)
 
 
@@ -249,6 +251,40 @@ async def test_discard_refuses_what_was_sold(
         reply = await stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=[ids[1], unknown, ids[3]]))
         assert reply == pb.DiscardEventsResponse(discarded_count=2, unknown_quarantine_ids=[unknown])
         assert set(reasons(analytics_db)) == {ids[0], ids[2]}
+
+
+async def test_discard_refuses_what_bears_the_id_of_a_sale(
+    analytics_db: str, purchases_db: str, amqp_url: str, channel: BlockingChannel
+) -> None:
+    """A message of others with a real event's id: it settles that id, so it stays until the sale itself is counted."""
+    config = ServeSettings(database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    no_broker = "amqp://guest:guest@127.0.0.1:1/%2F"  # nothing is sent: the real event never comes
+    outbox = RelaySettings(purchases_db, no_broker, listen=free_address(), metrics_listen="127.0.0.1:0")
+    async with (
+        running(lambda stop: purchases.serve(config, stop), config.listen) as tills,
+        running(lambda stop: relay.serve(outbox, stop), outbox.listen),
+        consuming(analytics_db, amqp_url, purchases_target=config.listen, relay_target=outbox.listen) as opened,
+    ):
+        stub: Any = QuarantineServiceStub(opened)
+        create: Any = PurchasesServiceStub(tills).CreatePurchase
+        event_id = (await create(sale())).consistency_token
+        body = b'{"purchase_id":"%s"}' % str(uuid.uuid4()).encode()
+        ids = [put(analytics_db, body, event_id), put(analytics_db, body, str(uuid.uuid4()))]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=ids))
+        refusal = Refusal(caught.value)
+        assert (refusal.reason, refusal.fields) == ("PURCHASE_EXISTS", ["quarantine_ids[0]"])
+        query(analytics_db, f"INSERT INTO analytics_event_log (event_id, event_type) VALUES ('{event_id}', 'any')")
+        assert (await stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=ids))).discarded_count == 2
+
+
+async def test_discard_without_the_relay(stub: Any, analytics_db: str) -> None:
+    """Its answer is needed where there is an id, and it has not agreed."""
+    kept = put(analytics_db, event_id=str(uuid.uuid4()))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=[kept]))
+    assert Refusal(caught.value).reason == "RELAY_UNAVAILABLE"
+    assert set(reasons(analytics_db)) == {kept}
 
 
 async def test_discard_without_the_purchases_service(stub: Any, analytics_db: str) -> None:

@@ -77,8 +77,8 @@ class QuarantineServiceServicer:
 
     def DiscardEvents(self, request, context):
         """Removes events for good, all of the request or none. Refused is an event
-        whose purchase exists, unless it is known to be counted: its event_id is, or
-        it is OLDER_THAN_FLOOR.
+        whose purchase exists, by its body or by its event_id in the outbox, unless
+        it is known to be counted: its event_id is, or it is OLDER_THAN_FLOOR.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,8 +45,8 @@ class QuarantineServiceStub:
     """
     DiscardEvents: _grpc.UnaryUnaryMultiCallable[_quarantine_service_pb2.DiscardEventsRequest, _quarantine_service_pb2.DiscardEventsResponse]
     """Removes events for good, all of the request or none. Refused is an event
-    whose purchase exists, unless it is known to be counted: its event_id is, or
-    it is OLDER_THAN_FLOOR.
+    whose purchase exists, by its body or by its event_id in the outbox, unless
+    it is known to be counted: its event_id is, or it is OLDER_THAN_FLOOR.
     """
 
 @_typing.type_check_only
@@ -66,8 +66,8 @@ class QuarantineServiceAsyncStub(QuarantineServiceStub):
     """
     DiscardEvents: _aio.UnaryUnaryMultiCallable[_quarantine_service_pb2.DiscardEventsRequest, _quarantine_service_pb2.DiscardEventsResponse]  # type: ignore[assignment]
     """Removes events for good, all of the request or none. Refused is an event
-    whose purchase exists, unless it is known to be counted: its event_id is, or
-    it is OLDER_THAN_FLOOR.
+    whose purchase exists, by its body or by its event_id in the outbox, unless
+    it is known to be counted: its event_id is, or it is OLDER_THAN_FLOOR.
     """
 
 class QuarantineServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -102,8 +102,8 @@ class QuarantineServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_quarantine_service_pb2.DiscardEventsResponse, _abc.Awaitable[_quarantine_service_pb2.DiscardEventsResponse]]:
         """Removes events for good, all of the request or none. Refused is an event
-        whose purchase exists, unless it is known to be counted: its event_id is, or
-        it is OLDER_THAN_FLOOR.
+        whose purchase exists, by its body or by its event_id in the outbox, unless
+        it is known to be counted: its event_id is, or it is OLDER_THAN_FLOOR.
         """
 
 def add_QuarantineServiceServicer_to_server(servicer: QuarantineServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -75,7 +75,8 @@ class OutboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListOutboxEvents(self, request, context):
-        """Lists events of one status, in the order in which they were written.
+        """Lists events of one status, or those of some ids, in the order in which they
+        were written.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

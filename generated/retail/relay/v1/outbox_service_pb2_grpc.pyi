@@ -40,7 +40,9 @@ class OutboxServiceStub:
     GetOutboxStatus: _grpc.UnaryUnaryMultiCallable[_outbox_service_pb2.GetOutboxStatusRequest, _outbox_service_pb2.GetOutboxStatusResponse]
     """Tells how many events wait, since when, and why."""
     ListOutboxEvents: _grpc.UnaryUnaryMultiCallable[_outbox_service_pb2.ListOutboxEventsRequest, _outbox_service_pb2.ListOutboxEventsResponse]
-    """Lists events of one status, in the order in which they were written."""
+    """Lists events of one status, or those of some ids, in the order in which they
+    were written.
+    """
     RequeueEvents: _grpc.UnaryUnaryMultiCallable[_outbox_service_pb2.RequeueEventsRequest, _outbox_service_pb2.RequeueEventsResponse]
     """Makes events NEW again, so that they are published once more. Consumers
     count an event once, however often it is published.
@@ -63,7 +65,9 @@ class OutboxServiceAsyncStub(OutboxServiceStub):
     GetOutboxStatus: _aio.UnaryUnaryMultiCallable[_outbox_service_pb2.GetOutboxStatusRequest, _outbox_service_pb2.GetOutboxStatusResponse]  # type: ignore[assignment]
     """Tells how many events wait, since when, and why."""
     ListOutboxEvents: _aio.UnaryUnaryMultiCallable[_outbox_service_pb2.ListOutboxEventsRequest, _outbox_service_pb2.ListOutboxEventsResponse]  # type: ignore[assignment]
-    """Lists events of one status, in the order in which they were written."""
+    """Lists events of one status, or those of some ids, in the order in which they
+    were written.
+    """
     RequeueEvents: _aio.UnaryUnaryMultiCallable[_outbox_service_pb2.RequeueEventsRequest, _outbox_service_pb2.RequeueEventsResponse]  # type: ignore[assignment]
     """Makes events NEW again, so that they are published once more. Consumers
     count an event once, however often it is published.
@@ -95,7 +99,9 @@ class OutboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _outbox_service_pb2.ListOutboxEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_outbox_service_pb2.ListOutboxEventsResponse, _abc.Awaitable[_outbox_service_pb2.ListOutboxEventsResponse]]:
-        """Lists events of one status, in the order in which they were written."""
+        """Lists events of one status, or those of some ids, in the order in which they
+        were written.
+        """
 
     @_abc_1.abstractmethod
     def RequeueEvents(
