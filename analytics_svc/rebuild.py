@@ -33,6 +33,7 @@ LOCK_ATTEMPTS, LOCK_PAUSE_S = 20, 0.1  # the session of one that died ends withi
 STATEMENT_TIMEOUT_S = 3_600.0  # the final comparison of a long history takes minutes
 SESSION_SETTINGS = {"temp_buffers": "64MB", "work_mem": "64MB"}
 TAIL_CHUNK = 2_000  # events; as many are counted in less than a second, which an apply() may well wait
+CONFLICTS_PATIENCE_S = 30.0  # with other applies, until some purchases are counted; one takes milliseconds
 EXPORT_ATTEMPTS = 8  # for one day, while the purchases service is away: about half a minute
 
 log = structlog.get_logger()
@@ -226,7 +227,11 @@ async def _count_apart(connection: Connection, events: Sequence[PurchaseCreated]
 
 
 async def _count_missing(pool: Pool, events: Sequence[PurchaseCreated]) -> int:
-    """Count those that never were, as the consumer would have."""
+    """Count those that never were, as the consumer would have.
+
+    Raises:
+        postgres.CONFLICT: again and again.
+    """
     async with pool.connection() as connection:
         cursor = await connection.execute(
             "SELECT event_id::text FROM analytics_event_log WHERE event_id = ANY (%s::uuid[])",
@@ -234,12 +239,16 @@ async def _count_missing(pool: Pool, events: Sequence[PurchaseCreated]) -> int:
         )
         known = {event_id for (event_id,) in await cursor.fetchall()}
     missing = [event for event in events if event.event_id not in known]
+    backoff, now = Backoff(0.01, 1.0), asyncio.get_running_loop().time
+    until = now() + CONFLICTS_PATIENCE_S
     while missing:
         try:
             async with pool.connection() as connection, connection.pipeline(), connection.transaction():
                 return (await apply(connection, missing, [])).counted
         except postgres.CONFLICT:
-            continue
+            if now() > until:
+                raise
+            await asyncio.sleep(backoff.next_s())
     return 0
 
 

@@ -31,6 +31,7 @@ from chassis.postgres import Pool
 
 CONNECTION_WAIT_S = 1.0  # the pool is all ours: it lacks a connection only while the database is down
 TRIAL_S = 1.0  # what kills does so in milliseconds
+NOTED_MAX = 10_000  # messages of which this process remembers something; another one may settle them
 FAILURES_MAX = 3  # of an event alone, with an error that may have other causes, such as a lost connection
 
 # What the database says about the events it was given, rather than about itself. A retry would change nothing.
@@ -146,7 +147,7 @@ class Settler:
             async with self._pool.connection(CONNECTION_WAIT_S) as connection:
                 await trials.withdraw(connection, digest, 1)
         except Exception:
-            self._survived[digest] += 1  # the database hears of it with the next trial
+            _note(self._survived, digest)  # the database hears of it with the next trial
 
     async def _apply(self, cases: Sequence[Case], tried: bool) -> Applied:
         """The one transaction."""
@@ -218,7 +219,7 @@ class Settler:
     async def _blame(self, case: Case, error: Exception) -> None:
         """An event failed alone, while others pass: quarantine it, at once or, if it may be chance, the third time."""
         digest = case.message.digest()
-        self._failures[digest] += 1
+        _note(self._failures, digest)
         if not isinstance(error, BLAMED_ON_EVENTS) and self._failures[digest] < FAILURES_MAX:
             raise error
         if isinstance(case.event, QuarantinedEvent):
@@ -228,6 +229,13 @@ class Settler:
         log.error("event refused by the database", message=_name(case.message), error=detail)
         unfit = messages.unfit(case.message, case.event.event_id, APPLY_FAILED, detail)
         await self.settle([Case(case.message, unfit)], tried=True)
+
+
+def _note(tally: Tally[bytes], digest: bytes) -> None:
+    """Count one more. Beyond NOTED_MAX digests, the one noted first is forgotten."""
+    tally[digest] += 1
+    if len(tally) > NOTED_MAX:
+        del tally[next(iter(tally))]
 
 
 def _may_be_the_events_fault(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """Messages that end what touches them, and messages that only seem to."""
 
 import subprocess
+from collections import Counter
 from decimal import Decimal
 from typing import Any
 
@@ -9,6 +10,7 @@ import psycopg
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
+from analytics_svc import settling
 from analytics_svc.consumer import QUEUE
 from analytics_svc.messages import READ_FAILED, Message, read
 from analytics_svc.settling import ALONE, FAILURES_MAX
@@ -31,6 +33,15 @@ def poison() -> tuple[Sold, bytes]:
 
 def of(analytics_db: str, amqp_url: str, **settings: str) -> dict[str, str]:
     return {"ANALYTICS_DATABASE_URL": analytics_db, "AMQP_URL": amqp_url, **settings}
+
+
+def test_what_a_process_remembers_of_messages_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may settle them, and then nobody tells this one."""
+    monkeypatch.setattr(settling, "NOTED_MAX", 3)
+    failures: Counter[bytes] = Counter()
+    for digest in (b"a", b"b", b"a", b"c", b"d", b"d"):
+        settling._note(failures, digest)
+    assert failures == {b"b": 1, b"c": 1, b"d": 2}
 
 
 async def restarted_until_settled(

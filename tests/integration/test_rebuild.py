@@ -15,6 +15,7 @@ import pytest
 from analytics_svc import rebuild
 from analytics_svc.errors import HistoryDropped, RebuildRunning
 from analytics_svc.source import Recorded, Source
+from chassis import postgres
 from tests.conftest import ROOT, eventually
 from tests.integration.chain import FIRST, TABLES, Chain, enough, load
 from tests.integration.purchase_events import query, read_models
@@ -194,3 +195,24 @@ async def test_kill_9_in_the_middle_leaves_nothing_behind(
     assert process.returncode == 0, errors
     assert b"400 purchases were read" in output
     assert read_models(chain.url) == right
+
+
+async def test_conflicts_without_end_end_a_rebuild(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting what is missing tries again for a while, with pauses; then it says why it cannot."""
+    monkeypatch.setattr(rebuild, "CONFLICTS_PATIENCE_S", 0.3)
+    await chain.sell(5, seed=12)
+    missing = await chain.recorded()
+    with psycopg.connect(chain.url) as connection:
+        connection.execute("LOCK TABLE daily_sales_by_branch IN SHARE MODE")
+        async with postgres.open_pool(
+            chain.url,
+            role="analytics_consumer",
+            application_name="test",
+            size=1,
+            statement_timeout_s=30,
+            settings={"lock_timeout": "10ms"},
+        ) as impatient:
+            with pytest.raises(psycopg.errors.LockNotAvailable):
+                await asyncio.wait_for(rebuild._count_missing(impatient, missing), 10)
+            connection.rollback()
+            assert await rebuild._count_missing(impatient, missing) == 5
