@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Iterable
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg
@@ -90,7 +90,8 @@ class Auditor:
         self._pool, self._source = pool, source
         self._cycle_share = self._sweep_share = cpu_share / 2
         self._cycle_pause_s, self._complete_wait_s = cycle_pause_s, complete_wait_s
-        self._sweep_credit_s = 0.0  # time that the sweep has saved up
+        self._sweep_credit_s = 0.0  # time that the sweep has saved up for its next day
+        self._credited_at = time.monotonic()
         self._upcoming: tuple[date | None, int] | None = None  # the sweep's next day and its purchases, once known
 
     async def run(self) -> None:
@@ -104,11 +105,9 @@ class Auditor:
                             await asyncio.sleep(LOCK_EVERY_S)
                         log.info("this process audits")
                         while True:
-                            began = time.monotonic()
                             await self.run_once(connection)
                             backoff.reset()
                             await asyncio.sleep(self._cycle_pause_s)
-                            self._sweep_credit_s += (time.monotonic() - began) * self._sweep_share
                     finally:
                         await connection.close()  # and with it goes the lock
             except Exception as error:
@@ -147,7 +146,7 @@ class Auditor:
             [since - LATE_COMMIT if since else None],
         )
         return {day for (day,) in await cursor.fetchall()} | {
-            _today()
+            self._source.today()
         }  # on which nothing may have been counted, wrongly
 
     async def _compare(self, first: date, last: date) -> Comparison:
@@ -163,23 +162,36 @@ class Auditor:
         return found
 
     async def _sweep(self, status: Status) -> tuple[date | None, list[Comparison]]:
-        """Prove the next day, once there is time for it; returns the day that was reached, None at the end of all."""
+        """Prove the next day, once there is time for it; returns the day that was reached, None at the end of all.
+
+        Time is saved for one day only, and what is left of it is not kept: large days must not follow one another
+        because small ones came before.
+        """
         if self._upcoming is None:
             self._upcoming = await self._paced(self._next_day(status.sweep_day))
         day, purchases = self._upcoming
-        if day is not None and self._sweep_credit_s < purchases * SECONDS_PER_PURCHASE:
+        if day is None:
+            self._upcoming = None
+            return None, []
+        needed_s = purchases * SECONDS_PER_PURCHASE
+        now = time.monotonic()
+        self._sweep_credit_s = min(self._sweep_credit_s + (now - self._credited_at) * self._sweep_share, needed_s)
+        self._credited_at = now
+        if self._sweep_credit_s < needed_s:
             return status.sweep_day or day - timedelta(days=1), []
         self._upcoming = None
-        if day is None:
-            return None, []
-        began = time.monotonic()
-        proof = await prove_day(self._pool, self._source, day)
-        self._spend(time.monotonic() - began)
+        try:
+            proof = await prove_day(self._pool, self._source, day)
+        finally:
+            spent_s = time.monotonic() - now
+            BUSY.inc(spent_s)
+            self._sweep_credit_s = min(needed_s - spent_s, 0.0)
         return day, [proof] if proof else []
 
     async def _next_day(self, after: date | None) -> tuple[date | None, int]:
         """The next day that either side knows, and how many purchases were recorded on it."""
-        bounds = await self._source.control_totals(_today(), _today())
+        today = self._source.today()
+        bounds = await self._source.control_totals(today, today)
         first = max(after + timedelta(days=1) if after else date.min, bounds.complete_from or date.min)
         async with self._pool.connection() as connection:
             cursor = await connection.execute("SELECT min(day) FROM daily_sales_of_chain WHERE day >= %s", [first])
@@ -207,10 +219,6 @@ class Auditor:
         await asyncio.sleep(spent * (1 / self._cycle_share - 1))
         return result
 
-    def _spend(self, spent_s: float) -> None:
-        BUSY.inc(spent_s)
-        self._sweep_credit_s -= spent_s
-
 
 def windows(days: Iterable[date]) -> list[tuple[date, date]]:
     """The days in as few ranges as may be asked for at once; days of which there is nothing to know cost nothing."""
@@ -221,10 +229,6 @@ def windows(days: Iterable[date]) -> list[tuple[date, date]]:
         else:
             ranges.append((day, day))
     return ranges
-
-
-def _today() -> date:
-    return datetime.now(UTC).date()
 
 
 async def read_status(connection: Connection) -> Status:

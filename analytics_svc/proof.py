@@ -69,7 +69,7 @@ class _Day(NamedTuple):
     products: dict[tuple[int, int], tuple[int, int]]  # by branch and product: units, cents
     last_visits: dict[tuple[str, int], datetime]  # of those whose last purchase was on that day, by customer and branch
     logged: set[str] | None  # ids that count on that day; None: the log has gaps
-    quarantined: set[str]  # ids, of all days, that do not count
+    quarantined: set[str]  # ids, of all days, that do not count, from the log's floor on
     complete_through: datetime | None
 
 
@@ -130,10 +130,12 @@ async def _read_day(pool: Pool, day: date, *, all_logged: bool) -> _Day:
             {"day": day},
         )
         logged = await connection.execute("SELECT event_id::text FROM analytics_event_log WHERE day = %s", [day])
+        # Below the floor, nobody can tell by its id whether an event is counted: what is recorded must be. So a
+        # duplicate in quarantine excuses nothing, and what RebuildDay counts there is right.
         quarantined = await connection.execute(
             """
             SELECT event_id::text FROM quarantined_events AS kept
-            WHERE event_id IS NOT NULL
+            WHERE event_id >= coalesce((SELECT log_floor FROM freshness), '00000000-0000-0000-0000-000000000000')
                 AND NOT EXISTS (SELECT FROM analytics_event_log AS log WHERE log.event_id = kept.event_id)
             """
         )

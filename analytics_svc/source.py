@@ -52,6 +52,10 @@ class Source:
         self._stub: Any = PurchasesServiceStub(channel)
         self._zone = zone
 
+    def today(self) -> date:
+        """The business day that it is now."""
+        return datetime.now(self._zone).date()
+
     async def control_totals(self, first: date, last: date) -> Recorded:
         """Sums by business day and branch, of 31 days at most.
 

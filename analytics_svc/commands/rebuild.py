@@ -1,6 +1,5 @@
 """`python -m analytics_svc rebuild [--days-only]`: the read models from the recorded purchases, while all goes on."""
 
-import datetime
 from zoneinfo import ZoneInfo
 
 from rich.console import Console
@@ -31,8 +30,9 @@ async def run(config: RebuildSettings, *, days_only: bool, console: Console) -> 
 
         try:
             async with source.connect(config.purchases_target, zone) as truth:
-                today = datetime.datetime.now(zone).date()
-                rebuilt = await rebuild.rebuild_all(config.database_url, truth, today, days_only=days_only, show=show)
+                rebuilt = await rebuild.rebuild_all(
+                    config.database_url, truth, truth.today(), days_only=days_only, show=show
+                )
         except ServiceError as error:
             console.print(f"nothing was changed: {error.message}", style="red", markup=False)
             return 1

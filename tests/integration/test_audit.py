@@ -162,16 +162,14 @@ CORRUPTIONS = {
         "DELETE FROM {} WHERE customer_id = %(customer)s",
     ],
 }
-QUICK: dict[str, Any] = {"cpu_share": 2.0, "cycle_pause_s": 0, "complete_wait_s": 0}  # spares nothing
+QUICK: dict[str, Any] = {"cpu_share": 1_000.0, "cycle_pause_s": 0, "complete_wait_s": 0}  # spares nothing
 NAMED_BY = {"customer_loyalty_chain": "customer_loyalty", "daily_sales_by_branch": "daily_sales_of_chain"}
 
 
 @pytest.fixture
 def quick(chain: Chain) -> Auditor:
     """An auditor that need not spare anything."""
-    auditor = Auditor(chain.pool, chain.source, **QUICK)
-    auditor._sweep_credit_s = 3_600
-    return auditor
+    return Auditor(chain.pool, chain.source, **QUICK)
 
 
 async def cycle(chain: Chain, quick: Auditor) -> auditor.Report:
@@ -224,6 +222,55 @@ async def test_the_sweep_comes_round(chain: Chain, quick: Auditor) -> None:
     assert verdicts == [Verdict.AGREED, Verdict.AGREED, Verdict.DIFFERENT, Verdict.DIFFERENT]
     assert {finding.key for finding in report.findings} >= {"day 2026-03-03, branch_id 1, product_id 1001"}
     assert query(chain.url, "SELECT sweep_day, sweep_ended_at IS NULL FROM audit_status") == [(None, False)]
+
+
+async def test_the_sweep_saves_for_one_day_only(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After weeks with nothing to do, days are proven one at a time, each when there was time for it."""
+    await chain.sell(60, seed=7)
+    await chain.apply(await chain.recorded())
+    monkeypatch.setattr(auditor, "SECONDS_PER_PURCHASE", 10.0)  # minutes for each of the days
+    rested = Auditor(chain.pool, chain.source, **(QUICK | {"cpu_share": 2.0}))
+    rested._credited_at -= timedelta(weeks=4).total_seconds()
+    for _ in range(3):
+        await cycle(chain, rested)
+        assert query(chain.url, "SELECT sweep_day FROM audit_status") == [(FIRST,)]
+
+
+async def test_today_is_the_chains(chain: Chain, purchases_channel: grpc.aio.Channel) -> None:
+    """Around the world, it is two days or three at any time; the audit looks at the chain's."""
+    for zone in (ZoneInfo("Etc/GMT-14"), ZoneInfo("Etc/GMT+12")):
+        abroad = Auditor(chain.pool, Source(purchases_channel, zone))
+        async with chain.pool.connection() as connection:
+            assert await abroad._touched_days(connection, None) == {datetime.now(zone).date()}
+
+
+async def test_below_the_floor_what_is_recorded_must_be_counted(chain: Chain) -> None:
+    """No id tells there whether an event is counted: quarantine excuses nothing, a rebuild repairs, all agree then."""
+    await chain.sell(20, seed=11)
+    recorded = await chain.recorded()
+    late, duplicate = [event for event in recorded if event.day == FIRST][:2]
+    await chain.apply([event for event in recorded if event is not late])
+    query(chain.url, "UPDATE freshness SET log_floor = '7fffffff-0000-0000-0000-000000000000'")
+    query(chain.url, "DELETE FROM analytics_event_log")
+    await chain.apply([late, duplicate])  # are not counted, and end in quarantine
+    for event in (late, duplicate):
+        query(
+            chain.url,
+            "INSERT INTO quarantined_events (event_id, reason, detail, body, properties)"
+            f" VALUES ('{event.event_id}', 'OLDER_THAN_FLOOR', '', '', '{{}}')",
+        )
+    complete(chain)
+    lost = await compare(chain)
+    assert lost.verdict is Verdict.DIFFERENT
+    assert [row.day for row in lost.rows if row.verdict is Verdict.DIFFERENT] == [FIRST]
+    await rebuild.rebuild_day(chain.url, chain.source, FIRST)
+    proven = await prove_day(chain.pool, chain.source, FIRST)
+    assert proven
+    assert (proven.verdict, proven.findings) == (Verdict.AGREED, [])
+    assert (await compare(chain)).verdict is Verdict.AGREED
+    before = query(chain.url, "SELECT * FROM daily_sales_by_branch ORDER BY 1, 2")
+    await chain.apply(recorded)  # comes once more
+    assert query(chain.url, "SELECT * FROM daily_sales_by_branch ORDER BY 1, 2") == before
 
 
 async def test_a_log_with_gaps_is_no_error(chain: Chain, quick: Auditor) -> None:
