@@ -5,11 +5,13 @@ import time
 from collections import deque
 from typing import NamedTuple
 
+import psycopg
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
+from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import Backoff, wait_set
-from chassis.postgres import UNAVAILABLE, Connection, Pool
+from chassis.postgres import Connection, Pool
 from relay_svc import outbox
 from relay_svc.outbox import OutboxEvent
 from relay_svc.publisher import Publisher
@@ -94,7 +96,7 @@ class Relay:
                             lanes.create_task(self._lane(stop, backoff))
                 else:
                     await self.run_once(limit=1)
-            except* UNAVAILABLE as errors:
+            except* (psycopg.Error, PoolTimeout) as errors:  # a server that went read-only in a failover, too
                 log.warning("database trouble", error=str(errors.exceptions[0]).strip())
                 # The next connection may be to another server: after a failover, transactions have other numbers.
                 self._position = self._low_water = outbox.START

@@ -12,6 +12,7 @@ import pika
 import psycopg
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
+from structlog.testing import capture_logs
 
 from chassis.postgres import Pool
 from deploy.local.rabbitmq import RabbitMQ
@@ -262,6 +263,35 @@ async def test_connections_cut_in_mid_window(
         await eventually(lambda: all_sent(purchases_db), "everything is sent", 30)
     in_queue += drain(queue)
     assert set(in_queue) == set(ids)
+
+
+async def test_database_that_takes_no_writes(
+    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel
+) -> None:
+    """After a failover the relay may meet a server that only reads, for a while: it stays, and goes on by itself."""
+    name = urlsplit(purchases_db).path[1:]
+    end_connections = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    async with relaying(outbox, amqp_url):
+        ids = write(purchases_db, 10)
+        await eventually(lambda: all_sent(purchases_db), "all is sent")
+        with psycopg.connect(purchases_db, autocommit=True) as admin, capture_logs() as logs:
+            ids += write(purchases_db, 10)
+            admin.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'.encode())
+            admin.execute(end_connections)
+
+            async def noticed() -> bool:
+                return sum("read-only transaction" in str(entry.get("error")) for entry in logs) > 1
+
+            await eventually(noticed, "the relay tries, again and again")
+            admin.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only'.encode())
+            admin.execute(end_connections)
+        ids += write(purchases_db, 10)
+        await eventually(lambda: all_sent(purchases_db), "it goes on by itself")
+    assert set(drain(queue)) == set(ids)
+    assert set(states(purchases_db).values()) == {("SENT", 0)}
 
 
 async def test_idle_relay_is_told(
