@@ -32,6 +32,9 @@ QUEUE = ROUTING_KEY = "purchases.created"
 QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000}
 
 REDELIVERED_MAX = 50  # tried together: few enough to be tried alone when a process dies of one, enough to be quick
+# Of bodies in a batch: some forty of the biggest purchases, or thousands of usual ones. With 500 of the biggest, a
+# statement could outlast its timeout, and then would each time that the batch is tried again.
+BATCH_BYTES_MAX = 4 << 20
 CLOSE_TIMEOUT_S = 5.0  # for the broker to confirm the end of a connection, and with it the last acknowledgements
 
 REDELIVERED = Counter("analytics_redeliveries_total", "Deliveries of messages that were delivered before.")
@@ -93,7 +96,10 @@ class Inbox:
             self._news.set()
 
     async def take(self, most: int, redelivered_most: int) -> list[Delivery]:
-        """The oldest deliveries, all redelivered or none of them, as soon as there is one; none when it is closed."""
+        """The oldest deliveries, all redelivered or none of them, as soon as there is one; none when it is closed.
+
+        At least one, and no more than have BATCH_BYTES_MAX in all.
+        """
         while not self._deliveries and not self.closed.is_set():
             self._news.clear()
             await self._news.wait()
@@ -103,7 +109,11 @@ class Inbox:
         if redelivered:
             most = redelivered_most
         batch: list[Delivery] = []
+        size = 0
         while self._deliveries and len(batch) < most and self._deliveries[0].redelivered == redelivered:
+            size += len(self._deliveries[0].message.body)
+            if batch and size > BATCH_BYTES_MAX:
+                break
             batch.append(self._deliveries.popleft())
         return batch
 

@@ -36,8 +36,9 @@ FAILURES_MAX = 3  # of an event alone, with an error that may have other causes,
 
 # What the database says about the events it was given, rather than about itself. A retry would change nothing.
 BLAMED_ON_EVENTS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.RaiseException)
-# Classes of SQLSTATE that say nothing about the events: connections, conflicts, room, locks, operators, the system.
-BLAMED_ON_NONE = {"08", "40", "53", "55", "57", "58"}
+# Classes of SQLSTATE that say nothing about the events: connections, the transaction's state (this process stood still
+# for too long, the server became read-only), conflicts, room, locks, operators, the system.
+BLAMED_ON_NONE = {"08", "25", "40", "53", "55", "57", "58"}
 
 # Reasons; see `events`.
 APPLY_FAILED = "APPLY_FAILED"
