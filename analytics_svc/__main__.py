@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-import grpc
 import psycopg
 import structlog
 from rich.console import Console
@@ -37,7 +36,7 @@ from analytics_svc.settings import (
 from analytics_svc.settling import Settler
 from analytics_svc.upkeep import Upkeep
 from analytics_svc.watch import Watchers
-from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
+from chassis import grpc_client, grpc_server, lifecycle, logs, migrate, postgres, settings
 from chassis.wire import PageTokens
 from retail.analytics.v1 import analytics_service_pb2_grpc as analytics_grpc
 from retail.analytics.v1 import audit_service_pb2_grpc as audit_grpc
@@ -85,8 +84,8 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             size=AUDIT_CONNECTIONS,
             statement_timeout_s=AUDIT_STATEMENT_TIMEOUT_S,
         ) as audit_pool,
-        grpc.aio.insecure_channel(config.purchases_target) as purchases,
-        grpc.aio.insecure_channel(config.relay_target) as relay,
+        grpc_client.connect(config.purchases_target) as purchases,
+        grpc_client.connect(config.relay_target) as relay,
         source.connect(config.purchases_target, ZoneInfo(config.business_time_zone)) as truth,
     ):
         zone = ZoneInfo(config.business_time_zone)

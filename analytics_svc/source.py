@@ -13,7 +13,7 @@ import grpc
 
 from analytics_svc.errors import PurchasesUnavailable, TimeZonesDiffer
 from analytics_svc.events import Item, PurchaseCreated
-from chassis import wire
+from chassis import grpc_client, wire
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 
@@ -22,8 +22,6 @@ CUSTOMERS_MAX = 1_000  # the service's limit for one export
 PAGE_ROWS = 1_000
 CHUNK = 500  # purchases; as many as the consumer applies at once
 CALL_TIMEOUT_S = 20.0
-MESSAGE_BYTES_MAX = 16 << 20  # a page, or a purchase of 2,000 items; gRPC's own limit of 4 MiB would do for both
-KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]  # an export has no deadline
 
 
 class Totals(NamedTuple):
@@ -130,8 +128,7 @@ class Source:
 @asynccontextmanager
 async def connect(target: str, zone: ZoneInfo) -> AsyncIterator[Source]:
     """A source at `target`, which need not be up yet."""
-    options = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), *KEEPALIVE]
-    async with grpc.aio.insecure_channel(target, options=options) as channel:
+    async with grpc_client.connect(target) as channel:
         yield Source(channel, zone)
 
 

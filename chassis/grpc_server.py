@@ -25,7 +25,7 @@ from chassis.errors import ServiceError
 
 MESSAGE_BYTES_MAX = 1 << 20  # received; gRPC's own default is 4 MiB
 REPLY_BYTES_MAX = 16 << 20  # a page of 500 purchases of 2,000 items each stays below it
-CALL_TIMEOUT_S = 30.0  # for callers that set no deadline
+CALL_TIMEOUT_S = 30.0  # for callers that set no deadline, or a later one
 DRAIN_TIMEOUT_S = 20.0  # how long a stopping server waits for the calls in flight
 SLOW_CALL_S = 1.0
 # A stream whose reader takes nothing for so long is cut. Shorter than PostgreSQL's patience with an idle transaction.
@@ -204,10 +204,11 @@ class _Guard:
         started = time.perf_counter()
         try:
             remaining = context.time_remaining()
-            if remaining is not None and remaining <= CALL_TIMEOUT_S:  # nearly always; gRPC ends it in time
+            cap = self._timeout_s
+            if cap is None or (remaining is not None and remaining <= cap):  # nearly always; gRPC ends it in time
                 reply = await self._reply(requests, context)
             else:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(cap):
                     reply = await self._reply(requests, context)
         except BaseException as error:
             failure = self._explain(error)

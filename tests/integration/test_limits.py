@@ -1,6 +1,7 @@
 """What happens when the database does not keep up: limits, deadlines, and who is still answered."""
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -24,6 +25,8 @@ from tests.integration.test_create_purchase import assert_whole
 from tests.integration.test_upload_purchases import message, upload
 
 WAITING_MAX = 20
+BATCH_MAX = 5
+CALLS = 100
 
 
 @asynccontextmanager
@@ -60,11 +63,15 @@ async def reflected(channel: grpc.aio.Channel) -> int:
 
 async def test_too_many_sales_are_refused_and_health_answers(purchases_db: str) -> None:
     """While writing is stuck, some sales wait, the rest is told when to come again, and all else goes on."""
-    async with service(purchases_db, waiting_max=WAITING_MAX, batch_max=5) as channel:
+    async with service(purchases_db, waiting_max=WAITING_MAX, batch_max=BATCH_MAX, flush_timeout_s=30) as channel:
         tills: Any = PurchasesServiceStub(channel)
         with locked(purchases_db, "idempotency_keys"):
-            calls = [asyncio.ensure_future(outcome(tills.CreatePurchase(sale(), timeout=30))) for _ in range(100)]
-            await asyncio.wait(calls, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+            calls = [asyncio.ensure_future(outcome(tills.CreatePurchase(sale(), timeout=30))) for _ in range(CALLS)]
+
+            async def all_others_are_refused() -> bool:
+                return sum(call.done() for call in calls) >= CALLS - WAITING_MAX - BATCH_MAX
+
+            await eventually(all_others_are_refused, "all but those that wait and those on their way are refused")
             results = await upload(tills, [message(0, [sale() for _ in range(30)])])  # more than may wait
             assert {result.error.message.split()[-1] for result in results.values()} == {"later"}
             started = time.monotonic()
@@ -74,11 +81,11 @@ async def test_too_many_sales_are_refused_and_health_answers(purchases_db: str) 
             assert missing.reason == "PURCHASE_NOT_FOUND"
             assert time.monotonic() - started < 2
         refused = [each for each in await asyncio.gather(*calls) if each]
-        assert 100 - WAITING_MAX - 10 <= len(refused) <= 100 - WAITING_MAX
+        assert CALLS - WAITING_MAX - BATCH_MAX <= len(refused) <= CALLS - WAITING_MAX
         for each in refused:
             assert (each.code, each.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
             assert each.retry.retry_delay.ToMilliseconds() > 0
-        assert_whole(purchases_db, 1 + 100 - len(refused))
+        assert_whole(purchases_db, 1 + CALLS - len(refused))
 
 
 async def test_flush_has_a_time_of_its_own(purchases_db: str) -> None:
@@ -118,14 +125,15 @@ async def _code(tills: Any, request: CreatePurchaseRequest, timeout_s: float) ->
 
 
 async def test_call_without_a_deadline_gets_one(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server's cap ends calls of clients that would wait for ever, or for an hour."""
-    monkeypatch.setattr(grpc_server, "CALL_TIMEOUT_S", 0.4)
-    async with service(purchases_db) as channel:
+    """The server's cap ends calls of clients that would wait for ever, for an hour, or for just longer than the cap."""
+    monkeypatch.setattr(grpc_server, "Service", functools.partial(grpc_server.Service, timeout_s=0.4))
+    async with service(purchases_db, flush_timeout_s=30) as channel:
         tills: Any = PurchasesServiceStub(channel)
         with locked(purchases_db, "idempotency_keys"):
-            for timeout_s in (None, 3_600):
+            for timeout_s in (None, 3_600, 20):
                 refused = await asyncio.wait_for(refusal(tills.CreatePurchase(sale(), timeout=timeout_s)), 10)
                 assert (refused.code, refused.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+                assert refused.status.message == "the call took longer than the server allows"  # not: the flush
 
 
 async def test_reads_end_with_their_callers(purchases_db: str) -> None:
