@@ -110,7 +110,7 @@ async def test_a_database_that_is_away_is_told_to_all_at_once(monkeypatch: pytes
         watchers = watch.Watchers(opened)
         began = asyncio.get_running_loop().time()
         ends = await asyncio.gather(
-            *(anext(watchers.watch(Days(FIRST, FIRST), ())) for _ in range(20)), return_exceptions=True
+            *(anext(watchers.watch(Days(FIRST, FIRST), ())) for _ in range(80)), return_exceptions=True
         )
         assert asyncio.get_running_loop().time() - began < 3
     assert all(isinstance(end, (*postgres.UNAVAILABLE, DatabaseUnavailable)) for end in ends)
