@@ -18,6 +18,7 @@ venv_identity() {
   cat requirements-dev.txt
   .venv/bin/python -V 2>/dev/null
   pwd -P
+  echo with generated.pth
 }
 
 venv_is_ready() {
@@ -44,6 +45,8 @@ venv() {
   "$python" -m venv --clear .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
     --require-hashes -r requirements-dev.txt || fail "The packages could not be installed; run make again to retry."
+  # The generated code is found without PYTHONPATH: `.venv/bin/python -m relay_svc status` works as it stands.
+  echo "$root/generated" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/generated.pth"
   venv_identity | sha256sum >.venv/installed
 }
 

@@ -8,6 +8,7 @@ import argparse
 import datetime
 import json
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import grpc
@@ -30,7 +31,7 @@ NO_ANSWER = 4
 
 
 def run(config: ConsumerClientSettings, arguments: Sequence[str], console: Console) -> int:
-    """Compare, print, and return the exit code."""
+    """Compare, print, and return the exit code. A sum that differs is printed as `recorded → counted`."""
     args = _parser().parse_args(arguments)
     try:
         with grpc.insecure_channel(config.consumer_target) as channel:
@@ -67,20 +68,23 @@ def _show(replies: list[pb.CompareControlTotalsResponse], verdict: Verdict, cons
     rows = [row for reply in replies for row in reply.rows]
     agreeing = [row for row in rows if Verdict(row.verdict) is Verdict.AGREED]
     hidden = {id(row) for row in agreeing[:-ROWS_SHOWN_MAX]}
-    numbers = ("purchases", "items", "revenue", "counted", "items", "revenue")
-    table = Table("day", "branch", *(Column(name, justify="right") for name in numbers), "verdict", "detail")
+    columns = [Column(name, justify="right", no_wrap=True) for name in ("purchases", "items", "revenue")]
+    table = Table(Column("day", no_wrap=True), "branch", *columns, "verdict")
     for row in rows:
-        if id(row) not in hidden:
-            sides = [
-                text
-                for side in (row.recorded, row.counted)
-                for text in (f"{side.purchase_count:,}", f"{side.item_count:,}", side.revenue.value)
-            ]
-            said = Verdict(row.verdict)
-            table.add_row(
-                str(_day(row.sales_date)), str(row.branch_id), *sides, f"[{STYLES[said]}]{said.name}", row.detail
-            )
+        if id(row) in hidden:
+            continue
+        both = zip(_sums(row.recorded), _sums(row.counted), strict=True)
+        said = Verdict(row.verdict)
+        table.add_row(
+            str(_day(row.sales_date)),
+            str(row.branch_id),
+            *(recorded if recorded == counted else f"{recorded} → {counted}" for recorded, counted in both),
+            f"[{STYLES[said]}]{said.name}",
+        )
     console.print(table)
+    for row in rows:
+        if row.detail:
+            console.print(f"{_day(row.sales_date)}, branch {row.branch_id}: {row.detail}")
     if hidden:
         console.print(f"{len(hidden):,} earlier rows that agree are not shown.")
     for finding in dict.fromkeys(_words(finding) for reply in replies for finding in reply.findings):
@@ -96,6 +100,10 @@ def _show(replies: list[pb.CompareControlTotalsResponse], verdict: Verdict, cons
         f" {sum(row.recorded.purchase_count for row in rows):,} purchases recorded, {pending:,} on their way.",
         style=STYLES[verdict],
     )
+
+
+def _sums(side: pb.AuditTotals) -> tuple[str, str, str]:
+    return f"{side.purchase_count:,}", f"{side.item_count:,}", f"{Decimal(side.revenue.value or 0):,.2f}"
 
 
 def _words(finding: pb.AuditFinding) -> str:
