@@ -177,6 +177,9 @@ async def cycle(chain: Chain, quick: Auditor) -> auditor.Report:
         return await quick.run_once(connection)
 
 
+REPAIRS_MAX = 3
+
+
 def change(url: str, statement: str, values: dict[str, Any]) -> int:
     with psycopg.connect(url) as connection:
         return connection.execute(statement.encode(), values).rowcount
@@ -200,9 +203,13 @@ async def test_any_cell_changed_by_hand_is_found_and_repaired_under_load(
             assert found.verdict is Verdict.DIFFERENT, corruption
             named = {finding.table for finding in found.findings}
             assert NAMED_BY.get(table, table) in named or found.wrong_rows, corruption
-            for day in found.doubtful_days or {LAST}:
-                await rebuild.rebuild_day(chain.url, chain.source, min(max(day, FIRST), LAST))
-            after = await cycle(chain, quick)
+            # A sale in between may hide which customer's row it is; the next cycle, after that day's repair, tells.
+            for _ in range(REPAIRS_MAX):
+                for day in found.doubtful_days or {LAST}:
+                    await rebuild.rebuild_day(chain.url, chain.source, min(max(day, FIRST), LAST))
+                after = found = await cycle(chain, quick)
+                if after.verdict in (Verdict.AGREED, Verdict.PENDING):
+                    break
             assert after.verdict in (Verdict.AGREED, Verdict.PENDING), (corruption, after)
     assert (await compare(chain)).verdict is Verdict.AGREED
     # Without the load, not a row differs from a rebuild of everything.
