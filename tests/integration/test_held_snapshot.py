@@ -139,7 +139,7 @@ async def test_relay_keeps_its_speed(outbox: Pool, purchases_db: str, bound: str
     assert total > 1_000
     assert parts[-1] + parts[-2] >= LEAST * (parts[0] + parts[1])
     # What makes it so, whatever the machine does meanwhile: a claim passes by what was sent before.
-    assert from_here < 1_000
+    assert from_here < from_the_start / 5
     assert from_the_start > total / 50
 
 

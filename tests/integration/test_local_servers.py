@@ -142,7 +142,7 @@ def test_rabbitmq_keeps_what_was_confirmed(rabbitmq: RabbitMQ) -> None:
     rabbitmq.kill()
     assert rabbitmq.process is None
     assert rabbitmq.start()
-    assert rabbitmq.ctl("list_queues", "--silent").split()[0] == "kept"
+    assert machine.wait_until(lambda: rabbitmq.ctl("list_queues", "--silent").split()[:1] == ["kept"], 20)
     with pika.BlockingConnection(pika.URLParameters(rabbitmq.url)) as connection:
         received = connection.channel().consume("kept", inactivity_timeout=10)
         assert next(received)[2] == b"a message"
