@@ -11,7 +11,8 @@ holds the lock. It does all on the connection that holds the lock: one that lost
   waited for now; so the old promise still holds, and the time goes on from where it was. It never goes back.
 - An analytics database that was restored brings along the snapshot, time and log of one moment: the promise goes on
   from there. What was counted since is missing, so the time stands still until that is published again or rebuilt.
-  Of days that the outbox has dropped meanwhile nothing is listed, though: the promise holds once they are rebuilt.
+- An outbox that has dropped what the stored snapshot does not have: the relay refuses to list, and the time stands
+  still. A full rebuild counts what was recorded before it began, and stores where it began: from there it goes on.
 - A clock of the purchases database that was set back: the time stands still until the clock has passed it.
 """
 
@@ -28,7 +29,7 @@ from prometheus_client import Counter, Gauge
 
 from analytics_svc.announce import announce
 from analytics_svc.errors import RelayUnavailable
-from analytics_svc.outbox import Listed, SnapshotRefused
+from analytics_svc.outbox import EventsDropped, Listed, SnapshotRefused
 from chassis.lifecycle import Backoff
 from chassis.postgres import UNAVAILABLE, Connection, Pool
 
@@ -55,6 +56,10 @@ TICKS = Counter("analytics_keeper_ticks_total", "Times that complete_through_tim
 LISTED = Counter("analytics_keeper_listed_total", "Event ids that the relay listed as committed.")
 KEEPING = Gauge("analytics_keeper_active", "1 while this process is the keeper of complete_through_time.")
 AWAITED = Gauge("analytics_keeper_awaited", "Committed events that the present tick still waits for.")
+REBUILD_NEEDED = Gauge(
+    "analytics_keeper_rebuild_needed",
+    "1 while complete_through_time stands still because the outbox has dropped events that may not be counted.",
+)
 LAG = Gauge(
     "analytics_complete_through_lag_seconds", "Age of complete_through_time; NaN in processes that do not keep it."
 )
@@ -105,7 +110,7 @@ class Keeper:
                         AWAITED.set(0)
                         await connection.close()  # and with it goes the lock
             except Exception as error:
-                known = isinstance(error, (*UNAVAILABLE, psycopg.Error, RelayUnavailable))
+                known = isinstance(error, (*UNAVAILABLE, psycopg.Error, RelayUnavailable, EventsDropped))
                 pause_s = backoff.next_s()
                 log.warning(
                     "complete_through_time stands still; trying again",
@@ -116,7 +121,8 @@ class Keeper:
                 await asyncio.sleep(pause_s)
 
     async def _keep(self, connection: Connection, backoff: Backoff) -> None:
-        while not await try_lock(connection):  # noqa: ASYNC110 (another process's lock sets no event here)
+        while not await try_lock(connection):
+            REBUILD_NEEDED.set(0)  # the other one tells
             await asyncio.sleep(LOCK_EVERY_S)
         KEEPING.set(1)
         log.info("this process keeps complete_through_time")
@@ -130,10 +136,15 @@ class Keeper:
         """One tick on the connection that holds the lock; True when the time has moved."""
         mark = await read_mark(connection)
         try:
-            awaited, listed = await self._list(connection, mark.snapshot or "")
-        except SnapshotRefused as error:
-            log.warning("the relay does not know the stored snapshot; listing everything", error=str(error))
-            awaited, listed = await self._list(connection, "")
+            try:
+                awaited, listed = await self._list(connection, mark.snapshot or "")
+            except SnapshotRefused as error:
+                log.warning("the relay does not know the stored snapshot; listing everything", error=str(error))
+                awaited, listed = await self._list(connection, "")
+        except EventsDropped:
+            REBUILD_NEEDED.set(1)
+            raise
+        REBUILD_NEEDED.set(0)
         await self._wait_settled(connection, awaited)
         if listed is None:
             return False  # there was more than could be kept: the next tick lists it

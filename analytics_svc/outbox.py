@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -18,6 +19,10 @@ ASK_TIMEOUT_S = 5.0  # for the answer about one event
 
 class SnapshotRefused(Exception):
     """The relay cannot read a snapshot that it made, so it must be an earlier version's: list everything."""
+
+
+class EventsDropped(Exception):
+    """The outbox has dropped events that are not in the snapshot: whether they are counted, only a rebuild can tell."""
 
 
 class Listed(NamedTuple):
@@ -49,11 +54,32 @@ class Outbox:
     async def list_committed(self, after_snapshot: str) -> AsyncGenerator[Listed, None]:
         """The ids of all events committed since a snapshot, part by part; since ever, if it is empty.
 
+        Only for the keeper: it says that all up to the snapshot is settled, for good, and the outbox may drop that.
+
         Raises:
             RelayUnavailable: no connection, no answer, or one that breaks off.
             SnapshotRefused: it cannot read the snapshot.
+            EventsDropped: the listing would not be complete.
         """
-        call = self._stub.ListCommittedEventIds(pb.ListCommittedEventIdsRequest(after_snapshot=after_snapshot))
+        request = pb.ListCommittedEventIdsRequest(after_snapshot=after_snapshot, acknowledge=True)
+        async with aclosing(self._list(request)) as parts:
+            async for part in parts:
+                yield part
+
+    async def position(self) -> Listed:
+        """The end of a listing made now, without its ids.
+
+        Raises:
+            RelayUnavailable: no connection, no answer, or one that breaks off.
+        """
+        async with aclosing(self._list(pb.ListCommittedEventIdsRequest(position_only=True))) as parts:
+            async for part in parts:
+                if part.snapshot:
+                    return part
+        raise AssertionError("a listing ends with its snapshot, or raises")
+
+    async def _list(self, request: pb.ListCommittedEventIdsRequest) -> AsyncGenerator[Listed, None]:
+        call = self._stub.ListCommittedEventIds(request)
         try:
             while True:
                 async with asyncio.timeout(SILENCE_S):
@@ -70,6 +96,8 @@ class Outbox:
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
                 raise SnapshotRefused(error.details()) from error
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                raise EventsDropped(error.details()) from error
             raise RelayUnavailable(f"{error.code().name}: {error.details()}") from error
         finally:
             call.cancel()

@@ -7,22 +7,26 @@ what is in its tail only, and writes the differences between its tables and the 
 Why nothing is missing: what was counted before the tail began was recorded before, and so is in the export; what was
 counted later is in the tail. What is in both counts once, since the temporary tables have a log of ids, too.
 
+A full rebuild has counted everything committed before it began: where that was, it asks the relay first of all, and
+stores it for the keeper in the end. So complete_through_time goes on after events were dropped that it would wait for.
+
 A rebuild that dies leaves nothing but rows in the tail: its tables and its locks end with its session.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import date, timedelta
 from typing import NamedTuple
 
 import structlog
 
-from analytics_svc import event_log, read_models, repair, tail
+from analytics_svc import event_log, keeper, read_models, repair, tail
 from analytics_svc.announce import EVERYTHING, announce
 from analytics_svc.apply import apply, count
-from analytics_svc.errors import HistoryDropped, PurchasesUnavailable, RebuildRunning
+from analytics_svc.errors import HistoryDropped, PurchasesUnavailable, RebuildRunning, RelayUnavailable
 from analytics_svc.events import PurchaseCreated
+from analytics_svc.outbox import Listed
 from analytics_svc.source import CUSTOMERS_MAX, Source
 from chassis import postgres
 from chassis.lifecycle import Backoff
@@ -111,16 +115,27 @@ async def rebuild_day(url: str, source: Source, day: date) -> DayRebuilt:
 
 
 async def rebuild_all(
-    url: str, source: Source, today: date, *, days_only: bool = False, show: Callable[[Progress], None] = lambda _: None
+    url: str,
+    source: Source,
+    today: date,
+    *,
+    days_only: bool = False,
+    show: Callable[[Progress], None] = lambda _: None,
+    position: Callable[[], Awaitable[Listed]] | None = None,
 ) -> Rebuilt:
     """Rebuild every read model, or with `days_only` those whose purchases the retention has not dropped.
+
+    With `position`, which asks the relay, the keeper goes on from where this began, unless it has come further itself.
 
     Raises:
         HistoryDropped: it has dropped some, so what customers bought in all time is not to be had.
         RebuildRunning, PurchasesUnavailable, TimeZonesDiffer: nothing was changed.
     """
     async with _repairing(url) as (pool, connection):
-        # Asked only now: what was counted before the tail began was recorded before, on whatever day.
+        mark = await keeper.read_mark(connection)
+        began = await _ask(position) if position else None
+        # Asked only now: what was counted before the tail began was recorded before, on whatever day. So was what was
+        # committed before the position.
         recorded = await source.control_totals(today, today)
         complete_from = recorded.complete_from
         if complete_from and not days_only:
@@ -150,9 +165,19 @@ async def rebuild_all(
                 await count(connection, events)
             repaired = await repair.replace_all(connection, complete_from)
             foreign = await repair.take_out_foreign(connection, "day >= %(day)s", complete_from or date.min)
+            if began and began.as_of and not complete_from:  # what the retention has dropped, this has not counted
+                await keeper.store(connection, mark, began.snapshot, began.as_of)
             await announce(connection, EVERYTHING, counted=True)
     log.info("rebuilt", purchases=purchases, repaired=repaired, foreign=foreign.total, event_ids=foreign.event_ids)
     return Rebuilt(purchases, repaired, foreign)
+
+
+async def _ask(position: Callable[[], Awaitable[Listed]]) -> Listed | None:
+    try:
+        return await position()
+    except RelayUnavailable as error:
+        log.warning("the relay cannot be asked, so this rebuild does not move complete_through_time", error=str(error))
+        return None
 
 
 @asynccontextmanager

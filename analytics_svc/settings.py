@@ -56,3 +56,4 @@ class ReportSettings:
 @dataclass(frozen=True, kw_only=True)
 class RebuildSettings(MigrateSettings):
     purchases_target: str = setting("PURCHASES_TARGET", text, default="127.0.0.1:50051")
+    relay_target: str = setting("RELAY_TARGET", text, default="127.0.0.1:50053")

@@ -15,6 +15,7 @@ from psycopg import sql
 
 from chassis.errors import InvalidToken
 from chassis.postgres import Connection
+from relay_svc.errors import EventsDropped
 
 CHUNK = 1_000  # ids read and sent at once
 
@@ -38,6 +39,7 @@ class Listing(NamedTuple):
     event_ids: list[str]
     snapshot: Snapshot | None
     as_of_time: datetime.datetime | None
+    after: Snapshot | None = None  # what it continues; None when it starts from the beginning
 
 
 async def parse(connection: Connection, text: str) -> Snapshot | None:
@@ -58,12 +60,30 @@ async def parse(connection: Connection, text: str) -> Snapshot | None:
     return Snapshot(match[1], match[2])
 
 
-async def remember(connection: Connection, after: Snapshot | None) -> None:
-    """Note what the reader is sure to have: retention keeps the rest."""
+async def remember(connection: Connection, listing: Listing) -> None:
+    """Note what the reader is sure to have, so that retention keeps the rest, and what it gets now.
+
+    To be committed, durably, before the reader gets it. Then no snapshot that a reader has is later than the last one
+    noted, unless the server was set back; and no crash makes it hand out anew a transaction id that lies within.
+    """
+    assert listing.snapshot is not None
     await connection.execute(
-        "UPDATE outbox_listing SET realm = %s, after_snapshot = %s::pg_snapshot, received_at = now()",
-        [after and after.realm, after and after.value],
+        """
+        UPDATE outbox_listing SET realm = %s, after_snapshot = %s::pg_snapshot, given_snapshot = %s::pg_snapshot,
+            received_at = now()
+        """,
+        [listing.snapshot.realm, listing.after and listing.after.value, listing.snapshot.value],
     )
+
+
+async def position(connection: Connection) -> Listing:
+    """Where a listing of now would end, without the ids. In a transaction of its own: now() is when it began."""
+    await connection.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ ONLY")
+    cursor = await connection.execute("SELECT now(), transaction_ids_realm(), pg_current_snapshot()::text")
+    row = await cursor.fetchone()
+    assert row is not None
+    as_of_time, realm, snapshot = row
+    return Listing([], Snapshot(realm, snapshot), as_of_time)
 
 
 async def since(connection: Connection, after: Snapshot | None) -> AsyncGenerator[Listing, None]:
@@ -71,19 +91,33 @@ async def since(connection: Connection, after: Snapshot | None) -> AsyncGenerato
 
     In a transaction of its own, READ COMMITTED: now() is read first, and the ids from a later snapshot. So what was
     committed before now() is visible there.
+
+    Raises:
+        EventsDropped: events that the snapshot does not have are no longer there.
     """
     await connection.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ ONLY")
+    await connection.execute("LOCK TABLE ONLY outbox_events IN ACCESS SHARE MODE")  # from here on, no day is dropped
     cursor = await connection.execute(
         """
-        SELECT now(), transaction_ids_realm(),
-               pg_snapshot_xmax(coalesce(%s, '1:1:')::pg_snapshot) > pg_snapshot_xmax(pg_current_snapshot())
+        SELECT now(), here.realm,
+               %(realm)s::text = here.realm AND outbox_listing.realm = here.realm
+                   AND pg_snapshot_xmax(%(after)s::pg_snapshot) <= pg_snapshot_xmax(given_snapshot),
+               dropped_xid IS NULL
+                   OR %(realm)s::text = dropped_realm AND pg_snapshot_xmin(%(after)s::pg_snapshot) > dropped_xid
+                   OR %(realm)s::text = here.realm AND here.realm <> dropped_realm -- before this server's time
+        FROM outbox_listing, (SELECT transaction_ids_realm() AS realm) AS here
         """,
-        [after and after.value],
+        {"realm": after and after.realm, "after": after and after.value},
     )
     row = await cursor.fetchone()
     assert row is not None
-    as_of_time, realm, in_future = row
-    if after and (after.realm != realm or in_future):
+    as_of_time, realm, is_past, knows_dropped = row
+    if not knows_dropped:
+        raise EventsDropped(
+            "events that after_snapshot does not have were dropped with days past their retention; a reader that may"
+            " lack them gets them from the recorded purchases, and continues from a position"
+        )
+    if not is_past:
         after = None  # the server was set back, or is another one: its transactions have other numbers
     if after:
         # What another server wrote before a restore may have numbers that this one has not reached: it is in no
@@ -102,6 +136,6 @@ async def since(connection: Connection, after: Snapshot | None) -> AsyncGenerato
     async with connection.cursor(name="committed") as ids:
         await ids.execute(query, {"after": after.value} if after else None)
         rows = await ids.fetchmany(CHUNK)
-        yield Listing([event_id for (event_id,) in rows[1:]], Snapshot(realm, rows[0][0]), as_of_time)
+        yield Listing([event_id for (event_id,) in rows[1:]], Snapshot(realm, rows[0][0]), as_of_time, after)
         while rows := await ids.fetchmany(CHUNK):
             yield Listing([event_id for (event_id,) in rows], None, None)

@@ -93,14 +93,21 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
     async def ListCommittedEventIds(
         self, request: pb2.ListCommittedEventIdsRequest, context: Any
     ) -> AsyncIterator[pb2.ListCommittedEventIdsResponse]:
+        if request.position_only and (request.after_snapshot or request.acknowledge):
+            _raise_if([Violation("position_only", "must not be set together with other fields")])
         async with self._pool.connection() as connection:
-            after = await committed.parse(connection, request.after_snapshot)
-            await committed.remember(connection, after)
-            async with connection.transaction(), aclosing(committed.since(connection, after)) as parts:
-                first = await anext(parts)
-                yield pb2.ListCommittedEventIdsResponse(event_ids=first.event_ids)
-                async for part in parts:
-                    yield pb2.ListCommittedEventIdsResponse(event_ids=part.event_ids)
+            if request.position_only:
+                async with connection.transaction():
+                    first = await committed.position(connection)
+            else:
+                after = await committed.parse(connection, request.after_snapshot)
+                async with connection.transaction(), aclosing(committed.since(connection, after)) as parts:
+                    first = await anext(parts)
+                    yield pb2.ListCommittedEventIdsResponse(event_ids=first.event_ids)
+                    async for part in parts:
+                        yield pb2.ListCommittedEventIdsResponse(event_ids=part.event_ids)
+            if request.acknowledge:
+                await committed.remember(connection, first)
         assert first.as_of_time is not None
         yield pb2.ListCommittedEventIdsResponse(
             snapshot=str(first.snapshot), as_of_time=wire.timestamp(first.as_of_time)

@@ -2,10 +2,12 @@
 
 from zoneinfo import ZoneInfo
 
+import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from analytics_svc import rebuild, source
+from analytics_svc.outbox import Outbox
 from analytics_svc.settings import RebuildSettings
 from chassis.errors import ServiceError
 
@@ -29,9 +31,17 @@ async def run(config: RebuildSettings, *, days_only: bool, console: Console) -> 
             )
 
         try:
-            async with source.connect(config.purchases_target, zone) as truth:
+            async with (
+                source.connect(config.purchases_target, zone) as truth,
+                grpc.aio.insecure_channel(config.relay_target) as relay,
+            ):
                 rebuilt = await rebuild.rebuild_all(
-                    config.database_url, truth, truth.today(), days_only=days_only, show=show
+                    config.database_url,
+                    truth,
+                    truth.today(),
+                    days_only=days_only,
+                    show=show,
+                    position=Outbox(relay).position,
                 )
         except ServiceError as error:
             console.print(f"nothing was changed: {error.message}", style="red", markup=False)

@@ -293,7 +293,8 @@ class World:
     async def _real_list(self, after_snapshot: str) -> AsyncGenerator[Listed, None]:
         """The relay's handler itself, on a connection of its own."""
         servicer: Any = OutboxServicer(None, GatedPool(self._purchases_url, self._gate), None)  # type: ignore[arg-type]
-        replies = servicer.ListCommittedEventIds(ListCommittedEventIdsRequest(after_snapshot=after_snapshot), None)
+        request = ListCommittedEventIdsRequest(after_snapshot=after_snapshot, acknowledge=True)
+        replies = servicer.ListCommittedEventIds(request, None)
         async with aclosing(replies):
             async for reply in replies:
                 as_of = reply.as_of_time.ToDatetime(NOON.tzinfo) if reply.snapshot else None

@@ -16,7 +16,7 @@ import pytest
 from analytics_svc import keeper
 from analytics_svc.errors import RelayUnavailable
 from analytics_svc.keeper import KEEPER_LOCK, KEEPER_SESSION, Keeper
-from analytics_svc.outbox import Listed, SnapshotRefused
+from analytics_svc.outbox import EventsDropped, Listed, SnapshotRefused
 from chassis import postgres
 from tests.conftest import eventually, pool
 from tests.integration.purchase_events import NOON, query
@@ -111,6 +111,18 @@ async def test_a_relay_that_cannot_be_asked(analytics_db: str, monkeypatch: pyte
         await moves(analytics_db, "it is back")
         fake.trouble = SnapshotRefused("of an older version")
         await moves(analytics_db, "it lists everything")
+        fake.trouble = EventsDropped("past their retention")
+        await eventually(lambda: _equal(rebuild_needed, 1.0), "it says that it cannot go on")
+        stands_at, asked = complete_through(analytics_db), len(fake.asked)
+
+        async def asked_again() -> bool:
+            return len(fake.asked) >= asked + 2
+
+        await eventually(asked_again, "it tries again")
+        assert (complete_through(analytics_db), await rebuild_needed()) == (stands_at, 1.0)
+        fake.trouble = None
+        await moves(analytics_db, "after a rebuild it goes on")
+        assert await rebuild_needed() == 0.0
         fake.trouble = ValueError("a bug")
         fake.trouble, asked = None, len(fake.asked)
         await moves(analytics_db, "it survives")
@@ -140,6 +152,10 @@ async def test_what_holds_it_back_is_shown_and_let_go(analytics_db: str, monkeyp
         )
         await moves(analytics_db, "all are settled")
         await eventually(lambda: _equal(shown, None), "nothing is waited for")
+
+
+async def rebuild_needed() -> float:
+    return float(keeper.REBUILD_NEEDED._value.get())
 
 
 async def _equal(value: Any, wanted: Any) -> bool:

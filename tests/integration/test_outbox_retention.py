@@ -12,6 +12,7 @@ import pytest
 import relay_svc.__main__ as relay
 from chassis.postgres import Pool
 from relay_svc import committed, retention
+from relay_svc.errors import EventsDropped
 from tests.conftest import pool
 from tests.integration.outbox_events import insert, make_days, new_ids, states, write
 
@@ -35,10 +36,10 @@ async def ask(outbox: Pool, after: str = "") -> str:
     """A reader that asks what was committed, and gets all of it; the snapshot to ask with next time."""
     async with outbox.connection() as connection:
         parsed = await committed.parse(connection, after)
-        await committed.remember(connection, parsed)
         async with connection.transaction():
             parts = [part async for part in committed.since(connection, parsed)]
-            return str(parts[0].snapshot)
+        await committed.remember(connection, parts[0])
+        return str(parts[0].snapshot)
 
 
 def days_ago(*ages: int) -> list[datetime.date]:
@@ -88,6 +89,50 @@ async def test_event_that_commits_meanwhile(outbox: Pool, purchases_db: str) -> 
         slow.commit()
     assert await retention.drop_old_days(outbox, 7, TODAY) == days_ago(9)
     assert states(purchases_db) == {ids[0]: ("NEW", 0)}
+
+
+async def test_who_lacks_what_was_dropped_is_told(outbox: Pool, purchases_db: str) -> None:
+    """A listing without events that it should have is refused: to who knows nothing, or was set back to before them."""
+    before = await ask(outbox)
+    assert await retention.drop_old_days(outbox, 8, TODAY) == []
+    during = await ask(outbox, before)
+    assert await retention.drop_old_days(outbox, 8, TODAY) == days_ago(9)
+    await ask(outbox)  # nothing was in that day
+    mark(purchases_db, write(purchases_db, 3, age_s=8 * DAY_S), "SENT")
+    after = await ask(outbox, during)
+    await ask(outbox, after)
+    assert await retention.drop_old_days(outbox, 7, TODAY) == days_ago(8)
+    for lacking in ("", before, during):
+        with pytest.raises(EventsDropped):
+            await ask(outbox, lacking)
+    after = await ask(outbox, after)  # the one that has them goes on
+    async with outbox.connection() as connection, connection.transaction():
+        position = str((await committed.position(connection)).snapshot)
+    await ask(outbox, position)  # and who asked where to begin, and got all before that elsewhere
+
+    # After a restore, on another server: who had them there has them, and who has asked here since.
+    elsewhere = "1.00000001.5"
+    with psycopg.connect(purchases_db) as connection_there:
+        connection_there.execute("UPDATE outbox_listing SET dropped_realm = %s", [elsewhere])
+    for knowing in (after, f"{elsewhere}:{after.split(':', 1)[1]}"):
+        await ask(outbox, knowing)
+    for lacking in ("", f"{elsewhere}:{before.split(':', 1)[1]}", f"2.00000001.5:{after.split(':', 1)[1]}"):
+        with pytest.raises(EventsDropped):
+            await ask(outbox, lacking)
+
+
+async def test_day_dropped_while_a_listing_begins(outbox: Pool, purchases_db: str) -> None:
+    """Neither listed nor refused would be a gap: until the listing has ended, the day stays."""
+    before = await ask(outbox)
+    ids = write(purchases_db, 3, age_s=9 * DAY_S)
+    mark(purchases_db, ids, "SENT")
+    await ask(outbox, await ask(outbox, before))
+    async with outbox.connection() as connection, connection.transaction():
+        listing = committed.since(connection, await committed.parse(connection, before))
+        assert sorted((await anext(listing)).event_ids) == sorted(ids)
+        assert await retention.drop_old_days(outbox, 8, TODAY) == []
+        await listing.aclose()
+    assert await retention.drop_old_days(outbox, 8, TODAY) == days_ago(9)
 
 
 async def test_what_is_kept_cannot_be_dropped(outbox: Pool) -> None:

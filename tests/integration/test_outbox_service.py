@@ -64,9 +64,13 @@ def send(url: str, ids: list[str]) -> None:
         )
 
 
-async def committed(stub: "OutboxServiceAsyncStub", after: str = "") -> tuple[list[str], str, datetime.datetime]:
+async def committed(
+    stub: "OutboxServiceAsyncStub", after: str = "", *, acknowledge: bool = True, position_only: bool = False
+) -> tuple[list[str], str, datetime.datetime]:
     """A whole listing: ids, the snapshot to continue with, and the time."""
-    request = pb2.ListCommittedEventIdsRequest(after_snapshot=after)
+    request = pb2.ListCommittedEventIdsRequest(
+        after_snapshot=after, acknowledge=acknowledge, position_only=position_only
+    )
     answers = [answer async for answer in stub.ListCommittedEventIds(request, timeout=30)]
     assert all(len(answer.event_ids) <= 1_000 for answer in answers)
     assert not any(answer.snapshot or answer.HasField("as_of_time") for answer in answers[:-1])
@@ -297,6 +301,46 @@ async def test_committed_ids_after_a_restore(stub: "OutboxServiceAsyncStub", pur
         connection.execute("UPDATE outbox_events SET created_xid = '99999999999' WHERE event_id = %s", [ids[0]])
     assert (await committed(stub, snapshot))[0] == []
     assert sorted((await committed(stub))[0]) == sorted(ids)
+
+
+async def test_committed_ids_after_a_restore_that_nothing_else_tells(
+    stub: "OutboxServiceAsyncStub", purchases_db: str
+) -> None:
+    """A disk's snapshot that was put back: the same server and timeline, and its transactions may have passed ours."""
+    ids = write(purchases_db, 3)
+    _, first, _ = await committed(stub)
+    (backup,) = noted(purchases_db)
+    _, lost, _ = await committed(stub, first)
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute("UPDATE outbox_listing SET given_snapshot = %s", [backup[2]])
+    ids += write(purchases_db, 3)
+    assert sorted((await committed(stub, lost))[0]) == sorted(ids)
+
+
+async def test_who_only_asks_changes_nothing(stub: "OutboxServiceAsyncStub", purchases_db: str) -> None:
+    """What the retention takes as known, only the reader says that it keeps events for."""
+    ids = write(purchases_db, 5)
+    _, snapshot, _ = await committed(stub, (await committed(stub))[1])
+    before = noted(purchases_db)
+    assert sorted((await committed(stub, acknowledge=False))[0]) == sorted(ids)
+    write(purchases_db, 2)
+    assert len((await committed(stub, snapshot, acknowledge=False))[0]) == 2
+    listed, position, as_of = await committed(stub, acknowledge=False, position_only=True)
+    assert (listed, noted(purchases_db)) == ([], before)
+    late = write(purchases_db, 2)
+    assert set(late) <= set((await committed(stub, position))[0])
+    assert abs((datetime.datetime.now(datetime.UTC) - as_of).total_seconds()) < 20
+    assert noted(purchases_db) != before
+    for request in ({"after_snapshot": snapshot}, {"acknowledge": True}):
+        asked = pb2.ListCommittedEventIdsRequest(position_only=True, **request)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.ListCommittedEventIds(asked, timeout=10).read()
+        assert Refusal(error.value).fields == ["position_only"]
+
+
+def noted(url: str) -> list[Any]:
+    with psycopg.connect(url) as connection:
+        return connection.execute("SELECT realm, after_snapshot, given_snapshot FROM outbox_listing").fetchall()
 
 
 async def test_committed_ids_of_no_snapshot(stub: "OutboxServiceAsyncStub") -> None:

@@ -391,18 +391,32 @@ class ListCommittedEventIdsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     AFTER_SNAPSHOT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGE_FIELD_NUMBER: _builtins.int
+    POSITION_ONLY_FIELD_NUMBER: _builtins.int
     after_snapshot: _builtins.str
     """snapshot of an earlier answer; empty lists everything. So does one of another
-    server, or of a server that has been set back since.
+    server, and one that is later than the last that the acknowledging reader was
+    given, as of a server that has been set back since.
+    """
+    acknowledge: _builtins.bool
+    """Set by the one reader for whom the retention keeps events, and by nobody
+    else: it is done with all that is in after_snapshot, for good.
+    """
+    position_only: _builtins.bool
+    """Lists nothing: the answer is only the present snapshot and time. Everything
+    committed before that time can be read elsewhere from now on, and all else is
+    listed when asked with that snapshot. No other field may be set then.
     """
     def __init__(
         self,
         *,
         after_snapshot: _builtins.str = ...,
+        acknowledge: _builtins.bool = ...,
+        position_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_snapshot", b"after_snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "after_snapshot", b"after_snapshot", "position_only", b"position_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -93,7 +93,14 @@ class OutboxServiceServicer:
     def ListCommittedEventIds(self, request, context):
         """Streams the ids of all events committed since a snapshot, whatever their
         status. The last message carries the snapshot to ask with next time and
-        the time for which the listing is complete.
+        the time for which the listing is complete. Without acknowledge, the call
+        changes nothing.
+
+        FAILED_PRECONDITION with the reason EVENTS_DROPPED: the retention has
+        dropped events that are not in after_snapshot (or, when it is empty, any
+        events), so the listing would lack them. They are among the recorded
+        purchases: ask for a position, then read ExportPurchases, then continue
+        from the position.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

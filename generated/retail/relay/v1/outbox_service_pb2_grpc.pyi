@@ -50,7 +50,14 @@ class OutboxServiceStub:
     ListCommittedEventIds: _grpc.UnaryStreamMultiCallable[_outbox_service_pb2.ListCommittedEventIdsRequest, _outbox_service_pb2.ListCommittedEventIdsResponse]
     """Streams the ids of all events committed since a snapshot, whatever their
     status. The last message carries the snapshot to ask with next time and
-    the time for which the listing is complete.
+    the time for which the listing is complete. Without acknowledge, the call
+    changes nothing.
+
+    FAILED_PRECONDITION with the reason EVENTS_DROPPED: the retention has
+    dropped events that are not in after_snapshot (or, when it is empty, any
+    events), so the listing would lack them. They are among the recorded
+    purchases: ask for a position, then read ExportPurchases, then continue
+    from the position.
     """
 
 @_typing.type_check_only
@@ -75,7 +82,14 @@ class OutboxServiceAsyncStub(OutboxServiceStub):
     ListCommittedEventIds: _aio.UnaryStreamMultiCallable[_outbox_service_pb2.ListCommittedEventIdsRequest, _outbox_service_pb2.ListCommittedEventIdsResponse]  # type: ignore[assignment]
     """Streams the ids of all events committed since a snapshot, whatever their
     status. The last message carries the snapshot to ask with next time and
-    the time for which the listing is complete.
+    the time for which the listing is complete. Without acknowledge, the call
+    changes nothing.
+
+    FAILED_PRECONDITION with the reason EVENTS_DROPPED: the retention has
+    dropped events that are not in after_snapshot (or, when it is empty, any
+    events), so the listing would lack them. They are among the recorded
+    purchases: ask for a position, then read ExportPurchases, then continue
+    from the position.
     """
 
 class OutboxServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -121,7 +135,14 @@ class OutboxServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_outbox_service_pb2.ListCommittedEventIdsResponse], _abc.AsyncIterator[_outbox_service_pb2.ListCommittedEventIdsResponse]]:
         """Streams the ids of all events committed since a snapshot, whatever their
         status. The last message carries the snapshot to ask with next time and
-        the time for which the listing is complete.
+        the time for which the listing is complete. Without acknowledge, the call
+        changes nothing.
+
+        FAILED_PRECONDITION with the reason EVENTS_DROPPED: the retention has
+        dropped events that are not in after_snapshot (or, when it is empty, any
+        events), so the listing would lack them. They are among the recorded
+        purchases: ask for a position, then read ExportPurchases, then continue
+        from the position.
         """
 
 def add_OutboxServiceServicer_to_server(servicer: OutboxServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
