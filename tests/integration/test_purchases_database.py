@@ -120,7 +120,7 @@ def test_changed_migration_is_refused(purchases_db: str, tmp_path: Path) -> None
     with pytest.raises(migrate.MigrationError, match="0001_purchases was changed"):
         migrate.migrate(purchases_db, tmp_path)
     (tmp_path / "0001_purchases.sql").unlink()
-    (tmp_path / "0009_half.sql").write_text("CREATE TABLE half (); SELECT 1/0")
+    (tmp_path / "0099_half.sql").write_text("CREATE TABLE half (); SELECT 1/0")
     with pytest.raises(psycopg.errors.DivisionByZero):
         migrate.migrate(purchases_db, tmp_path)
     with psycopg.connect(purchases_db) as connection:
