@@ -137,6 +137,27 @@ async def test_dropped_month_stays_closed(opened: Pool, purchases_db: str) -> No
     assert not (await recorder.record(old_sale(4))).replayed
 
 
+async def test_month_dropped_while_somebody_waits_to_make_it(opened: Pool, purchases_db: str) -> None:
+    """Who wants a month and waits for the lock, while it is dropped, does not make it anew: its keys are gone."""
+    await record(opened, old_sale(5))
+    mark_sent(purchases_db)
+    month = month_ago(5).date().replace(day=1)
+    with psycopg.connect(purchases_db) as dropping, psycopg.connect(purchases_db, autocommit=True) as watching:
+        dropping.execute("SELECT close_purchases_month(%s, 3)", [month])  # takes the lock
+        making = asyncio.ensure_future(Partitions(opened).ensure([month], []))
+
+        async def waits() -> bool:
+            waiting = "SELECT FROM pg_stat_activity WHERE wait_event = 'advisory' AND datname = current_database()"
+            return bool(watching.execute(waiting).fetchall())
+
+        await eventually(waits, "somebody waits for the lock")
+        assert dropping.execute("SELECT drop_purchases_month(%s, 3)", [month]).fetchone() == (None,)
+        dropping.commit()
+        with pytest.raises(psycopg.errors.DatetimeFieldOverflow):
+            await making
+    assert month not in {each.month for each in await retention.months(opened)}
+
+
 @pytest.mark.parametrize("keep_months", [0, -1, 3])
 async def test_functions_refuse_months_that_are_kept(opened: Pool, keep_months: int) -> None:
     """The service's role cannot destroy more than the retention allows, whatever it asks for."""
