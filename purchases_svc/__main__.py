@@ -87,6 +87,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             time_zone=time_zone,
             batch_max=config.batch_max,
             waiting_max=config.waiting_max,
+            waiting_items_max=config.waiting_items_max,
             retention_months=config.retention_months,
         )
         tokens = PageTokens(page_token_key)

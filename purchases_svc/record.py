@@ -93,13 +93,15 @@ class Recorder:
         time_zone: str,
         batch_max: int,
         waiting_max: int,
+        waiting_items_max: int,
         retention_months: int = 0,
     ) -> None:
-        """`batch_max` sales go in one flush, `waiting_max` may wait for theirs."""
+        """`batch_max` sales go in one flush; `waiting_max` may wait, with `waiting_items_max` items in all."""
         self._pool, self._partitions, self._backlog = pool, partitions, backlog
         self._time_zone, self._retention_months = time_zone, retention_months
-        self._batch_max, self._waiting_max = batch_max, waiting_max
+        self._batch_max, self._waiting_max, self._waiting_items_max = batch_max, waiting_max, waiting_items_max
         self._waiting: deque[_Entry] = deque()
+        self._waiting_items = 0
         self._flusher: asyncio.Task[None] | None = None
         self._relay_bell = RelayBell(pool)
 
@@ -122,7 +124,8 @@ class Recorder:
         """
         if self._backlog.full:
             raise OutboxFull("too many events wait for the broker; try again later")
-        if len(self._waiting) + len(sales) > self._waiting_max:
+        items = sum(len(sale.items) for sale in sales)
+        if len(self._waiting) + len(sales) > self._waiting_max or self._waiting_items + items > self._waiting_items_max:
             raise Overloaded(f"{len(self._waiting)} sales wait to be stored; try again a little later")
         call = _Call(len(sales))
         now = datetime.datetime.now(datetime.UTC)
@@ -130,7 +133,7 @@ class Recorder:
         out_of_range = []
         for place, sale in enumerate(sales):
             if earliest <= sale.purchase_time <= latest:
-                self._waiting.append(_Entry(Purchase(_id(sale.purchase_time), _id(now), now, sale), call, place))
+                self._wait(_Entry(Purchase(_id(sale.purchase_time), _id(now), now, sale), call, place))
             else:
                 out_of_range.append(place)
         if self._waiting and self._flusher is None:
@@ -193,6 +196,7 @@ class Recorder:
         items = 0
         while self._waiting and len(batch) < self._batch_max and items < BATCH_ITEMS_MAX:
             entry = self._waiting.popleft()
+            self._waiting_items -= len(entry.purchase.sale.items)
             if entry.purchase.sale.idempotency_key in batch:
                 repeats.append(entry)
             elif not entry.call.answered.cancelled():  # else the caller left before it was sent anywhere
@@ -206,7 +210,11 @@ class Recorder:
         if isinstance(outcome, Recorded):
             entry.settle(_replay(entry.purchase.sale, outcome.purchase))
         else:
-            self._waiting.append(entry)
+            self._wait(entry)
+
+    def _wait(self, entry: _Entry) -> None:
+        self._waiting.append(entry)
+        self._waiting_items += len(entry.purchase.sale.items)
 
     async def _flush(self, batch: list[_Entry]) -> None:
         """Store a batch and answer its callers; whatever happens, each gets an answer."""

@@ -18,8 +18,11 @@ class ServeSettings(MigrateSettings):
     metrics_listen: str = setting("PURCHASES_METRICS_LISTEN", address, default="127.0.0.1:9464")
     # Sales per transaction. What arrives while one commits joins the next, so this bounds only a burst.
     batch_max: int = setting("PURCHASES_BATCH_MAX", integer(1, 5_000), default=500)
-    # Sales that may wait for a flush; more are refused with OVERLOADED, rather than let everybody's deadline pass.
-    waiting_max: int = setting("PURCHASES_WAITING_MAX", integer(1, 1_000_000), default=20_000)
+    # Sales that may wait for a flush, and their items in all; more are refused with OVERLOADED, rather than let
+    # everybody's deadline pass, or the memory run out: a sale takes 2 kB, and 200 bytes for each of its items. Never
+    # less than one message of UploadPurchases may hold: 500 sales, and items of some 12 bytes each at the least.
+    waiting_max: int = setting("PURCHASES_WAITING_MAX", integer(500, 1_000_000), default=20_000)
+    waiting_items_max: int = setting("PURCHASES_WAITING_ITEMS_MAX", integer(100_000, 100_000_000), default=400_000)
     # A flush is everybody's: it has a time of its own, whatever its callers' deadlines are.
     flush_timeout_s: float = setting("PURCHASES_FLUSH_TIMEOUT_S", seconds(0.1, 300), default=10.0)
     # Events that may wait in the outbox; with more, sales are refused with OUTBOX_FULL. 0: no limit.

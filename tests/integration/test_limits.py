@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import purchases_svc.__main__ as purchases
 from chassis import grpc_server
+from purchases_svc.sale import ITEMS_MAX
 from purchases_svc.settings import ServeSettings
 from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest, GetPurchaseRequest
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
@@ -86,6 +87,31 @@ async def test_too_many_sales_are_refused_and_health_answers(purchases_db: str) 
             assert (each.code, each.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
             assert each.retry.retry_delay.ToMilliseconds() > 0
         assert_whole(purchases_db, 1 + CALLS - len(refused))
+
+
+async def test_items_that_wait_are_limited_too(purchases_db: str) -> None:
+    """The biggest sales fill the memory long before their number says anything; small ones still fit in between."""
+    prices = ("1.00",) * ITEMS_MAX
+    async with service(purchases_db, waiting_items_max=5 * ITEMS_MAX + 10, flush_timeout_s=30) as channel:
+        tills: Any = PurchasesServiceStub(channel)
+        with locked(purchases_db, "idempotency_keys"):
+            calls = [asyncio.ensure_future(outcome(tills.CreatePurchase(sale(prices), timeout=30))) for _ in range(20)]
+
+            async def all_others_are_refused() -> bool:
+                return sum(call.done() for call in calls) >= 20 - 5 - 2  # two are on their way to the database
+
+            await eventually(all_others_are_refused, "all but those that wait and those on their way are refused")
+            small = asyncio.ensure_future(outcome(tills.CreatePurchase(sale(), timeout=30)))
+            refused = [call.result() for call in calls if call.done()]
+        stored = [*(await asyncio.gather(*calls)), await small].count(None)
+        for each in refused:
+            assert each
+            assert (each.code, each.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+            assert each.retry.retry_delay.ToMilliseconds() > 0
+        assert stored == 20 - len(refused) + 1
+        again = await asyncio.gather(*(outcome(tills.CreatePurchase(sale(prices), timeout=30)) for _ in range(4)))
+        assert again == [None] * 4  # what was stored makes room
+        assert_whole(purchases_db, 1 + stored + 4)
 
 
 async def test_flush_has_a_time_of_its_own(purchases_db: str) -> None:
