@@ -12,6 +12,9 @@ from chassis.postgres import Pool
 
 CHANNEL = "outbox_events"
 LOOKS_S = (0.01, 0.02, 0.04)  # pauses before the relay asks to be told: nothing for a moment is not idle yet
+# And after it has asked, or was told: whoever was about to commit then did not see that it waits, or thinks that it has
+# been told already. Such transactions are over soon; what takes longer is found by polling.
+LOOKS_AFTER_S = (0.05, 0.1, 0.2, 0.4)
 WAITING_FOR_S = 10  # how long the word "I wait" counts; it is renewed with each look
 
 
@@ -24,11 +27,11 @@ class Wakeup:
     @asynccontextmanager
     async def idle(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Yields what waits until it is time to look again."""
-        looks = iter(LOOKS_S)
+        looks, looks_after = iter(LOOKS_S), iter(LOOKS_AFTER_S)
         waiting = False
 
         async def wait() -> None:
-            nonlocal waiting
+            nonlocal waiting, looks_after
             if pause := next(looks, None):
                 await asyncio.sleep(pause)
             elif not waiting:
@@ -36,8 +39,9 @@ class Wakeup:
                 await connection.execute(f"LISTEN {CHANNEL}")
                 await connection.execute(_WAIT, [WAITING_FOR_S])
             else:
-                async for _ in connection.notifies(timeout=self._poll_every_s, stop_after=1):
-                    pass
+                pause_s = min(next(looks_after, self._poll_every_s), self._poll_every_s)
+                async for _ in connection.notifies(timeout=pause_s, stop_after=1):
+                    looks_after = iter(LOOKS_AFTER_S)
                 await connection.execute(_WAIT, [WAITING_FOR_S])
 
         async with self._pool.connection() as connection:

@@ -17,13 +17,14 @@ from structlog.testing import capture_logs
 from chassis.postgres import Pool
 from deploy.local.rabbitmq import RabbitMQ
 from relay_svc import outbox as outbox_module
+from relay_svc import wakeup
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
 from relay_svc.wakeup import Wakeup
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.conftest import eventually, pool
 from tests.faults.proxy import Loop, Proxy
-from tests.integration.outbox_events import all_sent, make_days, states, write
+from tests.integration.outbox_events import all_sent, insert, make_days, new_ids, states, write
 from tests.integration.sales import sale
 
 QUEUE = "purchases.created"
@@ -317,4 +318,29 @@ async def test_idle_relay_is_told(
     await stub.CreatePurchase(sale(), timeout=10)
     await asyncio.wait_for(task, 10)
     assert not await waits()
+    publisher.disconnect()
+
+
+async def test_idle_relay_finds_what_was_about_to_commit(
+    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sale on its way when the relay says that it waits cannot see that, and tells nobody. The relay would look
+    again after a minute, but before that it looks a few times more."""
+    monkeypatch.setattr(wakeup, "LOOKS_AFTER_S", (0.05,) * 200)  # time enough for this test on a busy machine
+    publisher = Publisher(amqp_url, CONFIRM_TIMEOUT_S)
+    relay = Relay(outbox, publisher, Wakeup(outbox, 60), window=50, attempts_max=2)
+    stop = asyncio.Event()
+    task = asyncio.ensure_future(relay.run(stop))
+
+    async def waits() -> bool:
+        async with outbox.connection() as connection:
+            return bool(await (await connection.execute("SELECT FROM relay_waiting")).fetchall())
+
+    with psycopg.connect(purchases_db) as writer:
+        insert(writer, new_ids(1))
+        await eventually(waits, "the relay says that it waits")
+        writer.commit()
+    await eventually(lambda: all_sent(purchases_db), "the event is sent", 5)
+    stop.set()
+    await asyncio.wait_for(task, 10)
     publisher.disconnect()
