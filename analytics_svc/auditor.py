@@ -34,6 +34,7 @@ COMPLETE_WAIT_S = 5.0  # for purchases on their way, before a cycle calls them p
 # What was counted shortly before a cycle began may have become visible only later: a transaction's time is its start.
 LATE_COMMIT = timedelta(seconds=60)
 SECONDS_PER_PURCHASE = 170e-6  # of proving a day, as measured with the service that exports it
+GROWTH_MAX = 2  # times, of a day while time is saved for it: more would be a burst of work that nobody saved for
 DOUBTFUL_MAX = 10  # days that were found wrong and are proven in each cycle until they are right
 
 CYCLES = Counter("analytics_audit_cycles_total", "Cycles of the continuous audit.", ["verdict"])
@@ -173,20 +174,31 @@ class Auditor:
         if day is None:
             self._upcoming = None
             return None, []
-        needed_s = purchases * SECONDS_PER_PURCHASE
-        now = time.monotonic()
-        self._sweep_credit_s = min(self._sweep_credit_s + (now - self._credited_at) * self._sweep_share, needed_s)
-        self._credited_at = now
-        if self._sweep_credit_s < needed_s:
-            return status.sweep_day or day - timedelta(days=1), []
+        not_yet = status.sweep_day or day - timedelta(days=1), list[Comparison]()
+        if not self._saved_up_for(purchases):
+            return not_yet
+        # It may have grown many times over since it was counted, as a day does that has just begun.
+        recorded = await self._paced(self._source.control_totals(day, day))
+        now_there = sum(row.purchases for row in recorded.totals.values())
+        if now_there > purchases * GROWTH_MAX:
+            self._upcoming = day, now_there
+            return not_yet
         self._upcoming = None
+        began = time.monotonic()
         try:
             proof = await prove_day(self._pool, self._source, day)
         finally:
-            spent_s = time.monotonic() - now
+            spent_s = time.monotonic() - began
             BUSY.inc(spent_s)
-            self._sweep_credit_s = min(needed_s - spent_s, 0.0)
+            self._sweep_credit_s = min(self._sweep_credit_s - spent_s, 0.0)
         return day, [proof] if proof else []
+
+    def _saved_up_for(self, purchases: int) -> bool:
+        """Whether there is time by now to prove that many."""
+        needed_s, now = purchases * SECONDS_PER_PURCHASE, time.monotonic()
+        self._sweep_credit_s = min(self._sweep_credit_s + (now - self._credited_at) * self._sweep_share, needed_s)
+        self._credited_at = now
+        return self._sweep_credit_s >= needed_s
 
     async def _next_day(self, after: date | None) -> tuple[date | None, int]:
         """The next day that either side knows, and how many purchases were recorded on it."""

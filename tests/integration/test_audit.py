@@ -248,6 +248,25 @@ async def test_the_sweep_saves_for_one_day_only(chain: Chain, monkeypatch: pytes
         assert query(chain.url, "SELECT sweep_day FROM audit_status") == [(FIRST,)]
 
 
+async def test_the_sweep_saves_for_what_a_day_has_become(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day that had just begun when its purchases were counted has many more when there was time for those few."""
+    await chain.sell(10, seed=7, days=1)
+    await chain.apply(await chain.recorded())
+    monkeypatch.setattr(auditor, "SECONDS_PER_PURCHASE", 10.0)
+    saving = Auditor(chain.pool, chain.source, **(QUICK | {"cpu_share": 2.0}))  # a second of work for each that passes
+
+    async def proven(after_s: float) -> bool:
+        saving._credited_at -= after_s
+        await cycle(chain, saving)
+        return query(chain.url, "SELECT sweep_day FROM audit_status") == [(FIRST,)]
+
+    assert not await proven(after_s=0)
+    await chain.sell(90, seed=8, days=1)
+    await chain.apply(await chain.recorded())
+    assert not await proven(after_s=100)
+    assert await proven(after_s=900)
+
+
 async def test_today_is_the_chains(chain: Chain, purchases_channel: grpc.aio.Channel) -> None:
     """Around the world, it is two days or three at any time; the audit looks at the chain's."""
     for zone in (ZoneInfo("Etc/GMT-14"), ZoneInfo("Etc/GMT+12")):
