@@ -35,6 +35,9 @@ REDELIVERED_MAX = 50  # tried together: few enough to be tried alone when a proc
 # Of bodies in a batch: some forty of the biggest purchases, or thousands of usual ones. With 500 of the biggest, a
 # statement could outlast its timeout, and then would each time that the batch is tried again.
 BATCH_BYTES_MAX = 4 << 20
+# Of bodies in hand, and one message more. A prefetch counts messages, whatever their size: 1,500 of the largest that
+# RabbitMQ lets through (16 MiB, 128 before version 4) would fill any memory before they are looked at.
+HELD_BYTES_MAX = 64 << 20
 CLOSE_TIMEOUT_S = 5.0  # for the broker to confirm the end of a connection, and with it the last acknowledgements
 
 REDELIVERED = Counter("analytics_redeliveries_total", "Deliveries of messages that were delivered before.")
@@ -74,19 +77,36 @@ class Delivery(NamedTuple):
 
 
 class Inbox:
-    """What one connection delivered, until it closes or we do."""
+    """What one connection delivered, until it closes or we do.
 
-    def __init__(self) -> None:
+    It closes itself when the bodies in hand take more than their room, and when there is room for many more of them:
+    then `fitting` is the prefetch to go on with. What is in hand will be delivered again.
+    """
+
+    def __init__(self, prefetch: int, prefetch_max: int) -> None:
         self.closed = asyncio.Event()
         self.reason = ""
+        self.fitting = prefetch
         self.redelivered = 0  # those that are not settled, waiting or taken
+        self._prefetch_max = prefetch_max
+        self._held_bytes = self._held = 0  # not settled, waiting or taken
+        self._largest_bytes = self._seen = 0  # lately
         self._deliveries: deque[Delivery] = deque()
         self._news = asyncio.Event()
 
     def put(self, delivery: Delivery) -> None:
+        size = len(delivery.message.body)
         self.redelivered += delivery.redelivered
+        self._held, self._held_bytes = self._held + 1, self._held_bytes + size
+        self._seen, self._largest_bytes = self._seen + 1, max(self._largest_bytes, size)
         self._deliveries.append(delivery)
         self._news.set()
+        if self._held > 1 and self._held_bytes > HELD_BYTES_MAX:
+            self._refit("messages are too large for that many at once")
+
+    def _refit(self, reason: str) -> None:
+        self.fitting = max(1, min(self._prefetch_max, HELD_BYTES_MAX // 2 // max(1, self._largest_bytes)))
+        self.close(reason)
 
     def close(self, reason: str) -> None:
         """The first reason is the cause; what follows are its effects."""
@@ -119,6 +139,12 @@ class Inbox:
 
     def settled(self, batch: Sequence[Delivery]) -> None:
         self.redelivered -= sum(delivery.redelivered for delivery in batch)
+        self._held -= len(batch)
+        self._held_bytes -= sum(len(delivery.message.body) for delivery in batch)
+        if self.fitting < self._prefetch_max <= self._seen:
+            if 2 * self.fitting * self._largest_bytes < HELD_BYTES_MAX // 2:
+                self._refit("messages are small enough for more at once")
+            self._largest_bytes = self._seen = 0
 
 
 class Consumer:
@@ -139,22 +165,25 @@ class Consumer:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Consume until `stop`, then finish the batch in flight."""
-        backoff = Backoff(0.2, 5.0)
+        backoff, prefetch = Backoff(0.2, 5.0), self._prefetch
         while not stop.is_set():
             try:
-                await self._run_connection(stop, backoff)
+                prefetch = await self._run_connection(stop, backoff, prefetch)
             except (BrokerUnavailable, AMQPError) as error:
                 await self._health.report("deliveries", False)
                 pause_s = backoff.next_s()
                 log.warning("no deliveries; trying again", error=amqp.describe(error), pause_s=round(pause_s, 1))
                 await wait_set(stop, pause_s)
 
-    async def _run_connection(self, stop: asyncio.Event, backoff: Backoff) -> None:
-        """Consume over one connection until it is lost or `stop` is set.
+    async def _run_connection(self, stop: asyncio.Event, backoff: Backoff, prefetch: int) -> int:
+        """Consume over one connection until `stop` is set or another prefetch fits better; returns the one that does.
 
         Its deliveries are acknowledged on its channel or not at all: on another one the same tags mean other messages.
+
+        Raises:
+            BrokerUnavailable: the connection is lost.
         """
-        inbox = Inbox()
+        inbox = Inbox(prefetch, self._prefetch)
         gone = asyncio.Event()
 
         def on_connection_close(reason: str) -> None:
@@ -168,7 +197,7 @@ class Consumer:
             channel = await amqp.open_channel(connection, inbox.close)
             await self._subscribe(channel, inbox)
             backoff.reset()
-            log.info("consuming", queue=QUEUE)
+            log.info("consuming", queue=QUEUE, prefetch=prefetch)
             await self._health.report("deliveries", True)
             await self._health.report("batches", True)  # until one proves the contrary
             while batch := await inbox.take(self._batch_max, REDELIVERED_MAX):
@@ -179,11 +208,16 @@ class Consumer:
             stopping.cancel()
             amqp.close(connection)
             await wait_set(gone, CLOSE_TIMEOUT_S)
-        if not stop.is_set():
+        if inbox.fitting != prefetch:
+            log.warning("consuming with another prefetch", reason=inbox.reason, before=prefetch, now=inbox.fitting)
+        elif not stop.is_set():
             raise BrokerUnavailable(inbox.reason)
+        return inbox.fitting
 
     async def _subscribe(self, channel: Channel, inbox: Inbox) -> None:
         def on_message(_channel: Channel, method: Any, properties: BasicProperties, body: bytes) -> None:
+            if inbox.closed.is_set():
+                return  # what was under way already will be delivered again
             if method.redelivered:
                 REDELIVERED.inc()
             message = Message(body, vars(properties))
@@ -196,7 +230,7 @@ class Consumer:
         await amqp.call(channel, channel.queue_declare, queue=QUEUE, durable=True, arguments=QUEUE_ARGUMENTS)
         # Fails as long as the publisher has not made its exchange: a matter of its start.
         await amqp.call(channel, channel.queue_bind, queue=QUEUE, exchange=EXCHANGE, routing_key=ROUTING_KEY)
-        await amqp.call(channel, channel.basic_qos, prefetch_count=self._prefetch)
+        await amqp.call(channel, channel.basic_qos, prefetch_count=inbox.fitting)
         await amqp.call(channel, channel.basic_consume, queue=QUEUE, on_message_callback=on_message)
 
     async def _settle(self, batch: Sequence[Delivery], inbox: Inbox) -> bool:

@@ -9,6 +9,7 @@ from psycopg.types.json import Jsonb
 
 from chassis.postgres import Connection
 
+BODY_KEPT_MAX = 2 << 20  # bytes of a body: twice what can be counted; foreign ones may have a hundred times as many
 BODY_SHOWN_MAX = 2 << 20  # bytes of a body in a list; what is larger than 1 MiB is here for that
 PAGE_BYTES_MAX = 3 << 20  # bytes of all bodies in a list: gRPC's clients take in 4 MiB, unless they are told otherwise
 
@@ -37,18 +38,22 @@ class Kept(NamedTuple):
     event_id: str | None
     reason: str
     body: bytes
+    body_size: int  # more than the body has when only its beginning was kept: such a message can never be counted
     properties: Mapping[str, Any]
     counted: bool
 
 
 async def keep(connection: Connection, events: Sequence[QuarantinedEvent]) -> int:
-    """Store the events; one that is there already stays as it is. Returns how many are new."""
+    """Store the events, of large bodies the beginning; one that is there already stays as it is.
+
+    Returns how many are new.
+    """
     # Sorted: two consumers that keep the same events wait for each other instead of deadlocking.
     ordered = sorted(events, key=lambda event: (event.body, event.reason, event.event_id or ""))
     cursor = await connection.execute(
         """
-        INSERT INTO quarantined_events (event_id, reason, detail, body, properties)
-        SELECT * FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::bytea[], %s::jsonb[])
+        INSERT INTO quarantined_events (event_id, reason, detail, body, body_size, properties)
+        SELECT * FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::bytea[], %s::int[], %s::jsonb[])
         ON CONFLICT (body_sha256, reason, event_id) DO NOTHING
         RETURNING quarantine_id
         """,
@@ -56,7 +61,8 @@ async def keep(connection: Connection, events: Sequence[QuarantinedEvent]) -> in
             [event.event_id for event in ordered],
             [event.reason for event in ordered],
             [event.detail for event in ordered],
-            [event.body for event in ordered],
+            [event.body[:BODY_KEPT_MAX] for event in ordered],
+            [len(event.body) for event in ordered],
             [Jsonb(event.properties) for event in ordered],
         ],
     )
@@ -88,7 +94,7 @@ async def page(
     cursor = await connection.execute(
         """
         WITH next AS (
-            SELECT quarantine_id, octet_length(body) AS size,
+            SELECT quarantine_id, coalesce(body_size, octet_length(body)) AS size,
                 sum(least(octet_length(body), %(shown)s)) OVER oldest AS bytes,
                 row_number() OVER oldest AS number
             FROM quarantined_events
@@ -120,7 +126,7 @@ async def find(connection: Connection, quarantine_id: str) -> Kept | None:
     """One event, and for the rest of the transaction nobody else's; None when it is not here."""
     cursor = await connection.execute(
         """
-        SELECT event_id::text, reason, body, properties,
+        SELECT event_id::text, reason, body, coalesce(body_size, octet_length(body)), properties,
             EXISTS (SELECT FROM analytics_event_log AS log WHERE log.event_id = kept.event_id)
         FROM quarantined_events AS kept WHERE quarantine_id = %s
         FOR UPDATE

@@ -31,6 +31,7 @@ from chassis.postgres import Pool
 
 CONNECTION_WAIT_S = 1.0  # the pool is all ours: it lacks a connection only while the database is down
 TRIAL_S = 1.0  # what kills does so in milliseconds
+WITHDRAWAL_S = 2.0  # a stopping process waits for it; the trial itself may hold the row, and hang
 NOTED_MAX = 10_000  # messages of which this process remembers something; another one may settle them
 FAILURES_MAX = 3  # of an event alone, with an error that may have other causes, such as a lost connection
 
@@ -133,9 +134,11 @@ class Settler:
             return
         trial = asyncio.create_task(self._read_and_settle(message))
         try:
-            await asyncio.wait({trial}, timeout=TRIAL_S)
-            if not trial.done() or trial.exception():  # in either case it did not kill
-                await self._withdraw(digest)
+            try:
+                await asyncio.wait({trial}, timeout=TRIAL_S)
+            finally:  # also when this is cancelled, as at the end of the time to stop in
+                if not trial.done() or trial.exception():  # in either case it did not kill
+                    await self._withdraw(digest)
             await trial
         finally:
             trial.cancel()
@@ -145,7 +148,7 @@ class Settler:
 
     async def _withdraw(self, digest: bytes) -> None:
         try:
-            async with self._pool.connection(CONNECTION_WAIT_S) as connection:
+            async with asyncio.timeout(WITHDRAWAL_S), self._pool.connection(CONNECTION_WAIT_S) as connection:
                 await trials.withdraw(connection, digest, 1)
         except Exception:
             _note(self._survived, digest)  # the database hears of it with the next trial
@@ -192,6 +195,8 @@ class Settler:
             if kept is None:
                 return None
             if not kept.counted:
+                if kept.body_size > len(kept.body):
+                    return False
                 if kept.reason == KILLS_CONSUMER:
                     log.warning("trying an event that killed consumers", quarantine_id=quarantine_id)
                 event = self.read(Message(kept.body, kept.properties)).event

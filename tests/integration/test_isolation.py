@@ -1,9 +1,11 @@
 """Messages that end what touches them, and messages that only seem to."""
 
+import asyncio
 import subprocess
 from collections import Counter
 from decimal import Decimal
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pika
 import psycopg
@@ -13,8 +15,8 @@ from pika.adapters.blocking_connection import BlockingChannel
 from analytics_svc import settling
 from analytics_svc.consumer import QUEUE
 from analytics_svc.messages import READ_FAILED, Message, read
-from analytics_svc.settling import ALONE, FAILURES_MAX
-from tests.conftest import eventually
+from analytics_svc.settling import ALONE, FAILURES_MAX, Settler
+from tests.conftest import eventually, pool
 from tests.integration.conftest import free_address
 from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts, depth, is_true, publish, start
 from tests.integration.poisoned_consumer import EXIT_CODE, MARKED_PRODUCT_ID
@@ -158,6 +160,26 @@ async def test_kills_while_the_database_hangs_blame_no_event(
     async with consuming(analytics_db, amqp_url):
         await counts(analytics_db, COUNTED, 1)
     assert query(analytics_db, f"SELECT ({QUARANTINED}), ({TRIALS})") == [(0, 0)]
+
+
+async def test_a_stop_in_the_middle_of_a_trial_blames_no_event(analytics_db: str) -> None:
+    """A process that has to stop gives up what it tries; that it did, again and again, is no death."""
+    sale = sold("1.00")
+    message = Message(sale.body(), {})
+    async with pool(analytics_db, "analytics_consumer", size=2) as opened:
+        settler = Settler(opened, ZoneInfo("UTC"), DEATHS_MAX)
+        with psycopg.connect(analytics_db) as holder:
+            holder.execute("SELECT FROM freshness FOR UPDATE")
+            for _ in range(DEATHS_MAX + 2):
+                trying = asyncio.ensure_future(settler.settle_again([message]))
+                await eventually(lambda: is_true(analytics_db, f"SELECT count(*) > 0 {WAITING}"), "the trial waits")
+                trying.cancel()
+                await asyncio.wait({trying})
+                assert trying.cancelled()
+                await eventually(lambda: is_true(analytics_db, f"SELECT count(*) = 0 {WAITING}"), "it was given up")
+                assert query(analytics_db, "SELECT deaths FROM message_trials") == [(0,)]
+        await settler.settle_again([message])
+    assert query(analytics_db, f"SELECT ({COUNTED}), ({QUARANTINED}), ({TRIALS})") == [(1, 0, 0)]
 
 
 async def test_redelivered_50_times(analytics_db: str, amqp_url: str, channel: BlockingChannel) -> None:

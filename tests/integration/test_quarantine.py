@@ -116,6 +116,16 @@ async def test_pages_of_large_bodies_are_short(stub: Any, analytics_db: str) -> 
     assert (len(pages[-1][-1].body), pages[-1][-1].body_size) == (2 << 20, 9 << 20)
 
 
+async def test_what_is_kept_in_part_is_not_redriven(stub: Any, analytics_db: str) -> None:
+    """It stays as it is, with the size that it had, and can be discarded."""
+    entry = put(analytics_db, b"the beginning")
+    query(analytics_db, "UPDATE quarantined_events SET body_size = 16 << 20")
+    reply = await stub.RedriveEvents(pb.RedriveEventsRequest(quarantine_ids=[entry]))
+    assert (reply.redriven_count, reply.remaining_count) == (0, 1)
+    ((event,),) = await listed(stub)
+    assert (event.body, event.body_size, event.detail) == (b"the beginning", 16 << 20, "why")
+
+
 async def test_all_problems_at_once(stub: Any) -> None:
     """Wrong requests are refused with every problem."""
     for call, request in (

@@ -41,7 +41,9 @@ class QuarantinedEvent(_message.Message):
     detail: _builtins.str
     """The same in words."""
     body: _builtins.bytes
-    """The message body as it arrived; its first 2 MiB when it is larger."""
+    """The message body as it arrived; its first 2 MiB when it is larger, as no
+    more is kept of it. Such an event can be discarded, but never redriven.
+    """
     body_size: _builtins.int
     """Bytes of the whole message body."""
     @_builtins.property
