@@ -7,8 +7,10 @@ ever skipped for that.
 import asyncio
 import itertools
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -26,8 +28,10 @@ from deploy.local.rabbitmq import RabbitMQ
 from purchases_svc.settings import MigrateSettings as PurchasesMigrateSettings
 
 ROOT = Path(__file__).parent.parent
+DAY_S = 86_400
 POLL_S = 0.02
-WAIT_S = 20.0  # for whatever a test waits for; on an idle machine it takes a small part of it
+TEST_S = 30  # longer than a test takes that counts days from today
+WAIT_S = 60.0  # for whatever a test waits for; it takes a small part of it, also on a machine that does much else
 
 _numbers = itertools.count(1)
 
@@ -47,6 +51,18 @@ async def eventually(condition: Callable[[], Awaitable[Any]], what: str, within_
             pytest.fail(f"not within {within_s:g} s: {what}")
         await asyncio.sleep(POLL_S)
     return value
+
+
+def today() -> date:
+    """In UTC, as everything of ours counts days."""
+    return datetime.now(UTC).date()
+
+
+@pytest.fixture
+def one_day() -> None:
+    """Midnight does not come before the test ends: just before it, the test waits."""
+    while (left_s := DAY_S - time.time() % DAY_S) < TEST_S:
+        time.sleep(left_s)
 
 
 @pytest.fixture(scope="session")

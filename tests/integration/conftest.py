@@ -1,7 +1,8 @@
 """The services, run as they are wired, inside the test's event loop."""
 
 import asyncio
-import socket
+import itertools
+import random
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -13,15 +14,20 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pika.adapters.blocking_connection import BlockingChannel
 
 import purchases_svc.__main__ as purchases
+from deploy.local.machine import PRIVATE_PORTS, port_is_free
 from purchases_svc.settings import ServeSettings
-from tests.conftest import eventually, pool
+from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.chain import Chain, open_chain
+
+# A service that is not up when it is first tried is tried again after a tenth of a second, instead of a whole one.
+SOON_AGAIN = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000)]
+
+_ports = itertools.cycle(random.sample(PRIVATE_PORTS, len(PRIVATE_PORTS)))
 
 
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    """An address that nobody uses. Outgoing connections and servers on any port (`:0`) cannot take it, either."""
+    return next(f"127.0.0.1:{port}" for port in _ports if port_is_free(port))
 
 
 async def is_serving(channel: grpc.aio.Channel) -> bool:
@@ -37,7 +43,7 @@ async def running(serve: Callable[[asyncio.Event], Awaitable[None]], address: st
     """A service from its start until it has stopped by itself; yields a channel to it."""
     stop = asyncio.Event()
     task = asyncio.ensure_future(serve(stop))
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, options=SOON_AGAIN) as channel:
 
         async def up() -> bool:
             if task.done():
@@ -49,7 +55,7 @@ async def running(serve: Callable[[asyncio.Event], Awaitable[None]], address: st
             yield channel
         finally:
             stop.set()
-            await asyncio.wait_for(task, 30)
+            await asyncio.wait_for(task, WAIT_S)
 
 
 @pytest.fixture

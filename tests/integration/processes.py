@@ -13,8 +13,8 @@ from deploy.local.machine import wait_until
 from tests.integration.conftest import free_address
 
 ROOT = Path(__file__).parent.parent.parent
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 60.0
 
 COMMANDS = {
     "purchases": ("purchases_svc", "serve"),

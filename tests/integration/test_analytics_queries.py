@@ -447,7 +447,7 @@ async def test_a_query_ends_with_its_callers_deadline(reports: Any, analytics_db
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await reports.ListDailySales(pb.ListDailySalesRequest(), timeout=0.5)
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        await eventually(lambda: nothing_runs(analytics_db), "the query has ended", within_s=5)
+        await eventually(lambda: nothing_runs(analytics_db), "the query has ended", within_s=9)
     assert not (await reports.ListDailySales(pb.ListDailySalesRequest())).daily_sales
 
 

@@ -124,6 +124,7 @@ async def test_many_waiters_are_cheap_and_bounded(
 ) -> None:
     """All who wait are looked for together; one too many is refused; health answers all the while."""
     monkeypatch.setattr(inclusion, "WAITERS_MAX", 400)
+    monkeypatch.setattr(inclusion, "WAIT_MAX_S", 60.0)
     looks = []
     look = inclusion.find_settled
 
@@ -133,7 +134,7 @@ async def test_many_waiters_are_cheap_and_bounded(
 
     monkeypatch.setattr(inclusion, "find_settled", counted)
     sales = [sold("1.00") for _ in range(400)]
-    calls = [asyncio.ensure_future(_reply(reports.GetSalesSummary(summary(s.event_id), timeout=20))) for s in sales]
+    calls = [asyncio.ensure_future(_reply(reports.GetSalesSummary(summary(s.event_id), timeout=60))) for s in sales]
 
     async def all_wait() -> bool:
         return sum(looks) >= 400
@@ -165,11 +166,11 @@ async def test_who_waits_is_sent_elsewhere_by_a_server_that_stops(analytics_db: 
     config = ServeSettings(analytics_db, listen=free_address(), metrics_listen="127.0.0.1:0")
     async with running(lambda stop: analytics.serve(config, stop), config.listen) as opened:
         stub = AnalyticsServiceStub(opened)
-        call = asyncio.ensure_future(refusal(stub.GetSalesSummary(summary(str(uuid.uuid4())), timeout=10)))
+        call = asyncio.ensure_future(refusal(stub.GetSalesSummary(summary(str(uuid.uuid4())), timeout=30)))
         watch = stub.WatchDailySales(pb.WatchDailySalesRequest())
         first: Any = await watch.read()
         assert not first.daily_sales
         stopped = time.monotonic()
     for found in (await call, await refusal(watch.read())):
         assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
-    assert time.monotonic() - stopped < 5
+    assert time.monotonic() - stopped < 15  # not when all are past their deadlines

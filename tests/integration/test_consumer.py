@@ -23,13 +23,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pika.adapters.blocking_connection import BlockingChannel
 
 import analytics_svc.__main__ as analytics
+from analytics_svc import upkeep
 from analytics_svc.apply import apply
 from analytics_svc.consumer import QUEUE, QUEUE_ARGUMENTS
 from analytics_svc.events import decode
 from analytics_svc.settings import MigrateSettings
 from chassis.migrate import MigrationError
 from deploy.local.rabbitmq import RabbitMQ
-from tests.conftest import eventually, pool
+from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.conftest import free_address, is_serving
 from tests.integration.consumers import (
     COUNTED,
@@ -102,7 +103,7 @@ async def test_shuffled_duplicated_and_delayed_over_three_processes(
         settings["CONSUMER_PREFETCH"] = "150"
         processes.extend(start("consume", CONSUMER_LISTEN=free_address(), **settings) for _ in range(3))
         publish(publisher, *later)
-        await counts(analytics_db, COUNTED, len(Counter(deliveries) - Counter(held)), within_s=60)
+        await counts(analytics_db, COUNTED, len(Counter(deliveries) - Counter(held)))
         dawdler.close()
         await counts(analytics_db, COUNTED, len(sales))
     assert read_models(analytics_db) == expected(sales)
@@ -136,7 +137,7 @@ async def test_consumer_waits_for_the_publishers_exchange(analytics_db: str, amq
             publish(declared, GOLDEN)
             await counts(analytics_db, COUNTED, 1)
             stop.set()
-            await asyncio.wait_for(task, 20)
+            await asyncio.wait_for(task, WAIT_S)
 
 
 POISON: list[tuple[str, bytes, dict[str, Any]]] = [
@@ -298,16 +299,19 @@ async def test_database_outage(analytics_db: str, postgres_url: str, amqp_url: s
 
 
 @pytest.mark.usefixtures("channel")
-async def test_database_lost_while_nothing_arrives(analytics_db: str, postgres_url: str, amqp_url: str) -> None:
+async def test_database_lost_while_nothing_arrives(
+    analytics_db: str, postgres_url: str, amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Health turns though there is nothing to apply, and turns back by itself."""
+    monkeypatch.setattr(upkeep, "EVERY_S", 0.2)
     name = urlsplit(analytics_db).path[1:]
     async with consuming(analytics_db, amqp_url) as health:
         with psycopg.connect(postgres_url, autocommit=True) as admin:
             admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false'.encode())
             admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
-            await eventually(lambda: is_not_serving(health), "it does not serve", within_s=40)
+            await eventually(lambda: is_not_serving(health), "it does not serve")
             admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true'.encode())
-        await eventually(lambda: is_serving(health), "it serves again", within_s=40)
+        await eventually(lambda: is_serving(health), "it serves again")
 
 
 async def is_not_serving(channel: grpc.aio.Channel) -> bool:
@@ -340,7 +344,7 @@ async def test_servers_that_are_not_up_yet(analytics_db: str, postgres_url: str,
             await eventually(lambda: is_serving(health), "it serves")
             assert not await is_serving(health_nowhere)
         stop.set()
-        await asyncio.wait_for(asyncio.gather(*tasks), 20)
+        await asyncio.wait_for(asyncio.gather(*tasks), WAIT_S)
 
 
 async def test_stop_during_a_database_outage(
@@ -467,14 +471,14 @@ async def test_sigterm_finishes_the_batch(
             await eventually(lambda: is_true(analytics_db, BATCH_WAITS), "the batch waits for its last row")
             processes[0].send_signal(signal.SIGTERM)
             await eventually(lambda: _not(is_serving(health)), "it does not serve")
-    assert await asyncio.to_thread(processes[0].wait, 20) == 0
+    assert await asyncio.to_thread(processes[0].wait, WAIT_S) == 0
     ((counted,),) = query(analytics_db, COUNTED)
     assert 1 <= counted <= 10
     assert depth(channel) == 30 - counted
 
 
 def ends(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
-    _, text = process.communicate(timeout=30)
+    _, text = process.communicate(timeout=WAIT_S)
     return process.returncode, text.decode()
 
 

@@ -374,7 +374,7 @@ async def test_database_away_and_back(postgres_url: str, tills: Any, purchases_d
         except grpc.aio.AioRpcError:
             return False
 
-    await eventually(taken, "sales are taken again", within_s=40)
+    await eventually(taken, "sales are taken again")
 
 
 async def test_request_without_a_purchase(tills: Any) -> None:

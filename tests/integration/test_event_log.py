@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -17,7 +18,6 @@ from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts,
 from tests.integration.purchase_events import GOLDEN, query, read_models, sold
 
 FLOOR = "SELECT log_floor::text FROM freshness"
-NOW = datetime.now(UTC)
 
 
 def uuid7(moment: datetime, rest: int = 0) -> str:
@@ -25,8 +25,11 @@ def uuid7(moment: datetime, rest: int = 0) -> str:
     return str(uuid.UUID(int=int(moment.timestamp() * 1000) << 80 | 7 << 76 | 2 << 62 | rest))
 
 
-def ago(**age: float) -> str:
-    return uuid7(NOW - timedelta(**age))
+@pytest.fixture
+def ago() -> Callable[..., str]:
+    """Gives ids of so long ago, counted from one moment for the whole test."""
+    now = datetime.now(UTC)
+    return lambda **age: uuid7(now - timedelta(**age))
 
 
 async def raised(url: str, days: int = 30) -> str:
@@ -34,7 +37,8 @@ async def raised(url: str, days: int = 30) -> str:
         return await event_log.raise_floor(connection, days)
 
 
-def complete_through(url: str, moment: datetime = NOW, awaited: str | None = None) -> None:
+def complete_through(url: str, days_ago: int = 0, awaited: str | None = None) -> None:
+    moment = datetime.now(UTC) - timedelta(days=days_ago)
     with psycopg.connect(url) as connection:
         connection.execute("UPDATE freshness SET complete_through_at = %s, oldest_awaited_id = %s", [moment, awaited])
 
@@ -47,14 +51,14 @@ def quarantine(url: str, event_id: str | None, reason: str = "BROKEN_CONTRACT") 
         )
 
 
-async def test_floor_passes_nothing_that_is_not_settled(analytics_db: str) -> None:
+async def test_floor_passes_nothing_that_is_not_settled(analytics_db: str, ago: Callable[..., str]) -> None:
     """Without complete_through_time there is none; else the oldest of what is kept, awaited or in quarantine."""
     assert await raised(analytics_db) == ""
     complete_through(analytics_db)
     quarantine(analytics_db, None)
     quarantine(analytics_db, ago(days=1))
     assert ago(days=30.01) < await raised(analytics_db) < ago(days=29.99)
-    complete_through(analytics_db, NOW - timedelta(days=2))
+    complete_through(analytics_db, days_ago=2)
     assert ago(days=12.01) < await raised(analytics_db, days=10) < ago(days=11.99)
     complete_through(analytics_db, awaited=ago(days=9))
     assert await raised(analytics_db, days=5) == ago(days=9)
@@ -62,12 +66,12 @@ async def test_floor_passes_nothing_that_is_not_settled(analytics_db: str) -> No
     quarantine(analytics_db, ago(days=8))
     quarantine(analytics_db, ago(days=20))  # came from below the floor: it holds nothing back
     assert await raised(analytics_db, days=5) == ago(days=8)
-    complete_through(analytics_db, NOW + timedelta(days=300))  # a clock that is wrong
+    complete_through(analytics_db, days_ago=-300)  # a clock that is wrong
     query(analytics_db, "DELETE FROM quarantined_events")
     assert ago(days=1.01) < await raised(analytics_db, days=1) < ago(days=0.99)
 
 
-async def test_floor_never_goes_back(analytics_db: str) -> None:
+async def test_floor_never_goes_back(analytics_db: str, ago: Callable[..., str]) -> None:
     """Neither by a longer retention, nor by hand."""
     complete_through(analytics_db)
     floor = await raised(analytics_db, days=10)
@@ -79,7 +83,7 @@ async def test_floor_never_goes_back(analytics_db: str) -> None:
             query(analytics_db, f"UPDATE freshness SET log_floor = {value}")
 
 
-async def test_only_what_is_below_the_floor_is_forgotten(analytics_db: str) -> None:
+async def test_only_what_is_below_the_floor_is_forgotten(analytics_db: str, ago: Callable[..., str]) -> None:
     """In batches, the lowest first; without a floor, nothing."""
     ids = [ago(days=day) for day in range(60, 0, -1)]
     query(analytics_db, f"INSERT INTO analytics_event_log SELECT unnest('{{{','.join(ids)}}}'::uuid[]), now(), 'x'")
@@ -97,7 +101,7 @@ async def test_only_what_is_below_the_floor_is_forgotten(analytics_db: str) -> N
     assert query(analytics_db, COUNTED)[0][0] in (39, 40)
 
 
-async def test_floor_waits_for_applies_and_applies_for_the_floor(analytics_db: str) -> None:
+async def test_floor_waits_for_applies_and_applies_for_the_floor(analytics_db: str, ago: Callable[..., str]) -> None:
     """An apply that read the old floor ends before the floor moves; one that comes later reads the new one."""
     complete_through(analytics_db)
     old = decode(sold("1.00", event_id=ago(days=50)).body(), ZoneInfo("UTC"))
@@ -119,7 +123,9 @@ async def test_floor_waits_for_applies_and_applies_for_the_floor(analytics_db: s
         assert await applying == (0, 1)
 
 
-async def test_replay_of_a_forgotten_event(analytics_db: str, amqp_url: str, channel: BlockingChannel) -> None:
+async def test_replay_of_a_forgotten_event(
+    analytics_db: str, amqp_url: str, channel: BlockingChannel, ago: Callable[..., str]
+) -> None:
     """Counted, forgotten and published again, it is quarantined and changes no number; new ones count."""
     forgotten, recent = sold("1.00", event_id=ago(days=50)), sold("2.00", event_id=ago(days=10))
     async with consuming(analytics_db, amqp_url):

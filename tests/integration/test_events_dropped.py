@@ -13,15 +13,16 @@ from analytics_svc.keeper import REBUILD_NEEDED, Keeper
 from analytics_svc.outbox import EventsDropped, Outbox
 from relay_svc import retention
 from relay_svc.settings import ServeSettings
-from tests.conftest import eventually, pool
+from tests.conftest import WAIT_S, eventually, pool, today
 from tests.integration.chain import FIRST, TABLES, Chain
 from tests.integration.conftest import free_address, running
 from tests.integration.outbox_events import make_days
 from tests.integration.purchase_events import query, read_models
 from tests.integration.test_rebuild import Meanwhile
 
+pytestmark = pytest.mark.usefixtures("one_day")
+
 AGE_DAYS = 9
-TODAY = datetime.datetime.now(datetime.UTC).date()
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ async def outbox(purchases_db: str) -> AsyncIterator[Outbox]:
 
 def send_long_ago(purchases_url: str) -> None:
     """As if all that is recorded had been recorded and sent that many days ago."""
-    day = TODAY - datetime.timedelta(days=AGE_DAYS)
+    day = today() - datetime.timedelta(days=AGE_DAYS)
     for table, status in (("purchases", ""), ("outbox_events", ", status = 'SENT'")):
         query(
             purchases_url,
@@ -66,8 +67,8 @@ async def test_analytics_lost_after_the_outbox_has_dropped_days(
         for _ in range(2):  # the second says what the first has settled
             assert await keeper.run_once(connection)
         async with pool(purchases_db, "purchases_relay") as relays:
-            dropped = await retention.drop_old_days(relays, AGE_DAYS - 1, TODAY)
-        assert dropped == [TODAY - datetime.timedelta(days=AGE_DAYS)]
+            dropped = await retention.drop_old_days(relays, AGE_DAYS - 1, today())
+        assert dropped == [today() - datetime.timedelta(days=AGE_DAYS)]
         assert await keeper.run_once(connection)
 
         query(chain.url, f"TRUNCATE {TABLES}")
@@ -94,7 +95,7 @@ async def test_analytics_lost_after_the_outbox_has_dropped_days(
         await eventually(awaited, "the sales that the rebuild has not seen are waited for")
         assert mark(chain.url)[1] == promised
         await chain.apply(await chain.recorded())
-        assert await asyncio.wait_for(tick, 20)
+        assert await asyncio.wait_for(tick, WAIT_S)
         assert (mark(chain.url)[1] or promised) > sold_at
         assert REBUILD_NEEDED._value.get() == 0
     counted = read_models(chain.url)

@@ -64,7 +64,7 @@ async def restarted_until_settled(
             started.append(running[-1])
         return await is_true(settings["ANALYTICS_DATABASE_URL"], settled)
 
-    await eventually(is_settled, settled, within_s=60)
+    await eventually(is_settled, settled, within_s=120)  # processes start again and again
     for process in running:
         process.kill()
         process.wait()

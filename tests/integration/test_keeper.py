@@ -18,7 +18,7 @@ from analytics_svc.errors import RelayUnavailable
 from analytics_svc.keeper import KEEPER_LOCK, KEEPER_SESSION, Keeper
 from analytics_svc.outbox import EventsDropped, Listed, SnapshotRefused
 from chassis import postgres
-from tests.conftest import eventually, pool
+from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.purchase_events import NOON, query
 
 HOLDERS = f"""
@@ -207,7 +207,7 @@ async def test_a_million_ids(analytics_db: str) -> None:
             f" FROM generate_series({count - 2_500}, {count - 1}) n",
         )
         # More than may be kept were not settled: that tick promises nothing. The next one finds them all.
-        assert not await asyncio.wait_for(tick, 60)
+        assert not await asyncio.wait_for(tick, WAIT_S)
         assert await worker.run_once(connection)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
         print(f"{count} ids twice: {time.monotonic() - begin:.1f} s, {grown / 1024:.0f} MB more", file=sys.stderr)

@@ -13,11 +13,12 @@ import relay_svc.__main__ as relay
 from chassis.postgres import Pool
 from relay_svc import committed, retention
 from relay_svc.errors import EventsDropped
-from tests.conftest import pool
+from tests.conftest import pool, today
 from tests.integration.outbox_events import insert, make_days, new_ids, states, write
 
+pytestmark = pytest.mark.usefixtures("one_day")
+
 DAY_S = 24 * 3600
-TODAY = datetime.datetime.now(datetime.UTC).date()
 
 
 @pytest.fixture
@@ -43,12 +44,12 @@ async def ask(outbox: Pool, after: str = "") -> str:
 
 
 def days_ago(*ages: int) -> list[datetime.date]:
-    return [TODAY - datetime.timedelta(days=age) for age in ages]
+    return [today() - datetime.timedelta(days=age) for age in ages]
 
 
 async def verdicts(outbox: Pool, keep_days: int) -> dict[int, str]:
-    horizon = retention.first_kept(keep_days, TODAY)
-    return {(TODAY - day.day).days: day.verdict(horizon) for day in await retention.days(outbox)}
+    horizon = retention.first_kept(keep_days, today())
+    return {(today() - day.day).days: day.verdict(horizon) for day in await retention.days(outbox)}
 
 
 async def test_what_may_go(outbox: Pool, purchases_db: str) -> None:
@@ -56,12 +57,12 @@ async def test_what_may_go(outbox: Pool, purchases_db: str) -> None:
     for age, status in ((9, "SENT"), (8, "NEW"), (7, "FAILED"), (6, "SENT"), (3, "SENT")):
         mark(purchases_db, write(purchases_db, 3, age_s=age * DAY_S), status)
     first = await ask(outbox)
-    assert await retention.drop_old_days(outbox, 5, TODAY) == []  # it has said nothing of what it knows yet
+    assert await retention.drop_old_days(outbox, 5, today()) == []  # it has said nothing of what it knows yet
     assert "nobody has said" in (await verdicts(outbox, 5))[9]
     second = await ask(outbox, first)
     late = write(purchases_db, 1, age_s=6 * DAY_S)
     mark(purchases_db, late, "SENT")
-    assert await retention.drop_old_days(outbox, 0, TODAY) == []
+    assert await retention.drop_old_days(outbox, 0, today()) == []
     assert await verdicts(outbox, 5) | {4: "", 3: "", 2: "", 1: "", 0: "", -1: ""} == {
         9: "drop",
         8: "keep: some of its events are NEW",
@@ -70,12 +71,12 @@ async def test_what_may_go(outbox: Pool, purchases_db: str) -> None:
         5: "keep",
         **dict.fromkeys(range(-1, 5), ""),
     }
-    assert await retention.drop_old_days(outbox, 5, TODAY) == days_ago(9)
+    assert await retention.drop_old_days(outbox, 5, today()) == days_ago(9)
     third = await ask(outbox, second)
-    assert await retention.drop_old_days(outbox, 5, TODAY) == []  # listed, but not yet known to have arrived
+    assert await retention.drop_old_days(outbox, 5, today()) == []  # listed, but not yet known to have arrived
     await ask(outbox, third)
-    assert await retention.drop_old_days(outbox, 5, TODAY) == days_ago(6)
-    assert await retention.drop_old_days(outbox, 5, TODAY) == []
+    assert await retention.drop_old_days(outbox, 5, today()) == days_ago(6)
+    assert await retention.drop_old_days(outbox, 5, today()) == []
     assert len(states(purchases_db)) == 9
 
 
@@ -85,23 +86,23 @@ async def test_event_that_commits_meanwhile(outbox: Pool, purchases_db: str) -> 
     with psycopg.connect(purchases_db) as slow:
         ids = new_ids(1, age_s=8 * DAY_S)
         insert(slow, ids)
-        assert await retention.drop_old_days(outbox, 7, TODAY) == []  # in use
+        assert await retention.drop_old_days(outbox, 7, today()) == []  # in use
         slow.commit()
-    assert await retention.drop_old_days(outbox, 7, TODAY) == days_ago(9)
+    assert await retention.drop_old_days(outbox, 7, today()) == days_ago(9)
     assert states(purchases_db) == {ids[0]: ("NEW", 0)}
 
 
 async def test_who_lacks_what_was_dropped_is_told(outbox: Pool, purchases_db: str) -> None:
     """A listing without events that it should have is refused: to who knows nothing, or was set back to before them."""
     before = await ask(outbox)
-    assert await retention.drop_old_days(outbox, 8, TODAY) == []
+    assert await retention.drop_old_days(outbox, 8, today()) == []
     during = await ask(outbox, before)
-    assert await retention.drop_old_days(outbox, 8, TODAY) == days_ago(9)
+    assert await retention.drop_old_days(outbox, 8, today()) == days_ago(9)
     await ask(outbox)  # nothing was in that day
     mark(purchases_db, write(purchases_db, 3, age_s=8 * DAY_S), "SENT")
     after = await ask(outbox, during)
     await ask(outbox, after)
-    assert await retention.drop_old_days(outbox, 7, TODAY) == days_ago(8)
+    assert await retention.drop_old_days(outbox, 7, today()) == days_ago(8)
     for lacking in ("", before, during):
         with pytest.raises(EventsDropped):
             await ask(outbox, lacking)
@@ -130,9 +131,9 @@ async def test_day_dropped_while_a_listing_begins(outbox: Pool, purchases_db: st
     async with outbox.connection() as connection, connection.transaction():
         listing = committed.since(connection, await committed.parse(connection, before))
         assert sorted((await anext(listing)).event_ids) == sorted(ids)
-        assert await retention.drop_old_days(outbox, 8, TODAY) == []
+        assert await retention.drop_old_days(outbox, 8, today()) == []
         await listing.aclose()
-    assert await retention.drop_old_days(outbox, 8, TODAY) == days_ago(9)
+    assert await retention.drop_old_days(outbox, 8, today()) == days_ago(9)
 
 
 async def test_what_is_kept_cannot_be_dropped(outbox: Pool) -> None:
@@ -148,7 +149,7 @@ async def test_other_server_knows_nothing(outbox: Pool, purchases_db: str) -> No
     await ask(outbox, await ask(outbox))
     with psycopg.connect(purchases_db) as connection:
         connection.execute("UPDATE outbox_listing SET realm = '1.00000001.5'")
-    assert await retention.drop_old_days(outbox, 5, TODAY) == []
+    assert await retention.drop_old_days(outbox, 5, today()) == []
 
 
 async def test_command(

@@ -18,7 +18,7 @@ from relay_svc.commands import outbox as outbox_commands
 from relay_svc.settings import ClientSettings, ServeSettings
 from retail.relay.v1 import outbox_service_pb2 as pb2
 from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceStub
-from tests.conftest import eventually, pool
+from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.conftest import free_address, running
 from tests.integration.outbox_events import insert, make_days, new_ids, states, write
 from tests.integration.sales import Refusal
@@ -71,7 +71,7 @@ async def committed(
     request = pb2.ListCommittedEventIdsRequest(
         after_snapshot=after, acknowledge=acknowledge, position_only=position_only
     )
-    answers = [answer async for answer in stub.ListCommittedEventIds(request, timeout=30)]
+    answers = [answer async for answer in stub.ListCommittedEventIds(request, timeout=WAIT_S)]
     assert all(len(answer.event_ids) <= 1_000 for answer in answers)
     assert not any(answer.snapshot or answer.HasField("as_of_time") for answer in answers[:-1])
     ids = [event_id for answer in answers for event_id in answer.event_ids]
@@ -84,7 +84,7 @@ async def test_status_counts_and_names_the_reason(stub: "OutboxServiceAsyncStub"
     send(purchases_db, write(purchases_db, 4))
 
     async def outage() -> pb2.GetOutboxStatusResponse | None:
-        status = await stub.GetOutboxStatus(pb2.GetOutboxStatusRequest(), timeout=10)
+        status = await stub.GetOutboxStatus(pb2.GetOutboxStatusRequest(), timeout=WAIT_S)
         return status if status.breaker_state == pb2.BREAKER_STATE_OPEN else None
 
     status: pb2.GetOutboxStatusResponse = await eventually(outage, "the relay notices that there is no broker")
@@ -114,7 +114,7 @@ async def test_metrics_of_the_backlog(purchases_db: str) -> None:
 
 async def test_status_of_an_empty_outbox(stub: "OutboxServiceAsyncStub", purchases_db: str) -> None:
     send(purchases_db, write(purchases_db, 2, age_s=60))
-    status = await stub.GetOutboxStatus(pb2.GetOutboxStatusRequest(), timeout=10)
+    status = await stub.GetOutboxStatus(pb2.GetOutboxStatusRequest(), timeout=WAIT_S)
     assert (status.new_count, status.failed_count) == (0, 0)
     assert not status.HasField("oldest_pending_age")
 
@@ -128,7 +128,7 @@ async def test_status_names_who_holds_back_vacuum(stub: "OutboxServiceAsyncStub"
         pid = idle.info.backend_pid
 
         async def named() -> pb2.BlockingSession | None:
-            status = await stub.GetOutboxStatus(pb2.GetOutboxStatusRequest(), timeout=10)
+            status = await stub.GetOutboxStatus(pb2.GetOutboxStatusRequest(), timeout=WAIT_S)
             return status.blocking_session if status.HasField("blocking_session") else None
 
         blocker: pb2.BlockingSession = await eventually(named, "the session is named")
@@ -147,7 +147,7 @@ async def test_events_by_page_and_status(stub: "OutboxServiceAsyncStub", purchas
         token = ""
         while True:
             request = pb2.ListOutboxEventsRequest(page_size=page_size, page_token=token, status=status)
-            answer = await stub.ListOutboxEvents(request, timeout=10)
+            answer = await stub.ListOutboxEvents(request, timeout=WAIT_S)
             assert len(answer.outbox_events) <= page_size
             events += answer.outbox_events
             if not (token := answer.next_page_token):
@@ -334,7 +334,7 @@ async def test_who_only_asks_changes_nothing(stub: "OutboxServiceAsyncStub", pur
     for request in ({"after_snapshot": snapshot}, {"acknowledge": True}):
         asked = pb2.ListCommittedEventIdsRequest(position_only=True, **request)
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await stub.ListCommittedEventIds(asked, timeout=10).read()
+            await stub.ListCommittedEventIds(asked, timeout=WAIT_S).read()
         assert Refusal(error.value).fields == ["position_only"]
 
 

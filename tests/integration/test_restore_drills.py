@@ -25,8 +25,8 @@ from tests.integration.processes import Processes, all_processes
 from tests.integration.purchase_events import query, read_models
 
 SALES = 240
-PATIENCE_S = 60.0
-FOUND_AGAIN_S = 10.0  # a service, by those that ask it; their channels try once a second
+PATIENCE_S = 120.0
+FOUND_AGAIN_S = 60.0  # a service, by those that ask it; their channels try once a second
 AGREED, DIFFERENT, PENDING, NO_ANSWER = 0, 1, 3, 4  # exit codes of the audit
 
 

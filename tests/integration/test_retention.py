@@ -17,15 +17,15 @@ from purchases_svc.errors import OutboxFull, PurchaseTimeOutOfRange
 from purchases_svc.partitions import Partitions
 from purchases_svc.record import Recorded
 from purchases_svc.sale import Sale
-from tests.conftest import ROOT, eventually, pool
+from tests.conftest import ROOT, WAIT_S, eventually, pool, today
 from tests.integration.test_create_purchase import assert_whole, count, make_recorder, stored_sale
 
-TODAY = datetime.datetime.now(datetime.UTC).date()
+pytestmark = pytest.mark.usefixtures("one_day")
 
 
 def month_ago(months: int) -> datetime.datetime:
     """Noon on the second day of a month in the past: far from its edges."""
-    first = retention.horizon(months, TODAY) if months else TODAY.replace(day=1)
+    first = retention.horizon(months, today()) if months else today().replace(day=1)
     assert first
     return datetime.datetime.combine(first.replace(day=2), datetime.time(12), datetime.UTC)
 
@@ -52,7 +52,7 @@ def mark_sent(url: str) -> None:
 
 
 async def drop(opened: Pool, keep_months: int) -> list[datetime.date]:
-    return await retention.drop_old_months(opened, keep_months, TODAY)
+    return await retention.drop_old_months(opened, keep_months, today())
 
 
 async def test_old_months_go_and_young_ones_stay(opened: Pool, purchases_db: str) -> None:
@@ -216,7 +216,7 @@ async def test_operator_sees_the_months(opened: Pool, purchases_db: str) -> None
             capture_output=True,
             text=True,
             check=True,
-            timeout=30,
+            timeout=WAIT_S,
         ).stdout
 
     shown = await asyncio.to_thread(partitions)
@@ -299,7 +299,7 @@ async def test_sales_and_retention_race_for_a_month(opened: Pool, purchases_db: 
 
     working = [asyncio.ensure_future(each) for each in (sell(), sell(), publish())]
     dropped: list[datetime.date] = []
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not dropped:
             await eventually(lambda: _are(acknowledged, 50), "sales go on")
             dropped = await drop(opened, 3)

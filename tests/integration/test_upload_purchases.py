@@ -18,7 +18,7 @@ from retail.purchases.v1.purchases_service_pb2 import (
     UploadPurchasesRequest,
 )
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
-from tests.conftest import eventually
+from tests.conftest import WAIT_S, eventually
 from tests.integration.conftest import free_address, running
 from tests.integration.sales import refusal, sale
 from tests.integration.test_create_purchase import assert_whole, count
@@ -132,7 +132,7 @@ async def test_client_that_does_not_read_is_slowed_down(tills: Any, purchases_db
 
     pushing = asyncio.ensure_future(push())
     await eventually(lambda: _at_least(purchases_db, 200), "the first messages are stored")
-    assert not (await asyncio.wait_for(tills.CreatePurchase(sale()), 10)).replayed
+    assert not (await asyncio.wait_for(tills.CreatePurchase(sale()), WAIT_S)).replayed
     lazy.cancel()
     await asyncio.gather(pushing, return_exceptions=True)
     assert count(purchases_db, "purchases") < 4_001
@@ -152,5 +152,5 @@ async def test_drain_ends_open_streams(purchases_db: str) -> None:
         await call.write(message(1, [sale()]))
         assert (await call.read()).results[0].created.purchase.purchase_id
         ended = asyncio.ensure_future(refusal(call.read()))
-    refused = await asyncio.wait_for(ended, 10)
+    refused = await asyncio.wait_for(ended, WAIT_S)
     assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")

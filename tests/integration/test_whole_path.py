@@ -22,7 +22,7 @@ from tests.integration.processes import COMMANDS, Processes, all_processes
 EXAMPLE = Path(__file__).parent.parent.parent / "proto" / "events" / "purchase_created.v1.example.json"
 KILLS = 8  # each process twice
 SALES = 2_400
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @pytest.fixture
@@ -40,7 +40,9 @@ def run_demo(processes: Processes, monkeypatch: pytest.MonkeyPatch, report: Path
 
 def daily_sales(processes: Processes) -> list[DailySales]:
     with grpc.insecure_channel(processes.address["analytics"]) as channel:
-        return list(AnalyticsServiceStub(channel).ListDailySales(ListDailySalesRequest(), timeout=10).daily_sales)
+        return list(
+            AnalyticsServiceStub(channel).ListDailySales(ListDailySalesRequest(), timeout=PATIENCE_S).daily_sales
+        )
 
 
 def test_demo_agrees_and_repeats(processes: Processes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

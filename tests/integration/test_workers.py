@@ -19,7 +19,7 @@ from tests.integration.conftest import free_address
 from tests.integration.sales import sale
 from tests.integration.test_create_purchase import assert_whole
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 class Parent:
@@ -75,7 +75,7 @@ def sell(address: str, sales: int) -> None:
         with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             request = sale(("1.00",))
             for _ in range(2):  # the retry may come to another worker
-                reply = PurchasesServiceStub(channel).CreatePurchase(request, timeout=10, wait_for_ready=True)
+                reply = PurchasesServiceStub(channel).CreatePurchase(request, timeout=PATIENCE_S, wait_for_ready=True)
             assert reply.replayed
 
 
