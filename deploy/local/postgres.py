@@ -140,6 +140,14 @@ class Postgres:
             if member_of:
                 connection.execute(sql.SQL("GRANT {} TO {}").format(sql.Identifier(member_of), role))
 
+    def ensure_group(self, name: str, administrator: str) -> None:
+        """A role that processes act as. Whoever made it, the administrator is in it and may put others into it."""
+        group, owner = sql.Identifier(name), sql.Identifier(administrator)
+        with self.connect() as connection:
+            if not connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [name]).rowcount:
+                connection.execute(sql.SQL("CREATE ROLE {} NOLOGIN").format(group))
+            connection.execute(sql.SQL("GRANT {} TO {} WITH ADMIN OPTION").format(group, owner))
+
     def ensure_database(self, name: str, owner: str) -> None:
         with self.connect() as connection:
             if not connection.execute("SELECT FROM pg_database WHERE datname = %s", [name]).rowcount:

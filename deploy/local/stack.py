@@ -153,6 +153,9 @@ class Stack:
                 for database in local_databases:
                     self.postgres.ensure_login(database.owner, creates_roles=True)
                     self.postgres.ensure_database(database.name, database.owner)
+                for service in self.services:
+                    if service.database in local_databases:
+                        self.postgres.ensure_group(service.role, service.database.owner)
         if local_broker:
             with terminal.step("RabbitMQ"):
                 self.rabbitmq.wait()

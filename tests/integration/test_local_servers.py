@@ -86,16 +86,20 @@ def test_logins_are_made_once_and_hold_one_role(postgres: Postgres) -> None:
     postgres.start()
     postgres.ensure_login("an_owner", creates_roles=True)
     postgres.ensure_database("a_database", "an_owner")
-    with psycopg.connect(postgres.url("a_database", "an_owner"), autocommit=True) as connection:
-        connection.execute("CREATE ROLE a_group NOLOGIN")
+    with postgres.connect() as connection:
+        connection.execute("CREATE ROLE a_group NOLOGIN")  # by another than its owner, as the tests' migrations do
     for _ in range(2):
         postgres.ensure_database("a_database", "an_owner")
+        postgres.ensure_group("a_group", "an_owner")
         postgres.ensure_login("a_member", member_of="a_group")
     with psycopg.connect(postgres.url("a_database", "a_member")) as connection:
         groups = connection.execute(
             "SELECT roleid::regrole::text FROM pg_auth_members WHERE member = to_regrole('a_member')"
         )
         assert groups.fetchall() == [("a_group",)]
+    with psycopg.connect(postgres.url("a_database", "an_owner"), autocommit=True) as connection:
+        connection.execute("GRANT a_group TO a_member")
+        connection.execute("SET ROLE a_group")
 
 
 def test_a_wrong_password_is_refused(postgres: Postgres) -> None:
@@ -138,13 +142,14 @@ def test_rabbitmq_keeps_what_was_confirmed(rabbitmq: RabbitMQ) -> None:
         channel.queue_declare("kept", durable=True)
         channel.confirm_delivery()
         channel.basic_publish("", "kept", b"a message", pika.BasicProperties(delivery_mode=2))
+    rabbitmq.ctl("eval", "mnesia:sync_log().")  # queues are on the disk only seconds after they were declared
 
     rabbitmq.kill()
     assert rabbitmq.process is None
     assert rabbitmq.start()
-    assert machine.wait_until(lambda: rabbitmq.ctl("list_queues", "--silent").split()[:1] == ["kept"], 20)
+    assert machine.wait_until(lambda: rabbitmq.ctl("list_queues", "--silent").split()[:1] == ["kept"], 60)
     with pika.BlockingConnection(pika.URLParameters(rabbitmq.url)) as connection:
-        received = connection.channel().consume("kept", inactivity_timeout=10)
+        received = connection.channel().consume("kept", inactivity_timeout=60)
         assert next(received)[2] == b"a message"
 
     assert not rabbitmq.stop()
