@@ -32,7 +32,7 @@ class ConsumeSettings(MigrateSettings):
     # How long the ids of counted events are kept, at least; 0 keeps them for ever. What arrives with an older id is
     # taken for a duplicate, and quarantined.
     log_retention_days: int = setting("CONSUMER_LOG_RETENTION_DAYS", integer(0, 36_500), default=0)
-    # For repairs, which ask the other services.
+    # Whom the keeper, audits and repairs ask.
     purchases_target: str = setting("PURCHASES_TARGET", text, default="127.0.0.1:50051")
     relay_target: str = setting("RELAY_TARGET", text, default="127.0.0.1:50053")
 
@@ -43,9 +43,6 @@ class ServeSettings(MigrateSettings):
     metrics_listen: str = setting("ANALYTICS_METRICS_LISTEN", address, default="127.0.0.1:9465")
     # Queries at once: as many as keep the database's cores busy.
     read_connections: int = setting("ANALYTICS_READ_CONNECTIONS", integer(1, 100), default=4)
-    # For audits, which ask the other services.
-    purchases_target: str = setting("PURCHASES_TARGET", text, default="127.0.0.1:50051")
-    relay_target: str = setting("RELAY_TARGET", text, default="127.0.0.1:50053")
 
 
 @dataclass(frozen=True)

@@ -93,15 +93,7 @@ SERVICES = (
         uses_broker=True,
         calls=("purchases", "relay"),
     ),
-    Service(
-        "analytics",
-        ("analytics_svc", "serve"),
-        50052,
-        9465,
-        ANALYTICS,
-        "analytics_server",
-        calls=("purchases", "relay"),
-    ),
+    Service("analytics", ("analytics_svc", "serve"), 50052, 9465, ANALYTICS, "analytics_server"),
 )
 
 

@@ -212,7 +212,7 @@ class Stack:
 
     def _spawn(self, service: Service, settings: Mapping[str, str], urls: Mapping[str, str]) -> Process:
         environ = service_environ(service, self.services, settings, urls)
-        by_hand = export_lines(common_environ(self.root, self.home) | environ)
+        by_hand = export_lines(common_environ(self.root, self.home) | targets(self.services, settings) | environ)
         machine.write_private(self.home / "run" / f"{service.name}.env", by_hand)
         return self._spawn_module(service.name, service.command, environ)
 

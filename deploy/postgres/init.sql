@@ -1,16 +1,27 @@
 -- What an administrator does once on a PostgreSQL server, before the migrations run. Change the passwords.
---
--- The owners run the migrations, which create the group roles that the processes act as; they may create roles for
--- that. Where that is not wanted, create the groups here, too:
---   CREATE ROLE purchases_service NOLOGIN ADMIN purchases_owner;
---   CREATE ROLE purchases_relay NOLOGIN ADMIN purchases_owner;
---   CREATE ROLE analytics_consumer NOLOGIN ADMIN analytics_owner;
---   CREATE ROLE analytics_server NOLOGIN ADMIN analytics_owner;
 
-CREATE ROLE purchases_owner LOGIN CREATEROLE PASSWORD 'local';
-CREATE ROLE analytics_owner LOGIN CREATEROLE PASSWORD 'local';
+-- The owners run the migrations (`migrate`), and nothing else needs their passwords.
+CREATE ROLE purchases_owner LOGIN PASSWORD 'local';
+CREATE ROLE analytics_owner LOGIN PASSWORD 'local';
 CREATE DATABASE purchases OWNER purchases_owner;
 CREATE DATABASE analytics OWNER analytics_owner;
 
--- After the migrations, better than one login for everything: a login for each process, in its one group.
---   CREATE ROLE relay LOGIN PASSWORD '…' IN ROLE purchases_relay;
+-- What each process may do: the migrations grant it to these groups. Owners that may create roles make them themselves.
+CREATE ROLE purchases_service NOLOGIN ADMIN purchases_owner;
+CREATE ROLE purchases_relay NOLOGIN ADMIN purchases_owner;
+CREATE ROLE analytics_consumer NOLOGIN ADMIN analytics_owner;
+CREATE ROLE analytics_server NOLOGIN ADMIN analytics_owner;
+
+-- A login for each process, in its one group.
+CREATE ROLE local_purchases LOGIN PASSWORD 'local' IN ROLE purchases_service;
+CREATE ROLE local_relay LOGIN PASSWORD 'local' IN ROLE purchases_relay;
+CREATE ROLE local_consumer LOGIN PASSWORD 'local' IN ROLE analytics_consumer;
+CREATE ROLE local_analytics LOGIN PASSWORD 'local' IN ROLE analytics_server;
+
+-- Nobody else gets in, and no process into the other database.
+REVOKE CONNECT ON DATABASE purchases, analytics FROM PUBLIC;
+GRANT CONNECT ON DATABASE purchases TO purchases_service, purchases_relay;
+GRANT CONNECT ON DATABASE analytics TO analytics_consumer, analytics_server;
+
+-- That `python -m relay_svc status` can name the sessions that hold back vacuum, whoever's they are.
+GRANT pg_monitor TO purchases_owner;

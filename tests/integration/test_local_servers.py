@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,10 +11,17 @@ from pathlib import Path
 import pika
 import psycopg
 import pytest
+from psycopg import sql
 
+import analytics_svc.__main__ as analytics
+import purchases_svc.__main__ as purchases
+from analytics_svc.settings import MigrateSettings as AnalyticsMigrateSettings
 from deploy.local import machine
-from deploy.local.postgres import Postgres
+from deploy.local.postgres import Postgres, binaries
 from deploy.local.rabbitmq import RabbitMQ
+from deploy.local.services import SERVICES
+from purchases_svc.settings import MigrateSettings as PurchasesMigrateSettings
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -50,7 +58,7 @@ def test_postgres_keeps_what_was_committed(postgres: Postgres) -> None:
     first = postgres.process
     assert first
     first.send(signal.SIGKILL)
-    assert first.ended(5)
+    assert first.ended(60)
     assert postgres.start()
     assert _count(postgres) == 1
 
@@ -100,6 +108,27 @@ def test_logins_are_made_once_and_hold_one_role(postgres: Postgres) -> None:
     with psycopg.connect(postgres.url("a_database", "an_owner"), autocommit=True) as connection:
         connection.execute("GRANT a_group TO a_member")
         connection.execute("SET ROLE a_group")
+
+
+def test_an_administrators_file_is_enough(postgres: Postgres) -> None:
+    """After deploy/postgres/init.sql, owners that may create no roles migrate, and each process has a login."""
+    postgres.start()
+    psql, file = binaries() / "psql", ROOT / "deploy" / "postgres" / "init.sql"
+    subprocess.run([psql, "--quiet", "--set=ON_ERROR_STOP=1", postgres.url(), "--file", file], check=True)
+
+    def url(login: str, database: str) -> str:
+        return f"postgresql://{login}:local@{postgres.address}/{database}"
+
+    for _ in range(2):
+        purchases.migrate_database(PurchasesMigrateSettings(url("purchases_owner", "purchases")))
+        analytics.migrate_database(AnalyticsMigrateSettings(url("analytics_owner", "analytics")))
+    for service in SERVICES:
+        own = service.database.name
+        other = {"purchases": "analytics", "analytics": "purchases"}[own]
+        with psycopg.connect(url(service.login, own)) as connection:
+            connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(service.role)))
+        with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
+            psycopg.connect(url(service.login, other))
 
 
 def test_a_wrong_password_is_refused(postgres: Postgres) -> None:

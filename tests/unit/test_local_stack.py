@@ -89,7 +89,7 @@ def test_a_process_that_does_not_heed_is_killed(tmp_path: Path) -> None:
     """Everything that waits has a deadline."""
     log = tmp_path / "log"
     deaf = machine.spawn(["sh", "-c", "trap '' TERM; echo ready; exec sleep 60"], os.environ, tmp_path, log)
-    assert machine.wait_until(lambda: log.read_text() == "ready\n", 5)
+    assert machine.wait_until(lambda: log.read_text() == "ready\n", 60)
     assert deaf.end(signal.SIGTERM, patience_s=0.1)
 
 
