@@ -4,7 +4,6 @@ ServiceError
 ├── MalformedMessage      the bytes are not the message
 ├── InvalidRequest        fields break the rules; carries every violation at once
 ├── InvalidToken          a page or consistency token that this server did not make
-├── NotImplementedYet     the method is in the contract, this version does not answer it
 ├── Overloaded            more work than the server takes in
 ├── ShuttingDown          the process is draining
 ├── DatabaseUnavailable   no connection, or the connection was lost
@@ -71,11 +70,6 @@ MESSAGE_VIOLATIONS_MAX = 5
 class InvalidToken(ServiceError):
     code = StatusCode.INVALID_ARGUMENT
     reason = "INVALID_TOKEN"
-
-
-class NotImplementedYet(ServiceError):
-    code = StatusCode.UNIMPLEMENTED
-    reason = "NOT_IMPLEMENTED"
 
 
 class Overloaded(ServiceError):

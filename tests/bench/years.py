@@ -16,7 +16,6 @@ from tests.bench.stage import ROOT
 BRANCHES, PURCHASES_A_DAY, ITEMS, CUSTOMERS = 50, 50, 4, 100_000
 ROWS_A_DAY = BRANCHES * PURCHASES_A_DAY * ITEMS  # of items; and of products, as no product is sold twice a day
 DAY = datetime.timedelta(days=1)
-BYTES_PER_ROW = 1_000  # of disk, in both databases together
 
 _MONTHS = """
 SELECT count(ensure_purchases_month(month::date)) FROM generate_series(

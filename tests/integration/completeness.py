@@ -27,7 +27,7 @@ from retail.relay.v1.outbox_service_pb2 import ListCommittedEventIdsRequest
 from tests.integration.outbox_events import new_ids
 from tests.integration.purchase_events import NOON
 
-WRITERS, RELAYS, CONSUMERS = 4, 2, 3
+WRITERS, RELAYS = 4, 2
 DRAIN_STEPS_MAX = 3_000  # when nothing hinders any more, the keeper arrives long before
 
 List = Callable[[str], AsyncGenerator[Listed, None]]

@@ -17,8 +17,6 @@ from tests.conftest import eventually, pool
 from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts, depth, is_true, publish
 from tests.integration.purchase_events import GOLDEN, query, read_models, sold
 
-FLOOR = "SELECT log_floor::text FROM freshness"
-
 
 def uuid7(moment: datetime, rest: int = 0) -> str:
     """An id as the purchases service makes them at that moment."""
