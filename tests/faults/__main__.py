@@ -55,7 +55,7 @@ def main() -> int:
     show.table(result)
     if chosen.report:
         chosen.report.write_text(json.dumps(result.report(), indent=2) + "\n")
-    return 0 if not result.findings and result.hits.total() >= options.faults else 1
+    return 0 if result.enough and not result.findings else 1
 
 
 def _run(options: Options, planted: str | None, *, keep: bool, proven: bool) -> Result:

@@ -9,7 +9,7 @@ import grpc
 
 from retail.analytics.v1.analytics_service_pb2 import GetSalesSummaryRequest, ListDailySalesRequest
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
-from tests.faults.checker import ALTERED, WRONG_ANSWER, Findings
+from tests.faults.findings import ALTERED, WRONG_ANSWER, Findings
 from tests.faults.ledger import Sale
 
 TIMEOUT_S = 20.0

@@ -8,94 +8,31 @@ import datetime
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple
 from zoneinfo import ZoneInfo
 
-import psycopg
-
-from tests.faults import ledger
-from tests.faults.ledger import Sale
+from tests.faults.findings import (
+    ALTERED,
+    DOUBLED,
+    FALSELY_SENT,
+    INVENTED,
+    LEFTOVER,
+    LOST,
+    NOT_QUIET,
+    PARKED_GOOD,
+    POISON,
+    REFUSED,
+    STORED_REFUSED,
+    WRONG_ANSWER,
+    Findings,
+)  # fmt: skip
+from tests.faults.ledger import EPOCH, Sale, business_day, read_ledger
+from tests.faults.read_models import Connection, check_read_models
 
 FUTURE_US = 300_000_000  # a sale may be dated five minutes ahead
-DETAILS_MAX = 20  # of a kind; the others are counted
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-
-Connection = psycopg.Connection[tuple[Any, ...]]
-
-LOST = "lost"  # acknowledged, and not stored or not counted
-DOUBLED = "doubled"  # stored or counted more than once
-FALSELY_SENT = "falsely_sent"  # marked as sent, the queue is empty, and no consumer has seen it
-PARKED_GOOD = "parked_good"  # failed or quarantined though nothing is wrong with it
-INVENTED = "invented"  # stored or counted, and never sold
-ALTERED = "altered"  # stored or counted otherwise than sold
-REFUSED = "refused"  # though nothing spoke against it
-STORED_REFUSED = "stored_refused"  # refused, and stored all the same
-WRONG_ANSWER = "wrong_answer"  # INTERNAL, UNKNOWN, or another sale's
-LEFTOVER = "leftover"  # a key or a receipt number without a purchase
-POISON = "poison"  # a bad message is not where it belongs: dropped, counted, or quarantined twice
-NOT_QUIET = "not_quiet"  # work is left, long after everything is well again
-UNTRUE = "untrue"  # complete_through_time claims what is not there
-WENT_BACK = "went_back"  # complete_through_time
-UNBALANCED = "unbalanced"  # read models of one moment contradict each other
-
-
-class Findings:
-    """What is wrong: how often, and the first of each kind in words."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.details: dict[str, list[str]] = defaultdict(list)
-
-    def add(self, kind: str, detail: str, count: int = 1) -> None:
-        self.counts[kind] += count
-        if len(self.details[kind]) < DETAILS_MAX:
-            self.details[kind].append(detail)
-
-    def __bool__(self) -> bool:
-        return bool(self.counts)
-
-    def lines(self) -> Iterator[str]:
-        for kind, count in self.counts.items():
-            yield f"{kind}: {count}"
-            yield from (f"    {detail}" for detail in self.details[kind])
-
-
-class Told(NamedTuple):
-    """The ledger, read."""
-
-    sales: dict[int, Sale]
-    by_key: dict[str, list[int]]
-    purchase_ids: dict[int, set[str]]  # of the acknowledged ones
-    refusals: dict[int, list[tuple[str, float]]]  # reason, when
-    dropped: list[tuple[int, float]]  # months before which time were gone, and when that was seen
-    poison: dict[str, bool]  # SHA-256 of the bad bodies that were sent: whether the broker took it
-    wrong: list[str]
-
-
-def read_ledger(path: Path) -> Told:
-    told = Told({}, defaultdict(list), defaultdict(set), defaultdict(list), [], {}, [])
-    for line in ledger.read(path):
-        match line["what"]:
-            case "sent":
-                sale = ledger.sale_of(line)
-                told.sales[sale.number] = sale
-                told.by_key[sale.key].append(sale.number)
-            case "ok":
-                told.purchase_ids[line["number"]].add(line["purchase_id"])
-            case "refused":
-                told.refusals[line["number"]].append((line["reason"], line["at"]))
-            case "dropped":
-                told.dropped.append((line["before_us"], line["at"]))
-            case "poison_sent":
-                told.poison[line["sha256"]] = False
-            case "poison":
-                told.poison[line["sha256"]] = True
-            case "wrong":
-                told.wrong.append(f"sale {line['number']}: {line['why']}" if line["number"] else line["why"])
-    return told
 
 
 class Stored(NamedTuple):
@@ -142,7 +79,7 @@ class Checker:
         self._check_acknowledged()
         self._check_refusals()
         self._check_events()
-        self._check_read_models()
+        check_read_models(self._analytics, self.counted, self.findings)
         return self.findings
 
     # --- the purchases side ---
@@ -382,43 +319,8 @@ class Checker:
                 return sale
         return None
 
-    # --- the analytics side ---
-
-    def _check_read_models(self) -> None:
-        """Every table, row by row, is the sum of what was counted."""
-        for name, table in TABLES.items():
-            wanted: dict[tuple[object, ...], list[Any]] = {}
-            for sale in self._counted:
-                for key, values in table.rows(sale, self._day(sale.time_us)):
-                    row = wanted.setdefault(key, [0] * len(values))
-                    for column, value in enumerate(values):
-                        is_maximum = column == table.maximum
-                        row[column] = max(row[column], value) if is_maximum else row[column] + value
-            if name == "sales_totals":
-                self._add_unique_customers(wanted)
-            found = {
-                tuple(row[: table.key]): list(row[table.key :]) for row in self._rows(self._analytics, table.query)
-            }
-            for key in sorted(wanted.keys() | found.keys(), key=repr):
-                if wanted.get(key) != found.get(key):
-                    self._differs(name, table, key, wanted.get(key), found.get(key))
-
-    def _add_unique_customers(self, wanted: dict[tuple[object, ...], list[Any]]) -> None:
-        for (branch,), row in wanted.items():
-            row.append(len({s.customer_id for s in self._counted if s.customer_id and branch in (0, s.branch_id)}))
-
-    def _differs(
-        self, name: str, table: "Table", key: tuple[object, ...], wanted: list[Any] | None, found: list[Any] | None
-    ) -> None:
-        detail = f"{name} {tuple(map(str, key))}: {found} instead of {wanted}"
-        self.findings.add(ALTERED, detail)
-        if name == "daily_sales_by_branch":  # the table that counts each purchase exactly once
-            more = (found or [0] * 4)[2] - (wanted or [0] * 4)[2]
-            if more:
-                self.findings.add(DOUBLED if more > 0 else LOST, detail, abs(more))
-
     def _day(self, time_us: int) -> datetime.date:
-        return (EPOCH + datetime.timedelta(microseconds=time_us)).astimezone(self._zone).date()
+        return business_day(time_us, self._zone)
 
     @staticmethod
     def _rows(connection: Connection, query: LiteralString) -> Iterator[tuple[Any, ...]]:
@@ -431,86 +333,6 @@ class Checker:
         row = connection.execute(query).fetchone()
         assert row is not None
         return row
-
-
-class Table(NamedTuple):
-    """A read model: how to read it (key first, money in cents), and what one sale adds to it."""
-
-    query: LiteralString
-    key: int  # how many columns of a row are its key
-    rows: Callable[[Sale, datetime.date], Iterable[tuple[tuple[object, ...], Sequence[int]]]]
-    maximum: int = -1  # the column that is a maximum instead of a sum
-
-
-def _sums(sale: Sale) -> tuple[int, int, int, int]:
-    return sale.cents, len(sale.items), 1, int(sale.customer_id is not None)
-
-
-def _visits(sale: Sale, *key: object) -> Iterator[tuple[tuple[object, ...], Sequence[int]]]:
-    if sale.customer_id:
-        yield (sale.customer_id, *key), (1, sale.time_us)
-
-
-_SUMS: LiteralString = "(revenue_sum * 100)::bigint, items_sum, purchases_count, purchases_with_customer_count"
-_PRODUCT_SUMS: LiteralString = "qty_sum, (revenue_sum * 100)::bigint"
-_VISITS: LiteralString = "purchases_count, (extract(epoch FROM last_purchase_at) * 1000000)::bigint"
-
-TABLES = {
-    "daily_sales_by_branch": Table(
-        f"SELECT day, branch_id, {_SUMS} FROM daily_sales_by_branch",
-        2,
-        lambda sale, day: [((day, sale.branch_id), _sums(sale))],
-    ),
-    "daily_sales_of_chain": Table(
-        f"SELECT day, {_SUMS} FROM daily_sales_of_chain", 1, lambda sale, day: [((day,), _sums(sale))]
-    ),
-    "monthly_sales_by_branch": Table(
-        f"SELECT branch_id, month, {_SUMS} FROM monthly_sales_by_branch",
-        2,
-        lambda sale, day: [((branch, day.replace(day=1)), _sums(sale)) for branch in (0, sale.branch_id)],
-    ),
-    "product_sales_daily": Table(
-        f"SELECT day, branch_id, product_id, {_PRODUCT_SUMS} FROM product_sales_daily",
-        3,
-        lambda sale, day: [((day, sale.branch_id, product), (1, cents)) for product, cents in sale.items],
-    ),
-    "product_sales_monthly": Table(
-        f"SELECT month, product_id, {_PRODUCT_SUMS} FROM product_sales_monthly",
-        2,
-        lambda sale, day: [((day.replace(day=1), product), (1, cents)) for product, cents in sale.items],
-    ),
-    "product_sales_totals": Table(
-        f"SELECT branch_id, product_id, {_PRODUCT_SUMS} FROM product_sales_totals",
-        2,
-        lambda sale, _: [
-            ((branch, product), (1, cents)) for branch in (0, sale.branch_id) for product, cents in sale.items
-        ],
-    ),
-    "customer_loyalty": Table(
-        f"SELECT customer_id::text, branch_id, {_VISITS} FROM customer_loyalty",
-        2,
-        lambda sale, _: _visits(sale, sale.branch_id),
-        maximum=1,
-    ),
-    "customer_loyalty_chain": Table(
-        f"SELECT customer_id::text, {_VISITS} FROM customer_loyalty_chain", 1, lambda sale, _: _visits(sale), maximum=1
-    ),
-    "sales_totals": Table(
-        f"SELECT branch_id, {_SUMS}, unique_customers_count FROM sales_totals",
-        1,
-        lambda sale, _: [((branch,), _sums(sale)) for branch in (0, sale.branch_id)],
-    ),
-}
-OTHER_TABLES = {
-    "analytics_event_log", "quarantined_events", "freshness", "analytics_settings", "schema_migrations",
-    "message_trials", "audit_status", "rebuild_tail",
-}  # fmt: skip
-
-
-def unchecked_tables(analytics: Connection) -> set[str]:
-    """Tables that are new since this checker was written: it says so, rather than pass them over."""
-    rows = analytics.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
-    return {str(name) for (name,) in rows} - TABLES.keys() - OTHER_TABLES
 
 
 def _us(moment: datetime.datetime) -> int:

@@ -37,6 +37,8 @@ STEPS: dict[str, dict[str, Step]] = {
         "before_commit": Step("purchases_svc.record", "insert", "before"),
         "during_commit": Step("purchases_svc.record", "insert", "during"),
         "after_commit": Step("purchases_svc.record", "insert", "after"),
+        "before_upload": Step("purchases_svc.upload", "Uploads._record", "before"),
+        "after_upload": Step("purchases_svc.upload", "Uploads._record_all", "after"),
         "in_partition": Step("purchases_svc.partitions", "Partitions._call", "during"),
         "after_partition": Step("purchases_svc.partitions", "Partitions._call", "after"),
     },
@@ -45,6 +47,7 @@ STEPS: dict[str, dict[str, Step]] = {
         "after_publish": Step("relay_svc.publisher", "_send", "after"),
         "after_confirm": Step("relay_svc.publisher", "Publisher.publish", "after"),
         "after_mark": Step("relay_svc.outbox", "mark_sent", "after"),
+        "after_remember": Step("relay_svc.committed", "remember", "after"),
         "after_commit": Step("relay_svc.relay", "Relay.run_once", "after", lambda step: step.claimed > 0),
     },
     "consumer": {
@@ -56,11 +59,16 @@ STEPS: dict[str, dict[str, Step]] = {
         "rebuild_count": Step("analytics_svc.rebuild", "_count_apart", "after"),
         "rebuild_write": Step("analytics_svc.repair", "replace_day", "before"),
         "rebuild_written": Step("analytics_svc.repair", "replace_day", "after"),
+        "audit_store": Step("analytics_svc.auditor", "_store", "before"),
         "keeper_list": Step("analytics_svc.keeper", "Keeper._list", "during"),
         "keeper_store": Step("analytics_svc.keeper", "store", "before"),
         "keeper_stored": Step("analytics_svc.keeper", "store", "after"),
     },
     "analytics": {},
+    "retention": {
+        "in_drop": Step("purchases_svc.retention", "_drop", "during"),
+        "after_drop": Step("purchases_svc.retention", "_drop", "after"),
+    },
     "rebuild": {
         "after_count": Step("analytics_svc.rebuild", "_count_apart", "after"),
         "before_write": Step("analytics_svc.repair", "replace_all", "before"),
@@ -69,6 +77,7 @@ STEPS: dict[str, dict[str, Step]] = {
 }
 PROCESSES = {
     ("purchases_svc", "serve"): "purchases",
+    ("purchases_svc", "partitions"): "retention",
     ("relay_svc", "serve"): "relay",
     ("analytics_svc", "consume"): "consumer",
     ("analytics_svc", "serve"): "analytics",

@@ -10,12 +10,17 @@ and beside them: `poison_sent` and `poison` (a bad message, before it is publish
 `dropped` (the months that retention has dropped by now), `fault`, `missed`, `mended`.
 """
 
+import datetime
 import json
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
+
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 class Sale(NamedTuple):
@@ -91,3 +96,42 @@ def sale_of(line: dict[str, Any]) -> Sale:
     values = {name: line[name] for name in Sale._fields}
     values["items"] = tuple((product, cents) for product, cents in line["items"])
     return Sale(**values)
+
+
+class Told(NamedTuple):
+    """The ledger, read."""
+
+    sales: dict[int, Sale]
+    by_key: dict[str, list[int]]
+    purchase_ids: dict[int, set[str]]  # of the acknowledged ones
+    refusals: dict[int, list[tuple[str, float]]]  # reason, when
+    dropped: list[tuple[int, float]]  # months before which time were gone, and when that was seen
+    poison: dict[str, bool]  # SHA-256 of the bad bodies that were sent: whether the broker took it
+    wrong: list[str]
+
+
+def read_ledger(path: Path) -> Told:
+    told = Told({}, defaultdict(list), defaultdict(set), defaultdict(list), [], {}, [])
+    for line in read(path):
+        match line["what"]:
+            case "sent":
+                sale = sale_of(line)
+                told.sales[sale.number] = sale
+                told.by_key[sale.key].append(sale.number)
+            case "ok":
+                told.purchase_ids[line["number"]].add(line["purchase_id"])
+            case "refused":
+                told.refusals[line["number"]].append((line["reason"], line["at"]))
+            case "dropped":
+                told.dropped.append((line["before_us"], line["at"]))
+            case "poison_sent":
+                told.poison[line["sha256"]] = False
+            case "poison":
+                told.poison[line["sha256"]] = True
+            case "wrong":
+                told.wrong.append(f"sale {line['number']}: {line['why']}" if line["number"] else line["why"])
+    return told
+
+
+def business_day(time_us: int, zone: ZoneInfo) -> datetime.date:
+    return (EPOCH + datetime.timedelta(microseconds=time_us)).astimezone(zone).date()

@@ -6,15 +6,21 @@ import random
 import uuid
 from collections.abc import Callable
 
+import grpc
 import psycopg
 from pika import BasicProperties
 from pika.exceptions import AMQPError
 
+from deploy.local.machine import wait_until
+from retail.analytics.v1.quarantine_service_pb2 import ListQuarantinedEventsRequest, RedriveEventsRequest
+from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
 from tests.faults.ledger import Ledger
-from tests.faults.system import System
+from tests.faults.system import Instance, System
 
 EXCHANGE, ROUTING_KEY = "purchases", "purchases.created"
 PERSISTENT = 2
+TIMEOUT_S = 10.0
+PATIENCE_S = 30.0  # until some bad message is quarantined, and the consumer answers
 
 
 class Messages:
@@ -49,6 +55,28 @@ class Messages:
                 if not self._publish(str(payload).encode(), {"schema_version": 1}, str(event_id)):
                     return False
         return bool(rows)
+
+    def redrive(self, consumer: Instance) -> bool:
+        """Have the newest bad messages tried again: they are as bad as before, and each is kept once."""
+        return wait_until(lambda: self._try_redrive(consumer), PATIENCE_S)
+
+    def _try_redrive(self, consumer: Instance) -> bool:
+        """Whether there was any, and the consumer has tried it."""
+        with grpc.insecure_channel(consumer.address) as channel:
+            stub = QuarantineServiceStub(channel)
+            try:
+                kept = stub.ListQuarantinedEvents(ListQuarantinedEventsRequest(page_size=10), timeout=TIMEOUT_S)
+                ids = [event.quarantine_id for event in kept.quarantined_events]
+                if not ids:
+                    return False
+                done = stub.RedriveEvents(RedriveEventsRequest(quarantine_ids=ids), timeout=TIMEOUT_S)
+            except grpc.RpcError as error:
+                if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+                    self._ledger.write("wrong", number=0, why=f"redrive: {error.code().name} {error.details()}")
+                return False
+        if done.redriven_count:
+            self._ledger.write("wrong", number=0, why=f"{done.redriven_count} bad messages were counted when redriven")
+        return True
 
     def _publish(self, body: bytes, headers: dict[str, object], message_id: str) -> bool:
         """Whether the broker took it, and some queue with it."""

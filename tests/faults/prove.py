@@ -7,7 +7,8 @@ from typing import LiteralString, NamedTuple
 
 import psycopg
 
-from tests.faults.checker import (
+from tests.faults.checker import Checker
+from tests.faults.findings import (
     ALTERED,
     DOUBLED,
     FALSELY_SENT,
@@ -17,7 +18,6 @@ from tests.faults.checker import (
     NOT_QUIET,
     PARKED_GOOD,
     POISON,
-    Checker,
 )
 from tests.faults.ledger import Ledger
 from tests.faults.system import TIME_ZONE, System

@@ -16,24 +16,19 @@ import psycopg
 
 from deploy.local.machine import StackError, wait_until
 from tests.faults.answers import check_answers
-from tests.faults.checker import (
-    DOUBLED,
-    FALSELY_SENT,
-    LOST,
-    NOT_QUIET,
-    PARKED_GOOD,
-    Checker,
-    Findings,
-    unchecked_tables,
-)
-from tests.faults.kinds import EXCHANGE, QUEUE, Faults
+from tests.faults.checker import Checker
+from tests.faults.findings import DOUBLED, FALSELY_SENT, LOST, NOT_QUIET, PARKED_GOOD, Findings
+from tests.faults.kinds import Faults
 from tests.faults.ledger import Ledger
 from tests.faults.messages import Messages
+from tests.faults.read_models import unchecked_tables
 from tests.faults.sampler import Sampler
+from tests.faults.servers import EXCHANGE, QUEUE
 from tests.faults.system import TIME_ZONE, System
 from tests.faults.tills import Numbers, Tills
 
 ROUND = 25  # faults
+LONG_RUN, EACH = 200, 5  # a run of so many faults goes on until every kind has happened so often
 AT_ONCE_MAX = 3  # faults that overlap
 FAULT_TIME_MAX_S = 240.0  # with the restarts that it causes; longer, and the rig itself hangs
 QUIET_WITHIN_S = 60.0  # after everything was mended
@@ -50,6 +45,11 @@ class Options(NamedTuple):
     gap_s: float = 1.5  # between the beginnings of two faults, on average
     quiet_s: float = QUIET_WITHIN_S
     in_order: bool = False  # the kinds as they are given, instead of shuffled
+
+    @property
+    def each(self) -> int:
+        """How often every kind must have happened."""
+        return EACH if self.faults >= LONG_RUN else 0
 
 
 @dataclass
@@ -71,6 +71,7 @@ class Result:
     restarts: int = 0
     seconds: float = 0.0
     unchecked: set[str] = field(default_factory=set)
+    enough: bool = False  # whether as many faults happened as were asked for
 
     def report(self) -> dict[str, Any]:
         counts = self.findings.counts
@@ -97,7 +98,7 @@ class Run:
         self._system, self._options, self._tell = system, options, tell
         self.ledger = Ledger(system.directory / "ledger.jsonl")
         self.result = Result(options.seed)
-        self.under_way: set[str] = set()
+        self.under_way: dict[int, str] = {}  # kinds, by the fault's number
         self._numbers = Numbers()
         self._tills: Tills | None = None
         messages = Messages(system, self.ledger)
@@ -108,6 +109,7 @@ class Run:
         if unknown:
             raise StackError(f"no such kinds of faults: {', '.join(sorted(unknown))}")
         self._schedule = self._deal()
+        self._missed: list[str] = []  # since the last deal
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self.sampler = Sampler(system.url("analytics"), self.ledger, self.result.findings)
@@ -124,11 +126,12 @@ class Run:
         begin = time.monotonic()
         self.sampler.start()
         try:
-            while (left := self._options.faults - self.result.hits.total()) > 0 and not self.result.findings:
+            while self._to_do() > 0 and not self.result.findings:
                 attempts = self.result.hits.total() + self.result.misses.total()
-                if attempts >= 2 * self._options.faults:
+                if attempts >= 2 * max(self._options.faults, len(self.kinds) * self._options.each):
                     break  # the report tells how few there were
-                self._round(min(left, ROUND))
+                self._round()
+            self.result.enough = self._to_do() <= 0
         finally:
             self._system.ending.set()
             for thread in self._threads:
@@ -138,18 +141,37 @@ class Run:
             self.result.seconds = time.monotonic() - begin
         return self.result
 
+    def _seen(self) -> Counter[str]:
+        """How often each kind has happened, those under way included."""
+        with self._lock:
+            return self.result.hits + Counter(self.under_way.values())
+
+    def _short(self) -> Counter[str]:
+        """How often each kind is still to happen."""
+        return Counter(dict.fromkeys(self.kinds, self._options.each)) - self._seen()
+
+    def _to_do(self) -> int:
+        """How many faults are still to happen, at least."""
+        return max(self._options.faults - self._seen().total(), self._short().total())
+
     def _deal(self) -> Iterator[tuple[int, str, random.Random]]:
-        """All kinds in random order, then again: none is rare. The seed decides, and nothing else."""
+        """All kinds in random order, those that did not happen once more, then again: none is rare.
+
+        When there were enough faults, only the kinds that are still short. The seed decides, and what did not happen.
+        """
         dealer, number = random.Random(f"{self._options.seed}/faults"), 0
         while True:
-            kinds = self.kinds
+            with self._lock:
+                kinds, self._missed = self.kinds + self._missed, []
+            if self._seen().total() >= self._options.faults:
+                kinds = list(self._short().elements())
             if not self._options.in_order:
                 dealer.shuffle(kinds)
             for kind in kinds:
                 number += 1
                 yield number, kind, random.Random(f"{self._options.seed}/fault/{number}")
 
-    def _round(self, faults: int) -> None:
+    def _round(self) -> None:
         self.result.rounds += 1
         options = self._options
         self._tills = Tills(
@@ -165,7 +187,7 @@ class Run:
         try:
             # Whatever the seed deals, each count has bad messages to look for.
             self._faults.kinds["message.bad"](random.Random(f"{options.seed}/bad/{self.result.rounds}"))
-            self._break_things(faults)
+            self._break_things()
             self._heal()
             if not self._tills.finish(self._options.quiet_s):
                 self.result.findings.add(NOT_QUIET, "tills still have no answer, though everything is well again")
@@ -174,22 +196,26 @@ class Run:
         self._await_quiet(time.time())
         self._check()
 
-    def _break_things(self, faults: int) -> None:
+    def _break_things(self) -> None:
         room = threading.Semaphore(AT_ONCE_MAX)
-        goal = self.result.hits.total() + faults
-        most = 2 * faults
-        while most and self.result.hits.total() + len(self.under_way) < goal:
-            most -= 1
+        goal = self._seen().total() + ROUND
+        for _ in range(2 * ROUND):
+            if self._is_enough(goal):
+                self._join_faults()  # unless some of these miss, that was all
+            if self._is_enough(goal):
+                return
             number, kind, chance = next(self._schedule)
             time.sleep(chance.uniform(0, 2) * self._options.gap_s)
             room.acquire()
-            self.under_way.add(f"{number} {kind}")
+            with self._lock:
+                self.under_way[number] = kind
             thread = threading.Thread(target=self._fault, args=[number, kind, chance, room], name=kind, daemon=True)
             self._threads.append(thread)
             thread.start()
-            if self.result.hits.total() + len(self.under_way) >= goal:  # unless some of these miss, that was all
-                self._join_faults()
         self._join_faults()
+
+    def _is_enough(self, goal: int) -> bool:
+        return self._seen().total() >= goal or self._to_do() <= 0
 
     def _join_faults(self) -> None:
         for thread in self._threads:
@@ -209,8 +235,10 @@ class Run:
         seconds = time.monotonic() - begin
         with self._lock:
             (self.result.hits if hit else self.result.misses)[kind] += 1
+            if not hit:
+                self._missed.append(kind)
             self.result.seconds_broken[kind] += round(seconds)
-            self.under_way.discard(f"{number} {kind}")
+            del self.under_way[number]
             self._count()
             self._tell(self, number, kind, hit, seconds)
         self.ledger.write("mended", number=number, kind=kind, hit=hit)
@@ -272,8 +300,8 @@ class Run:
 
 
 def _months(faults: int) -> int:
-    """Enough for one in fourteen faults to use up one, and not before the year 2000."""
-    return min(6 + faults // 8, 300)
+    """Enough for one in eight faults to use up one, and not before the year 2000."""
+    return min(10 + faults // 6, 300)
 
 
 def check(system: System, ledger: Ledger, findings: Findings) -> set[str]:

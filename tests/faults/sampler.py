@@ -5,7 +5,7 @@ from datetime import datetime
 
 import psycopg
 
-from tests.faults.checker import UNBALANCED, UNTRUE, WENT_BACK, Findings
+from tests.faults.findings import UNBALANCED, UNTRUE, WENT_BACK, Findings
 from tests.faults.ledger import Ledger
 
 EVERY_S = 0.25

@@ -37,7 +37,8 @@ class _Status:
         self._run = run
 
     def __rich__(self) -> Text:
-        under_way = ", ".join(sorted(self._run.under_way)) or "all mended: waiting for silence, counting"
+        kinds = sorted(self._run.under_way.copy().values())
+        under_way = ", ".join(kinds) or "all mended: waiting for silence, counting"
         return Text(f"  … {under_way}", style="dim", overflow="ellipsis", no_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""A short run under fire, as part of CI: every kind of fault about once. The long one is `make faults`."""
+"""A short run under fire, as part of CI: every other kind of fault once. The long one is `make faults`."""
 
 import json
 import os

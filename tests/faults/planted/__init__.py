@@ -7,7 +7,7 @@ Each module describes its bug in its first line and has
     plant()    patches the service, in its own process, before it starts
     prepare()  optional: changes the databases, as their owner, after the migrations
 
-`make planted` runs them all and prints the table of the README.
+`python -m tests.faults.catch` runs them all and prints the table of the README.
 """
 
 from typing import Any

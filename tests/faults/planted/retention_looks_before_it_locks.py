@@ -1,15 +1,17 @@
 """Retention looks whether all events of a month are sent, and locks the month afterwards."""
 
-import asyncio
+import time
 from typing import Any
 
 from tests.faults.planted import replace
 
 FAULTS = ("retention",) * 8
 CAUGHT_AS = {"lost", "leftover"}
+SLOW_S = 3.0
 
 
 def prepare(purchases: Any, analytics: Any) -> None:
+    """Between the look and the lock a second passes, which sales can hit."""
     purchases.execute(
         """
         CREATE OR REPLACE FUNCTION close_purchases_month(month date, keep_months int) RETURNS void
@@ -20,7 +22,7 @@ def prepare(purchases: Any, analytics: Any) -> None:
     (body,) = purchases.execute("SELECT pg_get_functiondef('drop_purchases_month(date, int)'::regprocedure)").fetchone()
     begin, end = body.index("    IF NOT EXISTS (SELECT FROM pg_constraint"), body.index("    FOREACH unsent_status")
     late = (
-        "    PERFORM pg_sleep(0.7);\n    UPDATE chain_settings SET dropped_before = (month + interval '1 month')::date"
+        "    PERFORM pg_sleep(1);\n    UPDATE chain_settings SET dropped_before = (month + interval '1 month')::date"
         " WHERE dropped_before < (month + interval '1 month')::date;\n"
     )
     body = body[:begin] + body[end:].replace("    LOCK TABLE", f"{late}    LOCK TABLE", 1)
@@ -28,11 +30,21 @@ def prepare(purchases: Any, analytics: Any) -> None:
 
 
 def plant() -> None:
-    """A relay that is a little slow is no bug; it gives the other one time to show."""
+    """A relay that is slow at that moment is no bug; it lets the other one show."""
     from relay_svc import outbox
 
-    async def claim(*arguments: Any) -> Any:
-        await asyncio.sleep(0.15)
-        return await original(*arguments)
+    slow_until = 0.0
+
+    async def claim(connection: Any, limit: int, position: Any) -> Any:
+        nonlocal slow_until
+        cursor = await connection.execute(
+            "SELECT FROM pg_locks WHERE locktype = 'advisory'"
+            " AND objid::bigint = hashtext('ensure_purchases_month')::bigint & 4294967295"
+        )
+        if await cursor.fetchall():
+            slow_until = time.monotonic() + SLOW_S
+        if time.monotonic() < slow_until:
+            return outbox.Claim([], position)
+        return await original(connection, limit, position)
 
     original = replace(outbox, "claim", claim)
