@@ -230,7 +230,8 @@ class System:
                     self._spawn(instance)
 
     def _spawn(self, instance: Instance) -> None:
-        if instance.process is not None and instance.process.returncode not in (0, -signal.SIGKILL):
+        ordered = 0, -signal.SIGKILL, -signal.SIGTERM  # the latter: told to drain before it could listen to signals
+        if instance.process is not None and instance.process.returncode not in ordered:
             instance.not_before = time.monotonic() + 1  # once a second is often enough
             self.trouble.append(f"{instance.name} ended by itself with exit code {instance.process.returncode}")
         with instance.log.open("ab") as log:
