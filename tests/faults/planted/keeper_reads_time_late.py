@@ -5,8 +5,9 @@ from typing import Any
 
 from tests.faults.planted import replace
 
-FAULTS = ("line.slow", "rabbitmq.blocked", "till.clock", "rabbitmq.restart")
+FAULTS = ("rabbitmq.blocked", "rabbitmq.swallowed") * 3
 CAUGHT_AS = {"untrue"}
+LATE_S = 0.5  # in which the events can begin to be stuck
 
 
 def plant() -> None:
@@ -17,7 +18,7 @@ def plant() -> None:
     async def since(connection: Any, after: Any) -> Any:
         async for part in original(connection, after):
             if part.as_of_time is not None:
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(LATE_S)
                 part = part._replace(as_of_time=datetime.datetime.now(datetime.UTC))
             yield part
 
