@@ -18,6 +18,7 @@ from tests.faults.syscalls import kill_at_syscall
 from tests.faults.system import Instance, System
 
 STEP_TIMEOUT_S = 20.0  # for an armed step to be reached
+AUDIT_TIMEOUT_S = 90.0  # the audit takes its time: the more, the longer the history is
 RARE = {  # reached about once a second at best, or once at all: at the first time, then
     "before_upload",
     "after_upload",
@@ -108,7 +109,7 @@ class ProcessFaults:
             if step.startswith("rebuild"):
                 # What died half way is done again, and must find that nothing is wrong.
                 stack.enter_context(self._repairs.day_meanwhile(instances[0], chance))
-            hit = self._disarmed(instances, any)
+            hit = self._disarmed(instances, any, AUDIT_TIMEOUT_S if step == "audit_store" else STEP_TIMEOUT_S)
             return all(self._back(instance) for instance in instances) and hit
 
     def _die_again(self, consumers: list[Instance], *, alone: bool) -> bool:
@@ -131,9 +132,11 @@ class ProcessFaults:
                 first.wanted = second.wanted = True
             return self._back(first) and self._back(second) and hit
 
-    def _disarmed(self, instances: list[Instance], enough: Callable[[list[bool]], bool]) -> bool:
+    def _disarmed(
+        self, instances: list[Instance], enough: Callable[[list[bool]], bool], within_s: float = STEP_TIMEOUT_S
+    ) -> bool:
         """Whether any, or all, of the armed processes died in time; no more will."""
-        hit = wait_until(lambda: enough([not instance.arming.exists() for instance in instances]), STEP_TIMEOUT_S)
+        hit = wait_until(lambda: enough([not instance.arming.exists() for instance in instances]), within_s)
         for instance in instances:
             instance.arming.unlink(missing_ok=True)
         return hit
