@@ -124,7 +124,12 @@ CHANGES = [
         PARKED_GOOD,
     ),
     _one_row("daily_sales_by_branch", "purchases_count = purchases_count + 1", DOUBLED),
-    _one_row("daily_sales_by_branch", "purchases_count = purchases_count - 1", LOST),
+    _one_row(
+        "daily_sales_by_branch",
+        "purchases_count = purchases_count - 1,"
+        " purchases_with_customer_count = least(purchases_with_customer_count, purchases_count - 1)",
+        LOST,
+    ),
     _one_row("daily_sales_by_branch", "revenue_sum = revenue_sum + 0.01"),
     _one_row("daily_sales_of_chain", "items_sum = items_sum + 1"),
     _one_row("monthly_sales_by_branch", "revenue_sum = revenue_sum + 0.01"),

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -161,8 +162,8 @@ def test_what_is_missing_is_started_and_nothing_else(stack: Stack) -> None:
     assert stack.start() == ["relay"]
 
     stack.stop(["relay"])
-    by_hand = [". .local/run/relay.env && exec", sys.executable, "-m stand_in relay"]
-    with subprocess.Popen(["sh", "-c", " ".join(by_hand)], cwd=stack.root, env={}):
+    by_hand = f". .local/run/relay.env && exec {shlex.quote(sys.executable)} -m stand_in relay"
+    with subprocess.Popen(["sh", "-c", by_hand], cwd=stack.root, env={}):
         assert machine.wait_until(lambda: stack.processes()["relay"] is not None, 10)
         assert stack.start() == []
         stack.stop()
