@@ -43,6 +43,8 @@ __all__ = [
 
 WINDOW_DAYS = 31  # ListControlTotals sums up at most this many days a call
 TOTALS_PAGE_ROWS = 1_000  # the most that the service gives
+# No sale that keeps the rules is so big. gRPC refuses what is far bigger in a way that looks like a busy service.
+SALE_BYTES_MAX = 100_000
 
 
 class Item(NamedTuple):
@@ -283,6 +285,9 @@ def _create_request(sale: Sale, register_customer: bool) -> purchases_service_pb
     add = request.purchase.items.add  # filling items in place takes half the time of building them apart
     for product_id, price_cents in sale.items:
         add(product_id=product_id, quantity=1).unit_price.value = wire.cents_text(price_cents)
+    if request.ByteSize() > SALE_BYTES_MAX:
+        rule = f"a sale must have at most {SALE_BYTES_MAX:,} bytes; this one has {request.ByteSize():,}"
+        raise errors.InvalidSale(errors.Status(grpc.StatusCode.INVALID_ARGUMENT, rule))
     return request
 
 

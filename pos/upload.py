@@ -15,7 +15,7 @@ from pos.errors import PosError, Status
 from retail.purchases.v1 import purchases_service_pb2 as pb2
 
 SALES_PER_MESSAGE = 500  # the most that the service takes
-MESSAGE_BYTES = 900_000  # the last sale may exceed it: the biggest has 100 kB, and the service takes 1 MiB
+MESSAGE_BYTES = 900_000  # the last sale may exceed it: the biggest has 100,000, and the service takes 1 MiB
 # The service reads two messages of a stream ahead of its answers; the next is on its way to it meanwhile.
 IN_FLIGHT = 2 * SALES_PER_MESSAGE + 1
 # A stream takes messages for so long; the next one may go to a server that has joined or come back since.
@@ -44,7 +44,10 @@ class Uploader(Generic[S, A]):
         total_timeout_s: float,
         pause: Pause,
     ) -> None:
-        """`total_timeout_s` is how long to go on without any answer; `pause` is as in `pos.calls`."""
+        """`encode` may raise a PosError, which is the sale's outcome then; `pause` is as in `pos.calls`.
+
+        `total_timeout_s` is how long to go on without any answer.
+        """
         self._method, self._encode, self._decode, self._pause = method, encode, decode, pause
         self._answer_timeout_s, self._total_timeout_s = answer_timeout_s, total_timeout_s
 
@@ -81,7 +84,9 @@ class Uploader(Generic[S, A]):
             self._pause(pause_s, failure)
             backoff_s = min(2 * backoff_s, MOST_BACKOFF_S)
 
-    def _outcome(self, result: pb2.PurchaseUploadResult) -> A | PosError:
+    def _outcome(self, result: pb2.PurchaseUploadResult | PosError) -> A | PosError:
+        if isinstance(result, PosError):
+            return result
         if result.WhichOneof("outcome") == "created":
             return self._decode(result.created)
         return errors.of_sale(errors.parse_status(result.error))
@@ -95,6 +100,7 @@ class _Stream(Generic[S]):
         self._exhausted = False
         self._numbers = 0
         self._again = 0  # sales that are told to come again
+        self._unfit: list[tuple[S, PosError]] = []  # sales that cannot be sent, and why
         self.open: dict[int, S] = {}  # taken from the backlog and not answered for good, by sequence number
         self.trouble: Status | None = None  # of the stream, or of a sale that is to come again
 
@@ -102,7 +108,7 @@ class _Stream(Generic[S]):
     def finished(self) -> bool:
         return self._exhausted and not self.open
 
-    def run(self, method: Any, answer_timeout_s: float) -> Iterator[tuple[S, pb2.PurchaseUploadResult]]:
+    def run(self, method: Any, answer_timeout_s: float) -> Iterator[tuple[S, pb2.PurchaseUploadResult | PosError]]:
         """The results, but for sales that are told to come again."""
         requests: Requests = queue.SimpleQueue()
         call = method(iter(requests.get, None), timeout=STREAM_S + answer_timeout_s)
@@ -114,6 +120,8 @@ class _Stream(Generic[S]):
                     if not request.uploads:
                         break
                     requests.put(request)
+                while self._unfit:
+                    yield self._unfit.pop()
                 if not self._in_flight:
                     requests.put(None)
                 response = next(call, None)
@@ -146,7 +154,11 @@ class _Stream(Generic[S]):
             if sale is None:
                 self._exhausted = True
                 break
-            request = self._encode(sale)
+            try:
+                request = self._encode(sale)
+            except PosError as error:
+                self._unfit.append((sale, error))
+                continue
             message.uploads.add(sequence_number=self._numbers, create_purchase=request)
             self.open[self._numbers] = sale
             self._numbers += 1

@@ -105,11 +105,12 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         ]
         async with (
             host.listening(config.listen, services, share_port=worker is not None),
-            asyncio.TaskGroup() as tasks,
+            lifecycle.beside(
+                partitions.keep(),
+                retention.keep(retention_pool, config.retention_months),
+                backlog.watch(),
+            ),
         ):
-            tasks.create_task(partitions.keep(stop))
-            tasks.create_task(retention.keep(retention_pool, stop, config.retention_months))
-            tasks.create_task(backlog.watch(stop))
             await host.set_serving(True)
             log.info("serving", listen=config.listen, metrics=metrics_listen, time_zone=time_zone)
             await stop.wait()

@@ -7,7 +7,6 @@ import structlog
 from prometheus_client import Gauge
 from psycopg_pool import PoolTimeout
 
-from chassis.lifecycle import wait_set
 from chassis.postgres import Pool
 
 LOOK_EVERY_S = 2.0
@@ -25,9 +24,9 @@ class Backlog:
         self._pool, self._most = pool, most
         self.full = False
 
-    async def watch(self, stop: asyncio.Event) -> None:
-        """Look every two seconds, until `stop`. The count ends at the limit, so it costs what the backlog is worth."""
-        while self._most and not stop.is_set():
+    async def watch(self) -> None:
+        """Look every two seconds. The count ends at the limit, so it costs what the backlog is worth."""
+        while self._most:
             try:
                 async with self._pool.connection() as connection:
                     cursor = await connection.execute("SELECT outbox_waiting(%s)", [self._most])
@@ -40,4 +39,4 @@ class Backlog:
                 if self.full != (waiting >= self._most):
                     self.full = not self.full
                     log.warning("the outbox is full" if self.full else "the outbox has room again", waiting=waiting)
-            await wait_set(stop, LOOK_EVERY_S)
+            await asyncio.sleep(LOOK_EVERY_S)

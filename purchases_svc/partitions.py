@@ -8,7 +8,7 @@ import psycopg
 import structlog
 from psycopg_pool import PoolTimeout
 
-from chassis.lifecycle import Backoff, wait_set
+from chassis.lifecycle import Backoff
 from chassis.postgres import Pool
 
 MONTHS_AHEAD = 2  # besides the current one
@@ -28,9 +28,6 @@ class Partitions:
         self._months: set[datetime.date] = set()
         self._days: set[datetime.date] = set()
         self._making = asyncio.Lock()
-
-    def have(self, month: datetime.date, day: datetime.date) -> bool:
-        return month in self._months and day in self._days
 
     def forget(self) -> None:
         """Somebody dropped a partition that we counted on."""
@@ -66,10 +63,11 @@ class Partitions:
                     raise
                 await asyncio.sleep(backoff.next_s())
 
-    async def keep(self, stop: asyncio.Event) -> None:
+    async def keep(self) -> None:
         """Create the months and days to come, now and every hour."""
-        while not stop.is_set():
-            await wait_set(stop, CHECK_EVERY_S if await self.look_ahead() else TRY_AGAIN_S)
+        while True:
+            pause_s = CHECK_EVERY_S if await self.look_ahead() else TRY_AGAIN_S
+            await asyncio.sleep(pause_s)
 
     async def look_ahead(self) -> bool:
         """Create the months and days to come; False when that failed, which must not take the sales down with it."""

@@ -103,6 +103,7 @@ class Recorder:
         self._waiting: deque[_Entry] = deque()
         self._waiting_items = 0
         self._flusher: asyncio.Task[None] | None = None
+        self._looking_up = asyncio.Lock()
         self._relay_bell = RelayBell(pool)
 
     async def record(self, sale: Sale) -> Recorded:
@@ -158,9 +159,12 @@ class Recorder:
     async def _known_or_out_of_range(
         self, sales: Sequence[Sale], now: datetime.datetime
     ) -> Sequence[Recorded | Exception]:
-        """A known key is answered before the time is checked: the clock may have been set back since."""
+        """A known key is answered before the time is checked: the clock may have been set back since.
+
+        One look-up at a time: tills whose clocks are wrong must not take the connection of everybody's flush.
+        """
         try:
-            async with self._pool.connection() as connection:
+            async with self._looking_up, self._pool.connection() as connection:
                 holders = await stored.by_keys(connection, [sale.idempotency_key for sale in sales])
         except (psycopg.Error, PoolTimeout) as error:
             return [error] * len(sales)

@@ -8,7 +8,6 @@ import psycopg
 import structlog
 from psycopg_pool import PoolTimeout
 
-from chassis.lifecycle import wait_set
 from chassis.postgres import Pool
 
 LOOK_EVERY_S = 3600.0
@@ -99,13 +98,13 @@ async def delete_keys(pool: Pool) -> None:
                 last = row[0]
 
 
-async def keep(pool: Pool, stop: asyncio.Event, keep_months: int) -> None:
-    """Drop what is past its retention, now and every hour; `keep_months` 0 drops nothing."""
-    while keep_months and not stop.is_set():
+async def keep(pool: Pool, keep_months: int) -> None:
+    """Drop what is past its retention, now and every hour; `keep_months` 0 drops nothing. It may end at any point."""
+    while keep_months:
         try:
             await drop_old_months(pool, keep_months, datetime.datetime.now(datetime.UTC).date())
         except (psycopg.Error, PoolTimeout) as error:
             log.warning("retention did not get through", error=str(error).strip())
-            await wait_set(stop, TRY_AGAIN_S)
+            await asyncio.sleep(TRY_AGAIN_S)
         else:
-            await wait_set(stop, LOOK_EVERY_S)
+            await asyncio.sleep(LOOK_EVERY_S)

@@ -185,7 +185,8 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             Overloaded: all are taken, and none got free for a moment.
         """
         try:
-            await asyncio.wait_for(self._exports.acquire(), EXPORT_WAIT_S)
+            async with asyncio.timeout(EXPORT_WAIT_S):
+                await self._exports.acquire()
         except TimeoutError:
             most = self._export_pool.max_size
             raise Overloaded(f"{most} exports are running, which is the most; try again later") from None

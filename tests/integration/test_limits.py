@@ -53,6 +53,17 @@ def locked(url: str, table: str) -> Iterator[None]:
         yield
 
 
+async def is_stuck(url: str, statement: str) -> bool:
+    """Whether somebody waits for a lock with a statement in which that occurs."""
+    with psycopg.connect(url) as connection:
+        found = connection.execute(
+            "SELECT FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock' AND strpos(query, %s) > 0",
+            [statement],
+        )
+        return bool(found.fetchall())
+
+
 async def outcome(call: Any) -> Refusal | None:
     try:
         await call
@@ -123,6 +134,31 @@ async def test_items_that_wait_are_limited_too(purchases_db: str) -> None:
         again = await asyncio.gather(*(outcome(tills.CreatePurchase(sale(prices), timeout=STUCK_S)) for _ in range(4)))
         assert again == [None] * 4  # what was stored makes room
         assert_whole(purchases_db, 1 + 20 - len(refused) + 1 + 4)
+
+
+async def test_wrong_clocks_leave_others_alone(purchases_db: str) -> None:
+    """Sales out of time, whose keys are looked up, do not take the connection that stores everybody's sales."""
+    async with service(purchases_db) as channel:
+        tills: Any = PurchasesServiceStub(channel)
+        with locked(purchases_db, "idempotency_keys"):
+            calls = [tills.CreatePurchase(sale(seconds=0), timeout=30) for _ in range(20)]
+            early = [asyncio.ensure_future(outcome(call)) for call in calls]
+            await eventually(lambda: is_stuck(purchases_db, "WHERE idempotency_key = ANY"), "keys are looked up")
+            good = asyncio.ensure_future(outcome(tills.CreatePurchase(sale(), timeout=30)))
+            await eventually(lambda: is_stuck(purchases_db, "WITH input AS"), "the sale is on its way")
+        assert await good is None
+        assert {each.reason for each in await asyncio.gather(*early) if each} == {"PURCHASE_TIME_OUT_OF_RANGE"}
+    assert_whole(purchases_db, 2)
+
+
+async def test_end_does_not_wait_for_retention(purchases_db: str) -> None:
+    """Told to stop while retention is at its work, which may take minutes, a service stops within its bound."""
+    async with service(purchases_db):
+        pass  # the partitions are there
+    config = ServeSettings(purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0", retention_months=3)
+    with locked(purchases_db, "outbox_events"):
+        async with running(lambda stop: purchases.serve(config, stop), config.listen):
+            await eventually(lambda: is_stuck(purchases_db, "purchases_months()"), "retention looks at the months")
 
 
 async def test_flush_has_a_time_of_its_own(purchases_db: str) -> None:

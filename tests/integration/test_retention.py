@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import psycopg
 import pytest
 
+from chassis import lifecycle
 from chassis.postgres import Pool
 from purchases_svc import retention
 from purchases_svc.backlog import Backlog
@@ -173,17 +174,15 @@ async def test_functions_refuse_months_that_are_kept(opened: Pool, keep_months: 
 async def test_full_outbox_refuses_sales(opened: Pool, purchases_db: str) -> None:
     """With too many events waiting, sales are refused with a pause to keep; when they are gone, sales are taken."""
     await record(opened, *(stored_sale(idempotency_key=str(uuid.uuid4())) for _ in range(5)))
-    backlog, stop = Backlog(opened, 5), asyncio.Event()
-    watching = asyncio.ensure_future(backlog.watch(stop))
-    recorder = make_recorder(opened, Partitions(opened), backlog=backlog)
-    await eventually(lambda: _is(backlog, full=True), "the outbox is full")
-    with pytest.raises(OutboxFull):
-        await recorder.record(stored_sale())
-    mark_sent(purchases_db)
-    await eventually(lambda: _is(backlog, full=False), "the outbox has room")
-    assert not (await recorder.record(stored_sale())).replayed
-    stop.set()
-    await watching
+    backlog = Backlog(opened, 5)
+    async with lifecycle.beside(backlog.watch()):
+        recorder = make_recorder(opened, Partitions(opened), backlog=backlog)
+        await eventually(lambda: _is(backlog, full=True), "the outbox is full")
+        with pytest.raises(OutboxFull):
+            await recorder.record(stored_sale())
+        mark_sent(purchases_db)
+        await eventually(lambda: _is(backlog, full=False), "the outbox has room")
+        assert not (await recorder.record(stored_sale())).replayed
 
 
 async def _is(backlog: Backlog, *, full: bool) -> bool:

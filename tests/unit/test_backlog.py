@@ -1,5 +1,6 @@
 """Uploading a backlog, against a small purchases service in memory."""
 
+import dataclasses
 import threading
 import time
 from collections import Counter
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
+from unittest.mock import ANY
 
 import grpc
 import pytest
@@ -15,7 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from pos.backlog import Backlog
 from pos.client import PosClient, Recorded, Sale, connect
-from pos.errors import OutcomeUnknown, PosError, ReceiptTaken
+from pos.errors import InvalidSale, OutcomeUnknown, PosError, ReceiptTaken
 from pos.simulator import simulate
 from pos.tills import Repetition, SaleFailed, repeats
 from pos.upload import IN_FLIGHT, SALES_PER_MESSAGE
@@ -129,6 +131,21 @@ def test_full_messages_and_one_outcome_for_each_sale(depot: Depot, sales: list[S
         outcome = outcomes[sale.idempotency_key]
         assert isinstance(outcome, Recorded)
         assert outcome.purchase.receipt_id == sale.receipt_id
+
+
+def test_sales_that_are_too_big_spare_their_neighbours(depot: Depot, sales: list[Sale]) -> None:
+    """What would burst its message is not sent but refused, also when there is nothing else to send."""
+    big = [dataclasses.replace(sale, receipt_id="9" * 1_000_000) for sale in sales[1:9:3]]
+    few = [sales[0], *big, sales[10]]
+    with depot.open() as target:
+        outcomes, pauses = upload(target, few)
+        assert upload(target, big) == ({sale.idempotency_key: ANY for sale in big}, [])
+        with connect(target) as channel, pytest.raises(InvalidSale):
+            PosClient(channel).create_purchase(big[0])
+    assert {key for key, each in outcomes.items() if isinstance(each, InvalidSale)} == {
+        sale.idempotency_key for sale in big
+    }
+    assert (depot.attempts.total(), pauses) == (2, [])
 
 
 def test_no_sales_at_all(depot: Depot) -> None:
