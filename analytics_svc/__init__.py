@@ -1,7 +1,12 @@
 """Owns the analytics database, with two processes.
 
-`consume` counts each purchase once, however often its event arrives; `serve` answers questions about the sums.
+`consume` counts each purchase once, however often its event arrives, and proves the sums; `serve` answers questions.
 
-    __main__ → consumer → apply → quarantine → events → errors     the write half
-    __main__ → server → queries → errors                           the read half
+Rooms, each of which knows only those below it:
+
+    __main__ → commands     what a process or a command is made of
+    proof | serve           that the numbers are right and how far they go | the questions
+    ingest                  from the queue to the read models
+    upstream                the purchases service and the relay, as seen from here
+    purchase | database | errors | settings
 """

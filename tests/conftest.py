@@ -20,8 +20,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-import analytics_svc.__main__ as analytics
 import purchases_svc.__main__ as purchases
+from analytics_svc import database as analytics_database
 from analytics_svc.settings import MigrateSettings as AnalyticsMigrateSettings
 from chassis import postgres
 from deploy.local.rabbitmq import RabbitMQ
@@ -118,7 +118,7 @@ def _purchases_template(postgres_url: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def _analytics_template(postgres_url: str) -> Iterator[str]:
     yield from _template(
-        postgres_url, "analytics", lambda url: analytics.migrate_database(AnalyticsMigrateSettings(url))
+        postgres_url, "analytics", lambda url: analytics_database.migrate_database(AnalyticsMigrateSettings(url))
     )
 
 

@@ -16,9 +16,9 @@ from google.protobuf import json_format
 from rich.console import Console
 from rich.table import Column, Table
 
+from analytics_svc.proof.verdicts import Verdict, worst
 from analytics_svc.settings import ConsumerClientSettings
-from analytics_svc.source import CONTROL_TOTALS_DAYS_MAX
-from analytics_svc.verdicts import Verdict, worst
+from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX
 from chassis import wire
 from retail.analytics.v1 import audit_service_pb2 as pb
 from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub

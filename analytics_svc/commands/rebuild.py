@@ -6,9 +6,10 @@ import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from analytics_svc import rebuild, source
-from analytics_svc.outbox import Outbox
+from analytics_svc.proof import rebuild
 from analytics_svc.settings import RebuildSettings
+from analytics_svc.upstream import source
+from analytics_svc.upstream.outbox import Outbox
 from chassis.errors import ServiceError
 
 

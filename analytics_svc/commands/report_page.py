@@ -3,7 +3,6 @@
 import datetime
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
 from rich.box import ROUNDED, SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -11,8 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from analytics_svc.commands.report import Report, Sums
+from analytics_svc.commands.figures import Report, Sums
 
 WIDE = 92  # columns; from here on, two lists stand side by side
 WIDTH_MAX = 120
@@ -24,7 +22,7 @@ STALE_S = 60.0  # figures older than this are shown as such
 GOOD, BAD, FAINT, ACCENT = "green", "red", "bright_black", "cyan"
 
 
-def show(report: "Report", console: Console) -> None:
+def show(report: Report, console: Console) -> None:
     width = min(console.width, WIDTH_MAX)
     whose = f"Branch {report.branch_id}" if report.branch_id else "The chain"
     console.print()
@@ -46,7 +44,7 @@ def show(report: "Report", console: Console) -> None:
     console.print()
 
 
-def _headline(report: "Report", width: int) -> RenderableType:
+def _headline(report: Report, width: int) -> RenderableType:
     """All time, and the days that the page is about."""
     facts = [
         ("revenue", f"{report.all_time.revenue:,}"),
@@ -63,7 +61,7 @@ def _headline(report: "Report", width: int) -> RenderableType:
     return grid
 
 
-def _chart(report: "Report", width: int) -> RenderableType:
+def _chart(report: Report, width: int) -> RenderableType:
     """Revenue of each day as columns, over an axis of days."""
     totals = [sum(values, Decimal()) for values in zip(*report.revenue.values(), strict=True)]
     most = max(totals)
@@ -87,7 +85,7 @@ def _chart(report: "Report", width: int) -> RenderableType:
     return Group(title, *lines, Text())
 
 
-def _branches(report: "Report", width: int) -> Table:
+def _branches(report: Report, width: int) -> Table:
     """Each branch's days as a line, its revenue, and its part of the whole."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("branch", justify="right")
@@ -108,7 +106,7 @@ def _branches(report: "Report", width: int) -> Table:
     return table
 
 
-def _products(report: "Report") -> Table:
+def _products(report: Report) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False, title="Top products", title_justify="left")
     for name in ("product", "units", "revenue"):
         table.add_column(name, justify="right")
@@ -120,7 +118,7 @@ def _products(report: "Report") -> Table:
     return table
 
 
-def _customers(report: "Report") -> Table:
+def _customers(report: Report) -> Table:
     title = "Most loyal customers"
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=title, title_justify="left")
     table.add_column("customer", no_wrap=True)
@@ -133,7 +131,7 @@ def _customers(report: "Report") -> Table:
     return table
 
 
-def _freshness(report: "Report") -> Text:
+def _freshness(report: Report) -> Text:
     if report.data_as_of is None:
         return Text("Nothing was counted yet.", style=FAINT)
     now = datetime.datetime.now(datetime.UTC)
@@ -170,7 +168,7 @@ def _bar(part: Decimal) -> str:
     return "█" * max(round(part * BAR_COLUMNS), 1)
 
 
-def _change(report: "Report") -> tuple[str, str]:
+def _change(report: Report) -> tuple[str, str]:
     """Against as many days before; nothing when there were no sales then."""
     before = report.period_before.revenue
     if not before:
@@ -179,7 +177,7 @@ def _change(report: "Report") -> tuple[str, str]:
     return f"{change:+.1%} on the {len(report.days)} days before", GOOD if change >= 0 else BAD
 
 
-def _average(sums: "Sums") -> Decimal:
+def _average(sums: Sums) -> Decimal:
     return (sums.revenue / sums.purchases if sums.purchases else Decimal()).quantize(Decimal("0.01"))
 
 

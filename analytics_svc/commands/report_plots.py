@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -14,8 +14,7 @@ from matplotlib import dates as mdates
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-if TYPE_CHECKING:
-    from analytics_svc.commands.report import Report
+from analytics_svc.commands.figures import Report
 
 SIZE_INCHES, DOTS_PER_INCH = (14, 9), 150
 WEEK = 7
@@ -40,7 +39,7 @@ STYLE = {
 }
 
 
-def draw(report: "Report", path: Path) -> None:
+def draw(report: Report, path: Path) -> None:
     """Write a picture in the format that the file's name ends with; PNG when it does not say."""
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=SIZE_INCHES, facecolor=PAPER)
@@ -57,7 +56,7 @@ def draw(report: "Report", path: Path) -> None:
         plt.close(figure)
 
 
-def _heading(figure: Any, report: "Report") -> None:
+def _heading(figure: Any, report: Report) -> None:
     whose = f"Branch {report.branch_id}" if report.branch_id else "The chain"
     figure.text(0.035, 0.92, whose, size=22, weight="bold")
     figure.text(0.035, 0.868, _period(report), size=11, color=FAINT)
@@ -77,7 +76,7 @@ def _heading(figure: Any, report: "Report") -> None:
     figure.text(0.035, 0.022, as_of + complete + missing, size=9, color=FAINT)
 
 
-def _days(axes: Any, report: "Report") -> None:
+def _days(axes: Any, report: Report) -> None:
     """Revenue a day, and the average of each week."""
     totals = [float(sum(values, Decimal())) for values in zip(*report.revenue.values(), strict=True)]
     axes.set_title("Revenue a day")
@@ -107,7 +106,7 @@ def _days(axes: Any, report: "Report") -> None:
     axes.set_xlim(first - half, last + half + (last - first) * 0.1)
 
 
-def _branches(figure: Any, axes: Any, report: "Report") -> None:
+def _branches(figure: Any, axes: Any, report: Report) -> None:
     """A row for each branch, a cell for each day."""
     branches = dict(sorted(report.revenue.items(), key=lambda each: -sum(each[1]))[:BRANCHES_MAX])
     axes.set_title("By branch and day" if len(branches) == len(report.revenue) else f"The {BRANCHES_MAX} best branches")
@@ -133,13 +132,13 @@ def _branches(figure: Any, axes: Any, report: "Report") -> None:
     scale.ax.tick_params(length=0, labelsize=8)
 
 
-def _products(axes: Any, report: "Report") -> None:
+def _products(axes: Any, report: Report) -> None:
     axes.set_title("Top products")
     values = [float(product.revenue) for product in report.top_products]
     _bars(axes, [str(p.product_id) for p in report.top_products], values, GREEN, [f"{v:,.0f}" for v in values])
 
 
-def _customers(axes: Any, report: "Report") -> None:
+def _customers(axes: Any, report: Report) -> None:
     axes.set_title("Most loyal, purchases")
     values = [customer.purchases for customer in report.loyal_customers]
     names = [customer.customer_id[:8] for customer in report.loyal_customers]
@@ -164,7 +163,7 @@ def _labels(names: Sequence[str], most: int = 20) -> tuple[list[int], list[str]]
     return list(range(0, len(names), step)), list(names[::step])
 
 
-def _period(report: "Report") -> str:
+def _period(report: Report) -> str:
     if not report.days:
         return "No sale has been counted yet."
     text = f"{report.days[0]:%d %B %Y} to {report.days[-1]:%d %B %Y}: {report.period.revenue:,}"

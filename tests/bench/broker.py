@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pika
 
-from analytics_svc.consumer import EXCHANGE, QUEUE, QUEUE_ARGUMENTS, ROUTING_KEY
+from analytics_svc.ingest.consumer import EXCHANGE, QUEUE, QUEUE_ARGUMENTS, ROUTING_KEY
 from deploy.local.machine import StackError
 from tests.bench.stage import ENVIRON, ROOT
 

@@ -14,8 +14,8 @@ import uuid
 import uuid_utils
 import uvloop
 
-from analytics_svc.apply import apply
-from analytics_svc.events import Item, PurchaseCreated
+from analytics_svc.ingest.apply import apply
+from analytics_svc.purchase import Item, PurchaseCreated
 from chassis import postgres
 from tests.bench.years import BRANCHES
 

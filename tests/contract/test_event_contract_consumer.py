@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analytics_svc.errors import Rejected
-from analytics_svc.events import PurchaseCreated, decode
+from analytics_svc.ingest.events import decode
+from analytics_svc.purchase import PurchaseCreated
 from tests.integration.purchase_events import dumps
 
 EVENTS = Path(__file__).parent.parent.parent / "proto" / "events"

@@ -11,9 +11,9 @@ from zoneinfo import ZoneInfo
 
 import grpc
 
-from analytics_svc.apply import apply
-from analytics_svc.events import PurchaseCreated
-from analytics_svc.source import Source
+from analytics_svc.ingest.apply import apply
+from analytics_svc.purchase import PurchaseCreated
+from analytics_svc.upstream.source import Source
 from chassis import postgres
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.integration.purchase_events import query

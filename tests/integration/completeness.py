@@ -16,11 +16,11 @@ from typing import Any
 
 import psycopg
 
-from analytics_svc import keeper
-from analytics_svc.apply import apply
-from analytics_svc.events import Item, PurchaseCreated
-from analytics_svc.outbox import Listed
-from analytics_svc.quarantine import QuarantinedEvent
+from analytics_svc.ingest.apply import apply
+from analytics_svc.ingest.quarantine import QuarantinedEvent
+from analytics_svc.proof import keeper
+from analytics_svc.purchase import Item, PurchaseCreated
+from analytics_svc.upstream.outbox import Listed
 from relay_svc import inspection, outbox
 from relay_svc.server import OutboxServicer
 from retail.relay.v1.outbox_service_pb2 import ListCommittedEventIdsRequest

@@ -12,8 +12,8 @@ import grpc
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
 
-import analytics_svc.__main__ as analytics
-from analytics_svc.consumer import QUEUE
+from analytics_svc.commands.consume import consume
+from analytics_svc.ingest.consumer import QUEUE
 from analytics_svc.settings import ConsumeSettings
 from tests.conftest import ROOT, WAIT_S, eventually
 from tests.integration.conftest import free_address, is_serving, running
@@ -43,7 +43,7 @@ def config(analytics_db: str, amqp_url: str, **changes: Any) -> ConsumeSettings:
 async def consuming(analytics_db: str, amqp_url: str, **changes: Any) -> AsyncIterator[grpc.aio.Channel]:
     """A consumer that serves, until the block ends; yields a channel to its health."""
     settings = config(analytics_db, amqp_url, **changes)
-    async with running(lambda stop: analytics.consume(settings, stop), settings.listen) as opened:
+    async with running(lambda stop: consume(settings, stop), settings.listen) as opened:
         yield opened
 
 

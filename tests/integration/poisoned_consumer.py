@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import analytics_svc.__main__ as analytics
-from analytics_svc import events, settling
+from analytics_svc.ingest import events, settling
 
 MARKER = b"POISON"  # in the event's pos_id, for the decoder
 MARKED_PRODUCT_ID = 666  # for what follows, which sees no more of it

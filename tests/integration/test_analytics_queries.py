@@ -15,10 +15,10 @@ import psycopg
 import pytest
 from google.type import date_pb2
 
-import analytics_svc.__main__ as analytics
-from analytics_svc.apply import apply
-from analytics_svc.events import decode
-from analytics_svc.quarantine import QuarantinedEvent
+from analytics_svc.commands.serve import serve
+from analytics_svc.ingest.apply import apply
+from analytics_svc.ingest.events import decode
+from analytics_svc.ingest.quarantine import QuarantinedEvent
 from analytics_svc.settings import ServeSettings
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
@@ -38,7 +38,7 @@ async def record(url: str, sales: Iterable[Sold], unfit: Iterable[QuarantinedEve
 async def reports(analytics_db: str) -> AsyncIterator[Any]:
     """A client of a running server on an empty database."""
     config = ServeSettings(analytics_db, listen=free_address(), metrics_listen="127.0.0.1:0")
-    async with running(lambda stop: analytics.serve(config, stop), config.listen) as channel:
+    async with running(lambda stop: serve(config, stop), config.listen) as channel:
         yield AnalyticsServiceStub(channel)
 
 

@@ -4,9 +4,9 @@ from datetime import timedelta
 
 import psycopg
 
-from analytics_svc.announce import CHANNEL, EVERYTHING, Announcement, parse
-from analytics_svc.apply import apply
-from analytics_svc.quarantine import QuarantinedEvent
+from analytics_svc.ingest.announce import CHANNEL, EVERYTHING, Announcement, parse
+from analytics_svc.ingest.apply import apply
+from analytics_svc.ingest.quarantine import QuarantinedEvent
 from tests.conftest import pool
 from tests.integration.purchase_events import NOON, query, sold
 from tests.integration.test_apply import decoded

@@ -11,11 +11,12 @@ from zoneinfo import ZoneInfo
 import psycopg
 import pytest
 
-import analytics_svc.__main__ as analytics
-from analytics_svc import event_log, tail
-from analytics_svc.apply import Applied, apply, fold
-from analytics_svc.events import PurchaseCreated, decode
-from analytics_svc.quarantine import QuarantinedEvent
+from analytics_svc import database as analytics_database
+from analytics_svc.ingest import event_log, tail
+from analytics_svc.ingest.apply import Applied, apply, fold
+from analytics_svc.ingest.events import decode
+from analytics_svc.ingest.quarantine import QuarantinedEvent
+from analytics_svc.purchase import PurchaseCreated
 from chassis import postgres
 from tests.conftest import pool
 from tests.integration.purchase_events import GOLDEN, Sold, expected, query, read_models, sold, some_sales
@@ -100,7 +101,7 @@ async def test_roll_ups_are_made_of_what_is_there(consumer_pool: postgres.Pool, 
     sales = some_sales(200, seed=9, days=70)
     await apply_batch(consumer_pool, decoded(sales))
     query(analytics_db, f"DROP TABLE {ROLL_UPS}")
-    query(analytics_db, (analytics.MIGRATIONS / "0002_roll_ups.sql").read_text())
+    query(analytics_db, (analytics_database.MIGRATIONS / "0002_roll_ups.sql").read_text())
     assert read_models(analytics_db) == expected(sales)
 
 

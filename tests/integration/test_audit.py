@@ -11,12 +11,12 @@ import grpc
 import psycopg
 import pytest
 
-from analytics_svc import audit, auditor, rebuild
-from analytics_svc.audit_server import AuditServicer
-from analytics_svc.auditor import AUDIT_LOCK, Auditor
-from analytics_svc.proof import prove_day
-from analytics_svc.source import Source
-from analytics_svc.verdicts import Comparison, Verdict
+from analytics_svc.proof import audit, auditor, rebuild
+from analytics_svc.proof.audit_server import AuditServicer
+from analytics_svc.proof.auditor import AUDIT_LOCK, Auditor
+from analytics_svc.proof.day import prove_day
+from analytics_svc.proof.verdicts import Comparison, Verdict
+from analytics_svc.upstream.source import Source
 from chassis import grpc_server, wire
 from retail.analytics.v1 import audit_service_pb2 as pb
 from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub, add_AuditServiceServicer_to_server

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from analytics_svc import keeper
-from analytics_svc.outbox import Listed
+from analytics_svc.proof import keeper
+from analytics_svc.upstream.outbox import Listed
 from relay_svc import committed
 from tests.integration.completeness import Lied, World, connect, margin
 from tests.integration.outbox_events import make_days

@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
-import analytics_svc.__main__ as analytics
-from analytics_svc import inclusion
-from analytics_svc.quarantine import QuarantinedEvent
+from analytics_svc.commands.serve import serve
+from analytics_svc.ingest.quarantine import QuarantinedEvent
+from analytics_svc.serve import inclusion
 from analytics_svc.settings import ServeSettings
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
@@ -32,7 +32,7 @@ END_LISTENER = (
 async def channel(analytics_db: str) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to a running server on an empty database."""
     config = ServeSettings(analytics_db, listen=free_address(), metrics_listen="127.0.0.1:0")
-    async with running(lambda stop: analytics.serve(config, stop), config.listen) as opened:
+    async with running(lambda stop: serve(config, stop), config.listen) as opened:
         yield opened
 
 
@@ -164,7 +164,7 @@ async def test_a_lost_listener_leaves_nobody_behind(reports: Any, analytics_db: 
 async def test_who_waits_is_sent_elsewhere_by_a_server_that_stops(analytics_db: str) -> None:
     """At once: waiting goes on at another server."""
     config = ServeSettings(analytics_db, listen=free_address(), metrics_listen="127.0.0.1:0")
-    async with running(lambda stop: analytics.serve(config, stop), config.listen) as opened:
+    async with running(lambda stop: serve(config, stop), config.listen) as opened:
         stub = AnalyticsServiceStub(opened)
         call = asyncio.ensure_future(refusal(stub.GetSalesSummary(summary(str(uuid.uuid4())), timeout=30)))
         watch = stub.WatchDailySales(pb.WatchDailySalesRequest())

@@ -22,11 +22,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pika.adapters.blocking_connection import BlockingChannel
 
-import analytics_svc.__main__ as analytics
-from analytics_svc import upkeep
-from analytics_svc.apply import apply
-from analytics_svc.consumer import QUEUE, QUEUE_ARGUMENTS
-from analytics_svc.events import decode
+from analytics_svc import database as analytics_database
+from analytics_svc.commands.consume import consume
+from analytics_svc.ingest import upkeep
+from analytics_svc.ingest.apply import apply
+from analytics_svc.ingest.consumer import QUEUE, QUEUE_ARGUMENTS
+from analytics_svc.ingest.events import decode
 from analytics_svc.settings import MigrateSettings
 from chassis.migrate import MigrationError
 from deploy.local.rabbitmq import RabbitMQ
@@ -114,7 +115,7 @@ async def test_consumer_waits_for_the_publishers_exchange(analytics_db: str, amq
     """Started first, it waits, not serving; once the exchange is there, it makes its queue, durable and replicated."""
     settings = config(analytics_db, amqp_url)
     stop = asyncio.Event()
-    task = asyncio.ensure_future(analytics.consume(settings, stop))
+    task = asyncio.ensure_future(consume(settings, stop))
     async with grpc.aio.insecure_channel(settings.listen) as health:
         with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
             declared = connection.channel()
@@ -331,7 +332,7 @@ async def test_servers_that_are_not_up_yet(analytics_db: str, postgres_url: str,
     stop = asyncio.Event()
     with psycopg.connect(postgres_url, autocommit=True) as admin:
         admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false'.encode())
-        tasks = [asyncio.ensure_future(analytics.consume(each, stop)) for each in (settings, nowhere)]
+        tasks = [asyncio.ensure_future(consume(each, stop)) for each in (settings, nowhere)]
         async with (
             grpc.aio.insecure_channel(settings.listen) as health,
             grpc.aio.insecure_channel(nowhere.listen) as health_nowhere,
@@ -515,7 +516,7 @@ def test_other_business_time_zone_is_refused(
     assert (code, "Traceback" in text) == (1, False)
     assert "BUSINESS_TIME_ZONE is Europe/Berlin, but the database was set up with UTC" in text
     with pytest.raises(MigrationError, match="set up with UTC"):
-        analytics.migrate_database(MigrateSettings(analytics_db, business_time_zone="Europe/Berlin"))
+        analytics_database.migrate_database(MigrateSettings(analytics_db, business_time_zone="Europe/Berlin"))
 
 
 @pytest.mark.parametrize(
@@ -533,6 +534,6 @@ def test_database_that_is_not_migrated(analytics_db: str, amqp_url: str, lacking
 def test_migrate_is_repeatable(analytics_db: str) -> None:
     """Migrating again changes nothing; the key that signs page tokens stays."""
     key = query(analytics_db, "SELECT * FROM analytics_settings")
-    analytics.migrate_database(MigrateSettings(analytics_db))
+    analytics_database.migrate_database(MigrateSettings(analytics_db))
     assert query(analytics_db, "SELECT * FROM analytics_settings") == key
     assert len(key[0][2]) == 32

@@ -10,9 +10,9 @@ import psycopg
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from analytics_svc import event_log
-from analytics_svc.apply import apply
-from analytics_svc.events import decode
+from analytics_svc.ingest import event_log
+from analytics_svc.ingest.apply import apply
+from analytics_svc.ingest.events import decode
 from tests.conftest import eventually, pool
 from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts, depth, is_true, publish
 from tests.integration.purchase_events import GOLDEN, query, read_models, sold

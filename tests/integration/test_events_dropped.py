@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import relay_svc.__main__ as relay
-from analytics_svc import rebuild
-from analytics_svc.keeper import REBUILD_NEEDED, Keeper
-from analytics_svc.outbox import EventsDropped, Outbox
+from analytics_svc.proof import rebuild
+from analytics_svc.proof.keeper import REBUILD_NEEDED, Keeper
+from analytics_svc.upstream.outbox import EventsDropped, Outbox
 from relay_svc import retention
 from relay_svc.settings import ServeSettings
 from tests.conftest import WAIT_S, eventually, pool, today

@@ -12,10 +12,10 @@ import psycopg
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from analytics_svc import settling
-from analytics_svc.consumer import QUEUE
-from analytics_svc.messages import READ_FAILED, Message, read
-from analytics_svc.settling import ALONE, FAILURES_MAX, Settler
+from analytics_svc.ingest import settling
+from analytics_svc.ingest.consumer import QUEUE
+from analytics_svc.ingest.messages import READ_FAILED, Message, read
+from analytics_svc.ingest.settling import ALONE, FAILURES_MAX, Settler
 from tests.conftest import eventually, pool
 from tests.integration.conftest import free_address
 from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts, depth, is_true, publish, start

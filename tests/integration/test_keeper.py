@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from analytics_svc import keeper
 from analytics_svc.errors import RelayUnavailable
-from analytics_svc.keeper import KEEPER_LOCK, KEEPER_SESSION, Keeper
-from analytics_svc.outbox import EventsDropped, Listed, SnapshotRefused
+from analytics_svc.proof import keeper
+from analytics_svc.proof.keeper import KEEPER_LOCK, KEEPER_SESSION, Keeper
+from analytics_svc.upstream.outbox import EventsDropped, Listed, SnapshotRefused
 from chassis import postgres
 from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.purchase_events import NOON, query

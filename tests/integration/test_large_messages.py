@@ -8,8 +8,8 @@ from typing import Any
 
 from pika.adapters.blocking_connection import BlockingChannel
 
-from analytics_svc.consumer import HELD_BYTES_MAX
-from analytics_svc.quarantine import BODY_KEPT_MAX
+from analytics_svc.ingest.consumer import HELD_BYTES_MAX
+from analytics_svc.ingest.quarantine import BODY_KEPT_MAX
 from tests.integration.conftest import free_address
 from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts, depth, publish, start
 from tests.integration.purchase_events import expected, query, read_models, some_sales

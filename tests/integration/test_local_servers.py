@@ -13,8 +13,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-import analytics_svc.__main__ as analytics
 import purchases_svc.__main__ as purchases
+from analytics_svc import database as analytics_database
 from analytics_svc.settings import MigrateSettings as AnalyticsMigrateSettings
 from deploy.local import machine
 from deploy.local.postgres import Postgres, binaries
@@ -121,7 +121,7 @@ def test_an_administrators_file_is_enough(postgres: Postgres) -> None:
 
     for _ in range(2):
         purchases.migrate_database(PurchasesMigrateSettings(url("purchases_owner", "purchases")))
-        analytics.migrate_database(AnalyticsMigrateSettings(url("analytics_owner", "analytics")))
+        analytics_database.migrate_database(AnalyticsMigrateSettings(url("analytics_owner", "analytics")))
     for service in SERVICES:
         own = service.database.name
         other = {"purchases": "analytics", "analytics": "purchases"}[own]

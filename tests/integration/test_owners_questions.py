@@ -13,9 +13,9 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-import analytics_svc.__main__ as analytics
-from analytics_svc.apply import apply
-from analytics_svc.events import decode
+from analytics_svc.commands.serve import serve
+from analytics_svc.ingest.apply import apply
+from analytics_svc.ingest.events import decode
 from analytics_svc.settings import ServeSettings
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
@@ -44,7 +44,7 @@ async def serving(url: str, zone: str, books: Books, address: str | None = None)
                 await apply(connection, events, [])
     listen = address or free_address()
     config = ServeSettings(url, business_time_zone=zone, listen=listen, metrics_listen="127.0.0.1:0")
-    async with running(lambda stop: analytics.serve(config, stop), config.listen) as channel:
+    async with running(lambda stop: serve(config, stop), config.listen) as channel:
         yield AnalyticsServiceStub(channel)
 
 

@@ -18,9 +18,9 @@ from prometheus_client import REGISTRY
 import purchases_svc.__main__ as purchases
 import relay_svc.__main__ as relay
 from analytics_svc.commands import quarantine
-from analytics_svc.health import Health
+from analytics_svc.ingest.health import Health
+from analytics_svc.ingest.upkeep import Upkeep
 from analytics_svc.settings import ConsumerClientSettings
-from analytics_svc.upkeep import Upkeep
 from purchases_svc.settings import ServeSettings
 from relay_svc.settings import ServeSettings as RelaySettings
 from retail.analytics.v1 import quarantine_service_pb2 as pb

@@ -12,9 +12,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from analytics_svc import rebuild
 from analytics_svc.errors import HistoryDropped, RebuildRunning
-from analytics_svc.source import Recorded, Source
+from analytics_svc.proof import rebuild
+from analytics_svc.upstream.source import Recorded, Source
 from chassis import postgres
 from tests.conftest import ROOT, eventually
 from tests.integration.chain import FIRST, TABLES, Chain, enough, load

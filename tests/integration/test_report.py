@@ -16,7 +16,7 @@ import grpc
 import pytest
 from rich.console import Console
 
-from analytics_svc.commands import report, report_page
+from analytics_svc.commands import figures, report, report_page
 from analytics_svc.settings import ReportSettings
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 from tests.integration.conftest import free_address
@@ -71,9 +71,9 @@ async def test_json_has_the_figures(berlin_db: str, books: Books, capsys: pytest
         )
         assert [
             (product["product_id"], product["quantity"], product["revenue"]) for product in found["top_products"]
-        ] == of_days.top_products(report.TOP, by_revenue=True, ties=False)
+        ] == of_days.top_products(figures.TOP, by_revenue=True, ties=False)
         assert [(who["customer_id"], who["purchases"]) for who in found["loyal_customers"]] == [
-            (who, purchases) for who, purchases, _ in chosen.loyal_customers(3)[: report.TOP]
+            (who, purchases) for who, purchases, _ in chosen.loyal_customers(3)[: figures.TOP]
         ]
         daily = {(day, who): revenue for day, who, revenue, *_ in of_days.daily_sales()}
         assert found["revenue"] == {
@@ -107,12 +107,12 @@ async def test_page_before_the_first_sale(berlin_db: str) -> None:
     assert "No sale has been counted yet." in "\n".join(page(found, 80))
 
 
-def gather(address: str, days: int) -> report.Report:
+def gather(address: str, days: int) -> figures.Report:
     with grpc.insecure_channel(address) as channel:
-        return report.gather(AnalyticsServiceStub(channel), days, None)
+        return figures.gather(AnalyticsServiceStub(channel), days, None)
 
 
-def page(found: report.Report, width: int) -> list[str]:
+def page(found: figures.Report, width: int) -> list[str]:
     console = Console(file=io.StringIO(), width=width, highlight=False)
     report_page.show(found, console)
     assert isinstance(console.file, io.StringIO)

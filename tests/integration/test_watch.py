@@ -9,10 +9,10 @@ import grpc
 import psycopg
 import pytest
 
-import analytics_svc.__main__ as analytics
-from analytics_svc import server, watch
-from analytics_svc.announce import EVERYTHING, announce
-from analytics_svc.queries import Days
+from analytics_svc.commands.serve import serve
+from analytics_svc.ingest.announce import EVERYTHING, announce
+from analytics_svc.serve import server, watch
+from analytics_svc.serve.queries import Days
 from analytics_svc.settings import ServeSettings
 from chassis import postgres
 from chassis.errors import DatabaseUnavailable
@@ -33,7 +33,7 @@ FIRST = NOON.date()
 async def reports(analytics_db: str) -> AsyncIterator[Any]:
     """A client of a running server on an empty database."""
     config = ServeSettings(analytics_db, listen=free_address(), metrics_listen="127.0.0.1:0")
-    async with running(lambda stop: analytics.serve(config, stop), config.listen) as channel:
+    async with running(lambda stop: serve(config, stop), config.listen) as channel:
         yield AnalyticsServiceStub(channel)
 
 
@@ -194,7 +194,7 @@ async def test_a_watcher_that_does_not_read_is_cut_off(analytics_db: str, monkey
     small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
     config = ServeSettings(analytics_db, listen=free_address(), metrics_listen="127.0.0.1:0")
     async with (
-        running(lambda stop: analytics.serve(config, stop), config.listen) as channel,
+        running(lambda stop: serve(config, stop), config.listen) as channel,
         grpc.aio.insecure_channel(config.listen, options=small_window) as slow_channel,
     ):
         slow: Any = AnalyticsServiceStub(slow_channel).WatchDailySales(pb.WatchDailySalesRequest())

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analytics_svc.errors import Rejected
-from analytics_svc.events import BODY_BYTES_MAX, Item, PurchaseCreated, decode, uuid7_time
+from analytics_svc.ingest.events import BODY_BYTES_MAX, decode, uuid7_time
+from analytics_svc.purchase import Item, PurchaseCreated
 
 GOLDEN = (Path(__file__).parent.parent.parent / "proto" / "events" / "purchase_created.v1.example.json").read_bytes()
 EVENT_ID = "019b92cd-80a0-7c3e-8f5a-2b6d1c0e4f77"

@@ -1,7 +1,7 @@
 """How deliveries become batches."""
 
-from analytics_svc.consumer import BATCH_BYTES_MAX, HELD_BYTES_MAX, Delivery, Inbox
-from analytics_svc.messages import Message
+from analytics_svc.ingest.consumer import BATCH_BYTES_MAX, HELD_BYTES_MAX, Delivery, Inbox
+from analytics_svc.ingest.messages import Message
 
 
 def delivery(tag: int, size: int, redelivered: bool = False) -> Delivery:

@@ -7,7 +7,7 @@ from datetime import date, timedelta
 
 import pytest
 
-from analytics_svc.queries import ALL_DAYS, NO_DAYS, Days, parts
+from analytics_svc.serve.queries import ALL_DAYS, NO_DAYS, Days, parts
 
 DAY = timedelta(days=1)
 

@@ -9,7 +9,7 @@ CAUGHT_AS = {"lost", "falsely_sent"}
 
 
 def plant() -> None:
-    import analytics_svc.consumer as consumer
+    import analytics_svc.ingest.consumer as consumer
 
     async def subscribe(self: Any, channel: Any, inbox: Any) -> None:
         put = inbox.put

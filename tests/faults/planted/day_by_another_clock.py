@@ -9,7 +9,7 @@ CAUGHT_AS = {"altered"}
 
 
 def plant() -> None:
-    from analytics_svc import settling
+    from analytics_svc.ingest import settling
 
     async def apply(connection: Any, events: Any, unfit: Any) -> Any:
         return await original(connection, [e._replace(day=e.purchase_time.date()) for e in events], unfit)

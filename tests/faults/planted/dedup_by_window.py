@@ -15,7 +15,7 @@ def prepare(purchases: Any, analytics: Any) -> None:
 
 
 def plant() -> None:
-    from analytics_svc import apply as applying
+    from analytics_svc.ingest import apply as applying
 
     seen: dict[str, float] = {}
 

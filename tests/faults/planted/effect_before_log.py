@@ -10,9 +10,9 @@ CAUGHT_AS = {"doubled", "unbalanced"}
 
 
 def plant() -> None:
-    from analytics_svc import apply as applying
-    from analytics_svc import settling
-    from analytics_svc.events import PurchaseCreated
+    from analytics_svc.ingest import apply as applying
+    from analytics_svc.ingest import settling
+    from analytics_svc.purchase import PurchaseCreated
 
     async def apply(self: Any, cases: Any, tried: bool) -> Any:
         events = {c.event.event_id: c.event for c in cases if isinstance(c.event, PurchaseCreated)}

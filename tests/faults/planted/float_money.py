@@ -9,7 +9,7 @@ CAUGHT_AS = {"altered"}
 
 
 def plant() -> None:
-    from analytics_svc import settling
+    from analytics_svc.ingest import settling
 
     async def apply(connection: Any, events: Any, unfit: Any) -> Any:
         events = [event._replace(cents=int(event.cents / 100 * 100)) for event in events]  # 1.15 becomes 114

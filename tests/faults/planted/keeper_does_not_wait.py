@@ -9,7 +9,7 @@ CAUGHT_AS = {"untrue"}
 
 
 def plant() -> None:
-    from analytics_svc import keeper
+    from analytics_svc.proof import keeper
 
     async def unsettled(connection: Any, ids: str) -> Any:
         return None

@@ -10,8 +10,8 @@ CAUGHT_AS = {"lost", "unbalanced", "altered"}
 
 
 def plant() -> None:
-    from analytics_svc import apply as applying
-    from analytics_svc import settling
+    from analytics_svc.ingest import apply as applying
+    from analytics_svc.ingest import settling
 
     folds: list[Any] = []
 

@@ -9,7 +9,7 @@ CAUGHT_AS = {"poison"}
 
 
 def plant() -> None:
-    from analytics_svc import settling
+    from analytics_svc.ingest import settling
 
     async def apply(connection: Any, events: Any, unfit: Any) -> Any:
         return await original(connection, events, [])

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import structlog
 
-from analytics_svc.announce import Announcement
 from analytics_svc.errors import NotYetVisible, PurchaseQuarantined
+from analytics_svc.ingest.announce import Announcement
 from chassis.errors import DatabaseUnavailable, Overloaded, ShuttingDown
 from chassis.lifecycle import Backoff, wait_set
 from chassis.postgres import UNAVAILABLE, Connection, Pool

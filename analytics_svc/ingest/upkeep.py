@@ -8,8 +8,8 @@ import structlog
 from prometheus_client import Gauge
 from psycopg_pool import PoolTimeout
 
-from analytics_svc import event_log, quarantine, trials
-from analytics_svc.health import Health
+from analytics_svc.ingest import event_log, quarantine, trials
+from analytics_svc.ingest.health import Health
 from chassis.postgres import Pool
 
 EVERY_S = 5.0  # a lost database shows in the health within that time, also when nothing is to be applied

@@ -7,10 +7,11 @@ each other and never deadlock. Rows that every batch changes come last, so that 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from analytics_svc import event_log, quarantine, tail
-from analytics_svc.announce import announce
-from analytics_svc.events import EVENT_TYPE, PurchaseCreated
-from analytics_svc.quarantine import QuarantinedEvent
+from analytics_svc.ingest import event_log, quarantine, tail
+from analytics_svc.ingest.announce import announce
+from analytics_svc.ingest.events import EVENT_TYPE
+from analytics_svc.ingest.quarantine import QuarantinedEvent
+from analytics_svc.purchase import PurchaseCreated
 from chassis.postgres import Connection
 
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import date
 from typing import Any, LiteralString, NamedTuple
 
-from analytics_svc import read_models
-from analytics_svc.read_models import SOLD, VISITS
+from analytics_svc.proof import read_models
+from analytics_svc.proof.read_models import SOLD, VISITS
 from chassis.postgres import Pool
 
 NAMED_MAX = 20  # rows of one check

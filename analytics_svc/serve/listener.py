@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from analytics_svc.announce import CHANNEL, EVERYTHING, Announcement, parse
+from analytics_svc.ingest.announce import CHANNEL, EVERYTHING, Announcement, parse
 from chassis.lifecycle import Backoff
 from chassis.postgres import UNAVAILABLE, Connection, Pool
 

@@ -12,11 +12,11 @@ from decimal import Decimal
 from typing import NamedTuple
 from uuid import UUID
 
-from analytics_svc import contradictions
-from analytics_svc.contradictions import Finding
-from analytics_svc.events import PurchaseCreated
-from analytics_svc.source import Recorded, Source, Totals
-from analytics_svc.verdicts import Comparison, Row, Verdict, at_most, difference
+from analytics_svc.proof import contradictions
+from analytics_svc.proof.contradictions import Finding
+from analytics_svc.proof.verdicts import Comparison, Row, Verdict, at_most, difference
+from analytics_svc.purchase import PurchaseCreated
+from analytics_svc.upstream.source import Recorded, Source, Totals
 from chassis.postgres import Connection, Pool
 
 # Purchases of a day; their ids are held in memory, some 100 bytes each. A larger day is compared by sums only.

@@ -7,12 +7,12 @@ from typing import Any
 
 import grpc
 
-from analytics_svc import quarantine
-from analytics_svc.announce import announce
 from analytics_svc.errors import PurchaseExists, PurchasesUnavailable
-from analytics_svc.outbox import Outbox
-from analytics_svc.quarantine import Kept
-from analytics_svc.settling import OLDER_THAN_FLOOR, Settler
+from analytics_svc.ingest import quarantine
+from analytics_svc.ingest.announce import announce
+from analytics_svc.ingest.quarantine import Kept
+from analytics_svc.ingest.settling import OLDER_THAN_FLOOR, Settler
+from analytics_svc.upstream.outbox import Outbox
 from chassis import wire
 from chassis.errors import VIOLATIONS_MAX, DatabaseUnavailable, InvalidRequest, Violation
 from chassis.postgres import Pool

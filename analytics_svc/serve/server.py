@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from analytics_svc import queries
 from analytics_svc.errors import CustomerNotFound, WatcherTooSlow
-from analytics_svc.inclusion import Inclusion
-from analytics_svc.queries import ALL_DAYS, Days, Freshness
-from analytics_svc.watch import Watchers
+from analytics_svc.serve import queries
+from analytics_svc.serve.inclusion import Inclusion
+from analytics_svc.serve.queries import ALL_DAYS, Days, Freshness
+from analytics_svc.serve.watch import Watchers
 from chassis import wire
 from chassis.errors import DatabaseUnavailable, InvalidRequest, InvalidToken, Violation
 from chassis.postgres import POOL_WAIT_S, Connection, Pool

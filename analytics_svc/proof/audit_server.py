@@ -5,10 +5,10 @@ from typing import Any
 
 from google.protobuf import duration_pb2, message
 
-from analytics_svc import audit, auditor, rebuild
-from analytics_svc.contradictions import Finding
-from analytics_svc.source import CONTROL_TOTALS_DAYS_MAX, Source, Totals
-from analytics_svc.verdicts import Row, Verdict, worst
+from analytics_svc.proof import audit, auditor, rebuild
+from analytics_svc.proof.contradictions import Finding
+from analytics_svc.proof.verdicts import Row, Verdict, worst
+from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX, Source, Totals
 from chassis import wire
 from chassis.errors import InvalidRequest, Violation
 from chassis.postgres import Pool

@@ -8,11 +8,11 @@ P1 = P2, all are equal. A day whose sums break this is looked at row by row.
 import asyncio
 from datetime import date, datetime
 
-from analytics_svc import contradictions
-from analytics_svc.contradictions import Finding
-from analytics_svc.proof import complete_through, logged_days, prove_day, read_totals
-from analytics_svc.source import Recorded, Source, Totals
-from analytics_svc.verdicts import Comparison, Row, Verdict, at_most, difference
+from analytics_svc.proof import contradictions
+from analytics_svc.proof.contradictions import Finding
+from analytics_svc.proof.day import complete_through, logged_days, prove_day, read_totals
+from analytics_svc.proof.verdicts import Comparison, Row, Verdict, at_most, difference
+from analytics_svc.upstream.source import Recorded, Source, Totals
 from chassis.postgres import Pool
 
 COMPLETE_POLL_S = 0.1

@@ -7,10 +7,10 @@ from zoneinfo import ZoneInfo
 
 import structlog
 
-from analytics_svc import events
 from analytics_svc.errors import Rejected, quoted
-from analytics_svc.events import PurchaseCreated
-from analytics_svc.quarantine import QuarantinedEvent
+from analytics_svc.ingest import events
+from analytics_svc.ingest.quarantine import QuarantinedEvent
+from analytics_svc.purchase import PurchaseCreated
 
 READ_FAILED = "READ_FAILED"  # a reason, see `events`: a bug of ours
 HEADER_LEVELS_MAX = 8  # of tables in tables; those of dead-lettering have three

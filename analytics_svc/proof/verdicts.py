@@ -5,8 +5,8 @@ from datetime import date
 from enum import IntEnum
 from typing import NamedTuple
 
-from analytics_svc.contradictions import Finding
-from analytics_svc.source import Totals
+from analytics_svc.proof.contradictions import Finding
+from analytics_svc.upstream.source import Totals
 
 
 class Verdict(IntEnum):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from datetime import date
 from typing import LiteralString, NamedTuple
 
-from analytics_svc import read_models
-from analytics_svc.read_models import BY_DAY, replace
+from analytics_svc.proof import read_models
+from analytics_svc.proof.read_models import BY_DAY, replace
 from chassis.postgres import Connection
 
 FOREIGN_IDS_MAX = 1_000  # named; all are counted

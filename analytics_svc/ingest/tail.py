@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from datetime import date, datetime
 
-from analytics_svc.events import Item, PurchaseCreated
+from analytics_svc.purchase import Item, PurchaseCreated
 from chassis.postgres import Connection
 
 

@@ -6,12 +6,13 @@ floating point sees them.
 
 import json
 import re
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from decimal import Context, Decimal, Inexact, InvalidOperation
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 from zoneinfo import ZoneInfo
 
 from analytics_svc.errors import Rejected, quoted
+from analytics_svc.purchase import Item, PurchaseCreated
 from chassis.wire import parse_cents
 
 EVENT_TYPE = "PurchaseCreated"
@@ -31,24 +32,6 @@ UNKNOWN_EVENT_TYPE = "UNKNOWN_EVENT_TYPE"
 UNSUPPORTED_SCHEMA_VERSION = "UNSUPPORTED_SCHEMA_VERSION"
 BROKEN_CONTRACT = "BROKEN_CONTRACT"  # a field is missing or wrong; the detail begins with its path
 TOTAL_MISMATCH = "TOTAL_MISMATCH"
-
-
-class Item(NamedTuple):
-    product_id: int
-    quantity: int
-    cents: int  # of the whole line
-
-
-class PurchaseCreated(NamedTuple):
-    """What the read models need of an event."""
-
-    event_id: str  # UUIDs are text in lower case: that sorts like the database's uuid
-    day: date  # the business day
-    purchase_time: datetime  # in UTC
-    branch_id: int
-    customer_id: str | None
-    cents: int
-    items: list[Item]
 
 
 def decode(

@@ -21,13 +21,14 @@ from typing import NamedTuple
 
 import structlog
 
-from analytics_svc import event_log, keeper, read_models, repair, tail
-from analytics_svc.announce import EVERYTHING, announce
-from analytics_svc.apply import apply, count
 from analytics_svc.errors import HistoryDropped, PurchasesUnavailable, RebuildRunning, RelayUnavailable
-from analytics_svc.events import PurchaseCreated
-from analytics_svc.outbox import Listed
-from analytics_svc.source import CUSTOMERS_MAX, Source
+from analytics_svc.ingest import event_log, tail
+from analytics_svc.ingest.announce import EVERYTHING, announce
+from analytics_svc.ingest.apply import apply, count
+from analytics_svc.proof import keeper, read_models, repair
+from analytics_svc.purchase import PurchaseCreated
+from analytics_svc.upstream.outbox import Listed
+from analytics_svc.upstream.source import CUSTOMERS_MAX, Source
 from chassis import postgres
 from chassis.lifecycle import Backoff
 from chassis.postgres import Connection, Pool

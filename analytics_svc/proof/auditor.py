@@ -16,12 +16,12 @@ import psycopg
 import structlog
 from prometheus_client import Counter, Gauge
 
-from analytics_svc import contradictions
-from analytics_svc.audit import compare_since, wait_until_complete
-from analytics_svc.contradictions import Finding
-from analytics_svc.proof import logged_days, prove_day
-from analytics_svc.source import CONTROL_TOTALS_DAYS_MAX, Source, Totals
-from analytics_svc.verdicts import Comparison, Row, Verdict, worst
+from analytics_svc.proof import contradictions
+from analytics_svc.proof.audit import compare_since, wait_until_complete
+from analytics_svc.proof.contradictions import Finding
+from analytics_svc.proof.day import logged_days, prove_day
+from analytics_svc.proof.verdicts import Comparison, Row, Verdict, worst
+from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX, Source, Totals
 from chassis.errors import ServiceError
 from chassis.lifecycle import Backoff
 from chassis.postgres import Connection, Pool

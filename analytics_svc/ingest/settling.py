@@ -20,13 +20,14 @@ import structlog
 from prometheus_client import Counter
 from psycopg_pool import PoolTimeout
 
-from analytics_svc import event_log, messages, quarantine, trials
-from analytics_svc.announce import announce
-from analytics_svc.apply import Applied, apply
 from analytics_svc.errors import quoted
-from analytics_svc.events import ID_MAX, Item, PurchaseCreated
-from analytics_svc.messages import Event, Message
-from analytics_svc.quarantine import QuarantinedEvent
+from analytics_svc.ingest import event_log, messages, quarantine, trials
+from analytics_svc.ingest.announce import announce
+from analytics_svc.ingest.apply import Applied, apply
+from analytics_svc.ingest.events import ID_MAX
+from analytics_svc.ingest.messages import Event, Message
+from analytics_svc.ingest.quarantine import QuarantinedEvent
+from analytics_svc.purchase import Item, PurchaseCreated
 from chassis.postgres import Pool
 
 CONNECTION_WAIT_S = 1.0  # the pool is all ours: it lacks a connection only while the database is down

@@ -27,9 +27,9 @@ import psycopg
 import structlog
 from prometheus_client import Counter, Gauge
 
-from analytics_svc.announce import announce
 from analytics_svc.errors import RelayUnavailable
-from analytics_svc.outbox import EventsDropped, Listed, SnapshotRefused
+from analytics_svc.ingest.announce import announce
+from analytics_svc.upstream.outbox import EventsDropped, Listed, SnapshotRefused
 from chassis.lifecycle import Backoff
 from chassis.postgres import UNAVAILABLE, Connection, Pool
 

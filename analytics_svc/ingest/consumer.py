@@ -17,10 +17,10 @@ from pika.channel import Channel
 from pika.exceptions import AMQPError
 from prometheus_client import Counter, Histogram
 
-from analytics_svc.events import uuid7_time
-from analytics_svc.health import Health
-from analytics_svc.messages import Message
-from analytics_svc.settling import Case, Settler
+from analytics_svc.ingest.events import uuid7_time
+from analytics_svc.ingest.health import Health
+from analytics_svc.ingest.messages import Message
+from analytics_svc.ingest.settling import Case, Settler
 from chassis import amqp, postgres
 from chassis.amqp import BrokerUnavailable
 from chassis.lifecycle import Backoff, wait_set

@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeVar
 
 import structlog
 
-from analytics_svc.announce import EVERYTHING, Announcement, Row
-from analytics_svc.queries import Days, Freshness
+from analytics_svc.ingest.announce import EVERYTHING, Announcement, Row
+from analytics_svc.serve.queries import Days, Freshness
 from chassis.errors import DatabaseUnavailable, Overloaded, ShuttingDown
 from chassis.lifecycle import Backoff, wait_set
 from chassis.postgres import POOL_WAIT_S, UNAVAILABLE, Connection, Pool

@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 import grpc
 
 from analytics_svc.errors import PurchasesUnavailable, TimeZonesDiffer
-from analytics_svc.events import Item, PurchaseCreated
+from analytics_svc.purchase import Item, PurchaseCreated
 from chassis import grpc_client, wire
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub

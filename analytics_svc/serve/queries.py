@@ -331,14 +331,6 @@ async def sales_summary(connection: Connection, days: Days | None, branch_id: in
     )
 
 
-async def page_token_key(connection: Connection) -> bytes:
-    """The secret that signs page tokens, the same for all servers of this database."""
-    row = await (await connection.execute("SELECT page_token_key FROM analytics_settings")).fetchone()
-    assert row is not None  # checked at the start of the process
-    key: bytes = row[0]
-    return key
-
-
 def _filter(column: LiteralString, ids: Sequence[int]) -> LiteralString:
     """A condition with the parameter of the column's name. One id is told apart: it has an order of its own."""
     return f"AND {column} = ANY (%({column})s) " if len(ids) > 1 else f"AND {column} = %({column})s " if ids else ""

@@ -1,0 +1,1 @@
+"""That the numbers are right, and how far they go."""

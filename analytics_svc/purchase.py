@@ -1,0 +1,22 @@
+"""A purchase as the read models know it, whether its event told of it or the purchases service did."""
+
+from datetime import date, datetime
+from typing import NamedTuple
+
+
+class Item(NamedTuple):
+    product_id: int
+    quantity: int
+    cents: int  # of the whole line
+
+
+class PurchaseCreated(NamedTuple):
+    """What the read models need of an event."""
+
+    event_id: str  # UUIDs are text in lower case: that sorts like the database's uuid
+    day: date  # the business day
+    purchase_time: datetime  # in UTC
+    branch_id: int
+    customer_id: str | None
+    cents: int
+    items: list[Item]

@@ -1,0 +1,1 @@
+"""The owner's questions, answered from the read models."""
