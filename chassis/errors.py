@@ -1,6 +1,8 @@
 """The root of every error that may reach a caller. Handlers raise; `chassis.grpc_server` alone maps to the wire.
 
 ServiceError
+├── UnknownMethod         no service here has it
+├── MessageTooLarge       by this service's limit
 ├── MalformedMessage      the bytes are not the message
 ├── InvalidRequest        fields break the rules; carries every violation at once
 ├── InvalidToken          a page or consistency token that this server did not make
@@ -8,7 +10,8 @@ ServiceError
 ├── ShuttingDown          the process is draining
 ├── DatabaseUnavailable   no connection, or the connection was lost
 ├── TransactionConflict   concurrent transactions got in each other's way, retries included
-└── DeadlineExceeded      the server's own limit for the call has passed
+├── DeadlineExceeded      the server's own limit for the call has passed
+└── Internal              a bug of ours
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,6 +45,16 @@ class ServiceError(Exception):
         self.message = message
         self.metadata = dict(metadata or {})
         self.violations = tuple(violations)
+
+
+class UnknownMethod(ServiceError):
+    code = StatusCode.UNIMPLEMENTED
+    reason = "UNKNOWN_METHOD"
+
+
+class MessageTooLarge(ServiceError):
+    code = StatusCode.INVALID_ARGUMENT  # not RESOURCE_EXHAUSTED, which policies retry: it never fits
+    reason = "MESSAGE_TOO_LARGE"
 
 
 class MalformedMessage(ServiceError):
@@ -99,3 +112,10 @@ class TransactionConflict(ServiceError):
 class DeadlineExceeded(ServiceError):
     code = StatusCode.DEADLINE_EXCEEDED
     reason = "DEADLINE_EXCEEDED"
+
+
+class Internal(ServiceError):
+    """Its text is fixed, so that nothing of the inside leaks out."""
+
+    code = StatusCode.INTERNAL
+    reason = "INTERNAL"

@@ -17,14 +17,16 @@ import structlog
 from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import Counter, Histogram, start_http_server
 
-from chassis import errors, postgres
+from chassis import errors, postgres, reflection
 from chassis.errors import ServiceError
 
-MESSAGE_BYTES_MAX = 1 << 20  # received; gRPC's own default is 4 MiB
-REPLY_BYTES_MAX = 16 << 20  # a page of 500 purchases of 2,000 items each stays below it
+MESSAGE_BYTES_MAX = 64 << 10  # received, unless a service says otherwise: a thousand ids have 38 KB
+# gRPC refuses what is larger than its own limit with a code that invites retries, and without a word to programs. So
+# its limit is higher, and ours is checked first: few mistakes are more than this many times too large.
+GRPC_LIMIT_FACTOR = 4
+REPLY_BYTES_MAX = 16 << 20
 CALL_TIMEOUT_S = 30.0  # for callers that set no deadline, or a later one
 DRAIN_TIMEOUT_S = 20.0  # how long a stopping server waits for the calls in flight
 SLOW_CALL_S = 1.0
@@ -32,7 +34,6 @@ SLOW_CALL_S = 1.0
 READER_TIMEOUT_S = 20.0
 
 OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", REPLY_BYTES_MAX),
     ("grpc.max_concurrent_streams", 1_000),  # per connection
     ("grpc.keepalive_time_ms", 60_000),
@@ -62,6 +63,7 @@ class Service(NamedTuple):
     servicer: Any
     name: str
     timeout_s: float = CALL_TIMEOUT_S
+    message_bytes_max: int = MESSAGE_BYTES_MAX
 
 
 class PortTaken(Exception):
@@ -95,16 +97,21 @@ class Server:
         """
         self._names = ["", *(service.name for service in services)]
         await self.set_serving(False)
-        # Shared by default on Linux: then two servers would have one port without noticing.
-        server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", int(share_port))])
+        options = [
+            *OPTIONS,
+            ("grpc.max_receive_message_length", GRPC_LIMIT_FACTOR * max(s.message_bytes_max for s in services)),
+            # Shared by default on Linux: then two servers would have one port without noticing.
+            ("grpc.so_reuseport", int(share_port)),
+        ]
+        server = grpc.aio.server(options=options)
         for service in services:
-            service.add(service.servicer, _WrappingServer(server, self, service.timeout_s))
+            shell = _WrappingServer(server, self.domain, self.in_flight, service.timeout_s, service.message_bytes_max)
+            service.add(service.servicer, shell)
         # Health and reflection answer while draining and count as nothing in flight: a health watch never ends.
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, _WrappingServer(server, None, None))  # type: ignore[arg-type]
-        reflected = [s.name for s in services] + [health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
-            reflection.aio.ReflectionServicer(reflected), _WrappingServer(server, None, None)
-        )
+        shell = _WrappingServer(server, self.domain, nullcontext(), None, MESSAGE_BYTES_MAX)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, shell)  # type: ignore[arg-type]
+        reflection.add_to_server([*(s.name for s in services), health.SERVICE_NAME], shell)
+        server.add_generic_rpc_handlers((_UnknownMethods(self.domain),))
         try:
             server.add_insecure_port(address)
         except RuntimeError as error:
@@ -146,15 +153,49 @@ class _InFlight(AbstractContextManager[None]):
 class _WrappingServer:
     """What generated `add_…_to_server` functions see as the server: it wraps each handler on its way."""
 
-    def __init__(self, server: grpc.aio.Server, shared: Server | None, timeout_s: float | None) -> None:
-        self._server, self._shared, self._timeout_s = server, shared, timeout_s
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        domain: str,
+        in_flight: AbstractContextManager[None],
+        timeout_s: float | None,
+        message_bytes_max: int,
+    ) -> None:
+        self._server, self._domain, self._in_flight = server, domain, in_flight
+        self._timeout_s, self._message_bytes_max = timeout_s, message_bytes_max
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
-        wrapped = {n: _wrap(f"/{service}/{n}", h, self._shared, self._timeout_s) for n, h in handlers.items()}
+        wrapped = {name: self._wrap(f"/{service}/{name}", handler) for name, handler in handlers.items()}
         self._server.add_registered_method_handlers(service, wrapped)
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
         """Generated code registers everything twice. Registered by method, calls are cheaper."""
+
+    def _wrap(self, method: str, handler: Any) -> Handler:
+        guard = _Guard(method, handler, self._domain, self._in_flight, self._timeout_s, self._message_bytes_max)
+        # Registered as if every method took a stream, of which we read the one message: gRPC itself leaves a call that
+        # ends without a message unanswered for ever. And without a deserializer, to parse where a failure can be
+        # answered.
+        serializer = handler.response_serializer
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(guard.stream, response_serializer=serializer)
+        return grpc.stream_unary_rpc_method_handler(guard.unary, response_serializer=serializer)
+
+
+class _UnknownMethods(grpc.GenericRpcHandler):
+    """Asked last: answers calls of methods that no service has."""
+
+    def __init__(self, domain: str) -> None:
+        self._domain = domain
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler:
+        method = handler_call_details.method
+
+        async def refuse(_: object, context: Any) -> None:
+            error = errors.UnknownMethod(f"this server has no method {method}", metadata={"method": method})
+            await _abort(context, "unknown", error, self._domain)  # callers must not make up values of a metric's label
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 @asynccontextmanager
@@ -177,22 +218,20 @@ async def serving_metrics(address: str) -> AsyncIterator[None]:
         thread.join()
 
 
-def _wrap(method: str, handler: Any, shared: Server | None, timeout_s: float | None) -> Handler:
-    guard = _Guard(method, handler, shared, timeout_s)
-    # Registered as if every method took a stream, of which we read the one message: gRPC itself leaves a call that ends
-    # without a message unanswered for ever. And without a deserializer, to parse where a failure can be answered.
-    if handler.response_streaming:
-        return grpc.stream_stream_rpc_method_handler(guard.stream, response_serializer=handler.response_serializer)
-    return grpc.stream_unary_rpc_method_handler(guard.unary, response_serializer=handler.response_serializer)
-
-
 class _Guard:
     """One method's handler, with everything around it that all methods share."""
 
-    def __init__(self, method: str, handler: Any, shared: Server | None, timeout_s: float | None) -> None:
-        self._method, self._timeout_s = method, timeout_s
-        self._in_flight: AbstractContextManager[None] = shared.in_flight if shared else nullcontext()
-        self._domain = shared.domain if shared else "retail.example"
+    def __init__(
+        self,
+        method: str,
+        handler: Any,
+        domain: str,
+        in_flight: AbstractContextManager[None],
+        timeout_s: float | None,
+        message_bytes_max: int,
+    ) -> None:
+        self._method, self._domain, self._in_flight = method, domain, in_flight
+        self._timeout_s, self._message_bytes_max = timeout_s, message_bytes_max
         self._behavior = (  # exactly one is set
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         )
@@ -220,7 +259,7 @@ class _Guard:
             self._seconds.observe(elapsed)
             if elapsed > SLOW_CALL_S:
                 log.warning("slow call", method=self._method, seconds=round(elapsed, 3))
-        await self._abort(context, failure)
+        await _abort(context, self._method, failure, self._domain)
 
     async def _reply(self, requests: AsyncIterator[bytes], context: Any) -> Any:
         request = await self._received(requests, context)
@@ -244,16 +283,31 @@ class _Guard:
         else:
             self._succeeded.inc()
             return
-        await self._abort(context, failure)
+        await _abort(context, self._method, failure, self._domain)
 
     async def _received(self, requests: AsyncIterator[bytes], context: Any) -> Any:
         """The request: a message, or an iterator of messages."""
         if self._takes_stream:
-            return _parse_stream(self._deserialize, requests)
+            return self._parsed(requests)
         raw = await context.read()
         if raw is grpc.aio.EOF:
             raise errors.MalformedMessage("the call ended without a message")
-        return _parse(self._deserialize, raw)
+        return self._parse(raw)
+
+    async def _parsed(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for raw in requests:
+            yield self._parse(raw)
+
+    def _parse(self, raw: bytes) -> Any:
+        if len(raw) > self._message_bytes_max:
+            raise errors.MessageTooLarge(
+                f"a message may have at most {self._message_bytes_max:,} bytes; this one has {len(raw):,}",
+                metadata={"bytes_max": str(self._message_bytes_max), "bytes": str(len(raw))},
+            )
+        try:
+            return self._deserialize(raw)
+        except message.DecodeError:
+            raise errors.MalformedMessage("the bytes are not a message of the expected type") from None
 
     def _explain(self, error: BaseException) -> ServiceError:
         if isinstance(error, grpc.aio.AbortError):
@@ -266,12 +320,15 @@ class _Guard:
             return errors.ShuttingDown("the call was interrupted; try again")
         raise error
 
-    async def _abort(self, context: Any, error: ServiceError) -> NoReturn:
-        HANDLED.labels(self._method, error.code.name).inc()
-        log.info("call refused", method=self._method, code=error.code.name, reason=error.reason, error=error.message)
-        details = to_status(error, self._domain).SerializeToString()
-        await context.abort(error.code, error.message, trailing_metadata=(("grpc-status-details-bin", details),))
-        raise AssertionError("abort always raises")
+
+async def _abort(context: Any, method: str, error: ServiceError, domain: str) -> NoReturn:
+    HANDLED.labels(method, error.code.name).inc()
+    log.info("call refused", method=method, code=error.code.name, reason=error.reason, error=error.message)
+    trailers = [("grpc-status-details-bin", to_status(error, domain).SerializeToString())]
+    if error.retry_after_s is not None:  # what the retries built into gRPC's clients read instead of RetryInfo
+        trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1_000))))
+    await context.abort(error.code, error.message, trailing_metadata=tuple(trailers))
+    raise AssertionError("abort always raises")
 
 
 async def _write(context: Any, reply: Any) -> None:
@@ -280,18 +337,6 @@ async def _write(context: Any, reply: Any) -> None:
             await context.write(reply)  # returns when HTTP/2's window lets the message out
     except TimeoutError:
         raise errors.DeadlineExceeded(f"nothing of the answer was read for {READER_TIMEOUT_S:g} s") from None
-
-
-def _parse(deserialize: Callable[[bytes], Any], raw: bytes) -> Any:
-    try:
-        return deserialize(raw)
-    except message.DecodeError:
-        raise errors.MalformedMessage("the bytes are not a message of the expected type") from None
-
-
-async def _parse_stream(deserialize: Callable[[bytes], Any], raw: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-    async for item in raw:
-        yield _parse(deserialize, item)
 
 
 def explain(error: Exception, method: str) -> ServiceError:
@@ -305,14 +350,7 @@ def explain(error: Exception, method: str) -> ServiceError:
         return known
     error_id = str(uuid.uuid4())
     log.error("bug", method=method, error_id=error_id, exc_info=error)
-    return _Internal("internal error", metadata={"error_id": error_id})
-
-
-class _Internal(ServiceError):
-    """A bug. Its text is fixed, so that nothing of the inside leaks out."""
-
-    code = grpc.StatusCode.INTERNAL
-    reason = "INTERNAL"
+    return errors.Internal("internal error", metadata={"error_id": error_id})
 
 
 def to_status(error: ServiceError, domain: str) -> status_pb2.Status:

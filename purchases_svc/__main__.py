@@ -96,6 +96,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
                 purchases_grpc.add_PurchasesServiceServicer_to_server,
                 server.PurchasesServicer(recorder, Uploads(recorder, host), read_pool, export_pool, tokens, time_zone),
                 "retail.purchases.v1.PurchasesService",
+                message_bytes_max=server.MESSAGE_BYTES_MAX,
             ),
             grpc_server.Service(
                 customers_grpc.add_CustomersServiceServicer_to_server,

@@ -24,6 +24,7 @@ from retail.purchases.v1 import (
     purchases_service_pb2_grpc,
 )
 
+MESSAGE_BYTES_MAX = 1 << 20  # received by PurchasesService, whose uploads bring hundreds of sales at once
 PURCHASES_PER_PAGE = (50, 500)  # by default, at most
 CUSTOMERS_PER_PAGE = (50, 500)
 CONTROL_TOTALS_PER_PAGE = (500, 1_000)

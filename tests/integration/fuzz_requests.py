@@ -17,7 +17,8 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from chassis.grpc_server import MESSAGE_BYTES_MAX
+from chassis.grpc_server import GRPC_LIMIT_FACTOR
+from purchases_svc.server import MESSAGE_BYTES_MAX
 from retail.purchases.v1 import customers_service_pb2, purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest, GetPurchaseRequest
 from tests.integration.sales import NOON, sale
@@ -249,7 +250,8 @@ class Plan:
         if kind == "noise":
             return chance.randbytes(chance.randint(0, 100))
         if kind == "big":
-            return padded(raw, MESSAGE_BYTES_MAX + chance.choice([0, 1, 100_000]))
+            sizes = [MESSAGE_BYTES_MAX, MESSAGE_BYTES_MAX + 1, GRPC_LIMIT_FACTOR * MESSAGE_BYTES_MAX + 1]
+            return padded(raw, chance.choice(sizes))
         return raw
 
 

@@ -44,8 +44,8 @@ class Refusal:
 
     def __init__(self, error: grpc.aio.AioRpcError) -> None:
         self.code = error.code()
-        details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
-        self.status = status_pb2.Status.FromString(details)
+        trailers = dict(error.trailing_metadata() or ())
+        self.status = status_pb2.Status.FromString(trailers.get("grpc-status-details-bin", b""))
         assert (self.status.code, self.status.message) == (self.code.value[0], error.details())
         self.info, bad, self.retry = (
             error_details_pb2.ErrorInfo(),
@@ -55,6 +55,8 @@ class Refusal:
         for detail in self.status.details:
             for part in (self.info, bad, self.retry):
                 detail.Unpack(part)
+        pause = str(self.retry.retry_delay.ToMilliseconds()) if self.retry.HasField("retry_delay") else None
+        assert trailers.get("grpc-retry-pushback-ms") == pause  # for the retries built into gRPC's clients
         self.reason = self.info.reason
         self.fields = [violation.field for violation in bad.field_violations]
 

@@ -96,7 +96,7 @@ async def test_too_many_sales_are_refused_and_health_answers(purchases_db: str) 
             assert {result.error.message.split()[-1] for result in results.values()} == {"later"}
             started = time.monotonic()
             assert await is_serving(channel)
-            assert await reflected(channel) == 4
+            assert await reflected(channel) == 5
             missing = await refusal(
                 tills.GetPurchase(GetPurchaseRequest(purchase_id=str(uuid.uuid4())), timeout=STUCK_S)
             )

@@ -2,9 +2,9 @@
 
 import pytest
 
-from chassis.grpc_server import MESSAGE_BYTES_MAX
 from chassis.settings import SettingsError, load
 from purchases_svc.sale import ITEMS_MAX
+from purchases_svc.server import MESSAGE_BYTES_MAX
 from purchases_svc.settings import ServeSettings
 from purchases_svc.upload import UPLOADS_PER_MESSAGE_MAX
 from relay_svc.settings import ServeSettings as RelaySettings

@@ -1,0 +1,103 @@
+"""What clients in any language and tools rely on: reflection, and that every refusal of ours is a rich one."""
+
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2
+from grpc_reflection.v1alpha import reflection_pb2 as pb
+
+import purchases_svc.server
+from chassis import grpc_server
+from retail.analytics.v1.analytics_service_pb2 import ListProductSalesRequest
+from retail.analytics.v1.quarantine_service_pb2 import RedriveEventsRequest
+from retail.purchases.v1.customers_service_pb2 import GetCustomerRequest
+from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
+from retail.purchases.v1.purchases_service_pb2 import UploadPurchasesRequest
+from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from retail.relay.v1.outbox_service_pb2 import RequeueEventsRequest
+from tests.integration.sales import Refusal, refusal, sale
+
+SERVICE = "retail.purchases.v1.PurchasesService"
+REFLECTION = ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
+
+
+async def reflected(channel: grpc.aio.Channel, name: str, request: pb.ServerReflectionRequest) -> Any:
+    """The answer to a request of reflection, of which both versions have the same messages."""
+    method = channel.stream_stream(
+        f"/{name}/ServerReflectionInfo",
+        request_serializer=pb.ServerReflectionRequest.SerializeToString,
+        response_deserializer=pb.ServerReflectionResponse.FromString,
+    )
+    return await anext(aiter(method(iter([request]), timeout=10)))
+
+
+@pytest.mark.parametrize("name", REFLECTION)
+async def test_reflection_finds_methods(purchases_channel: grpc.aio.Channel, name: str) -> None:
+    """By v1 and v1alpha alike: services, their methods, and messages lead to their file; what is not there, to none."""
+    for symbol in (SERVICE, f"{SERVICE}.CreatePurchase", "retail.purchases.v1.Purchase", REFLECTION[0], REFLECTION[1]):
+        reply = await reflected(purchases_channel, name, pb.ServerReflectionRequest(file_containing_symbol=symbol))
+        files = map(descriptor_pb2.FileDescriptorProto.FromString, reply.file_descriptor_response.file_descriptor_proto)
+        assert symbol.rpartition(".v1")[0] in " ".join(file.package for file in files)
+    for symbol in (f"{SERVICE}.Create", f"{SERVICE}.", "retail.Nothing", "CreatePurchase", ""):
+        reply = await reflected(purchases_channel, name, pb.ServerReflectionRequest(file_containing_symbol=symbol))
+        assert reply.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
+
+
+@pytest.mark.parametrize("name", REFLECTION)
+async def test_reflection_describes_every_service_that_it_lists(purchases_channel: grpc.aio.Channel, name: str) -> None:
+    """A tool that lists the services asks for the description of each."""
+    reply = await reflected(purchases_channel, name, pb.ServerReflectionRequest(list_services=""))
+    services = {service.name for service in reply.list_services_response.service}
+    assert {SERVICE, "retail.purchases.v1.CustomersService", "grpc.health.v1.Health", *REFLECTION} == services
+    for service in services:
+        reply = await reflected(purchases_channel, name, pb.ServerReflectionRequest(file_containing_symbol=service))
+        assert reply.HasField("file_descriptor_response"), service
+
+
+async def test_unknown_method_is_refused_with_a_reason(purchases_channel: grpc.aio.Channel) -> None:
+    """Of a known service or not, unary or streaming: UNIMPLEMENTED, an ErrorInfo, and the method's name."""
+    for method in (f"/{SERVICE}/DeletePurchase", "/retail.sales.v9.SalesService/Sell"):
+        unary: Any = purchases_channel.unary_unary(method)
+        refused = await refusal(unary(b"", timeout=10))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD")
+        assert (refused.info.domain, refused.info.metadata["method"]) == ("purchases.retail.example", method)
+        streaming: Any = purchases_channel.stream_stream(method)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await anext(aiter(streaming(iter([b""]), timeout=10)))
+        assert Refusal(caught.value).reason == "UNKNOWN_METHOD"
+
+
+async def test_message_that_is_too_large_is_refused_for_good(purchases_channel: grpc.aio.Channel) -> None:
+    """Each service has its limit; beyond it, unary or in a stream, the code is one that no client tries again."""
+    tills: Any = PurchasesServiceStub(purchases_channel)
+    customers: Any = CustomersServiceStub(purchases_channel)
+    for limit in (purchases_svc.server.MESSAGE_BYTES_MAX, 3 * purchases_svc.server.MESSAGE_BYTES_MAX):
+        refused = await refusal(tills.CreatePurchase(sale(receipt_id="x" * limit), timeout=10))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE")
+        assert refused.info.metadata["bytes_max"] == "1048576"
+        assert "1,048,576" in refused.status.message
+    upload = UploadPurchasesRequest()
+    upload.uploads.add(create_purchase=sale(receipt_id="x" * purchases_svc.server.MESSAGE_BYTES_MAX))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await anext(aiter(tills.UploadPurchases(iter([upload]), timeout=10)))
+    assert Refusal(caught.value).reason == "MESSAGE_TOO_LARGE"
+
+    largest = GetCustomerRequest(customer_id="x" * (grpc_server.MESSAGE_BYTES_MAX - 4))
+    assert largest.ByteSize() == grpc_server.MESSAGE_BYTES_MAX
+    assert (await refusal(customers.GetCustomer(largest, timeout=10))).reason == "INVALID_REQUEST"
+    largest.customer_id += "x"
+    assert (await refusal(customers.GetCustomer(largest, timeout=10))).reason == "MESSAGE_TOO_LARGE"
+
+
+def test_largest_legal_requests_fit() -> None:
+    """What the contracts allow, at its largest, fits the limit of services that set none."""
+    uuids = ["4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"] * 1_000
+    filters = ListProductSalesRequest(
+        branch_ids=[2**31 - 1] * 1_000,
+        product_ids=[2**31 - 1] * 1_000,
+        page_token="x" * 500,
+        consistency_token=uuids[0],
+    )
+    for largest in (RedriveEventsRequest(quarantine_ids=uuids), RequeueEventsRequest(event_ids=uuids), filters):
+        assert largest.ByteSize() <= grpc_server.MESSAGE_BYTES_MAX
