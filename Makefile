@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 LOCAL := exec $(PYTHON) -m deploy.local
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run start stop status demo test lint proto bench faults
+.PHONY: help ready run start stop status demo test lint proto contract bench faults
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -34,8 +34,11 @@ test: ready ## all tests, against real servers; [ARGS='-k name -x']
 lint: ready ## formatting, types, layers, contracts
 	@PYTHON=$(PYTHON) deploy/lint.sh
 
-proto: ready ## generate the Python code from proto/
+proto: ready ## all that is made of proto/: Python code, descriptor image, reference
 	@PYTHON=$(PYTHON) deploy/proto.sh
+
+contract: ready # accept what proto/ says now, breaking changes included: lint compares with it from then on
+	@.venv/bin/buf build proto --exclude-source-info -o proto/accepted.binpb
 
 bench: ready ## measure; [ONLY=write|pipeline|analytics] [REPORT=out.json]
 	@PYTHONPATH=.:generated exec $(PYTHON) -m tests.bench

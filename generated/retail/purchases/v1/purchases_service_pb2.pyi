@@ -148,7 +148,10 @@ class ListPurchasesRequest(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Purchases per page: 50 when 0, at most 500 (more is read as 500)."""
+    """Purchases per page: 50 when 0, at most 500 (more is read as 500). A page of
+    large purchases is shorter; only next_page_token tells whether it is the
+    last.
+    """
     page_token: _builtins.str
     """next_page_token of the previous page; the other fields must stay the same."""
     customer_id: _builtins.str
