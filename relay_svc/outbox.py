@@ -104,6 +104,20 @@ async def claim_retries(connection: Connection, limit: int) -> list[OutboxEvent]
     return [OutboxEvent(*row) for row in await cursor.fetchall()]
 
 
+async def newest(connection: Connection, limit: int, besides: Sequence[str]) -> list[OutboxEvent]:
+    """The newest events besides some, whatever their status; not locked, and none that is older than a day."""
+    cursor = await connection.execute(
+        """
+        SELECT event_id::text, event_type, payload_json::text, traceparent, attempts
+        FROM outbox_events e
+        WHERE e.event_id >= uuid7_floor(now() - %(age_max)s::interval) AND e.event_id <> ALL(%(besides)s::uuid[])
+        ORDER BY e.event_id DESC LIMIT %(limit)s
+        """,
+        {"age_max": EVENT_AGE_MAX, "besides": list(besides), "limit": limit},
+    )
+    return [OutboxEvent(*row) for row in await cursor.fetchall()]
+
+
 async def sweep(connection: Connection, low_water: Position) -> Position:
     """The position of the oldest event that waits, whoever has it: below, there is nothing left but retries.
 

@@ -1,7 +1,7 @@
 """Publishing with confirms, windows of messages in flight on one channel. The only file that talks to the broker."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ class Outcome(NamedTuple):
     confirmed: list[str]  # event ids that the broker routed and stored
     faulty: dict[str, str]  # event id → why this event could not be published, while others could
     outage: str | None  # why the broker did not take the rest
+    refused: Mapping[str, str] = {}  # event id → why the broker closed the channel over it; it took no other, either
 
 
 class _Window:
@@ -78,7 +79,8 @@ class Publisher:
         comes back first, without its delivery tag, and is told by its id.
 
         A message that the broker refuses takes the channel with it, and all that is in flight. Then the messages go
-        one by one, which tells the one from its neighbours; and so do those that had a fault before.
+        one by one, which tells the one from its neighbours; and so do those that had a fault before. A refusal is an
+        event's own fault only if the broker takes another one in the same call.
         """
         faulty: dict[str, str] = {}
         window: list[OutboxEvent] = []
@@ -126,10 +128,10 @@ class Publisher:
                 elif window.trouble or asyncio.get_running_loop().time() > deadline:
                     outage = window.trouble
                     break
-        if len(refused) > 1 and not (confirmed or before.confirmed):
-            # Nothing goes through: then it is the broker's doing, and no event is to suffer for it.
-            outage, refused = f"the broker refuses every message: {next(iter(refused.values()))}", {}
-        return Outcome(before.confirmed + confirmed, before.faulty | refused, outage)
+        taken = before.confirmed + confirmed
+        if not taken:  # it may as well be the broker's doing, and no event is to suffer for that
+            return Outcome([], before.faulty, outage, refused)
+        return Outcome(taken, before.faulty | refused, outage)
 
     async def _window(self, events: Sequence[OutboxEvent]) -> _Window:
         async with self._sending:

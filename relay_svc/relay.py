@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import psycopg
@@ -14,7 +15,7 @@ from chassis.lifecycle import Backoff, wait_set
 from chassis.postgres import Connection, Pool
 from relay_svc import outbox
 from relay_svc.outbox import OutboxEvent
-from relay_svc.publisher import Publisher
+from relay_svc.publisher import Outcome, Publisher
 from relay_svc.wakeup import Wakeup
 
 LANES = 2  # windows on their way: while the broker confirms one, the next is claimed and sent, and the last is marked
@@ -24,6 +25,7 @@ RETRIES_EVERY_S = 1.0  # or ten times that often, while there are many; new even
 SWEEP_EVERY_S = 30.0
 SWEEP_TIMEOUT_S = 300.0  # the first one after a start may pass a long day's events, if vacuum could not clean up
 RATE_OVER_S = 60.0
+WITNESSES = 3  # events that tell by going through whether a refused one is at fault, or the broker
 
 SENT = Counter("relay_events_sent_total", "Events that the broker confirmed.")
 FAULTS = Counter("relay_event_faults_total", "Attempts that failed by the event's own fault.")
@@ -86,7 +88,8 @@ class Relay:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Publish until `stop`. While the broker takes no events the breaker is open: nothing is claimed but one event
-        at a time, with growing pauses. An outage costs no attempts, and the first success closes the breaker."""
+        at a time, with growing pauses. An outage costs no attempts. Only such a probe closes the breaker: what another
+        lane had sent before the outage may well be confirmed after it, and says nothing of how the broker is now."""
         backoff = Backoff(0.1, 5.0)
         while not stop.is_set():
             try:
@@ -95,7 +98,9 @@ class Relay:
                         for _ in range(LANES):
                             lanes.create_task(self._lane(stop, backoff))
                 else:
-                    await self.run_once(limit=1)
+                    probe = await self.run_once(limit=1)
+                    if probe.outage is None:
+                        self._close_breaker()
             except* (psycopg.Error, PoolTimeout) as errors:  # a server that went read-only in a failover, too
                 log.warning("database trouble", error=str(errors.exceptions[0]).strip())
                 # The next connection may be to another server: after a failover, transactions have other numbers.
@@ -134,10 +139,11 @@ class Relay:
         async with self._pool.connection() as connection, connection.transaction():
             events = await self._claim(connection, limit)
             if not events:
-                self._set_breaker(await self._publisher.connect())  # an outage shows before the first event does
-                return Step(0, self.breaker_reason)
+                outage = await self._publisher.connect()  # it shows before the first event does
+                self._open_breaker(outage)
+                return Step(0, outage)
             with CONFIRM_SECONDS.time():
-                outcome = await self._publisher.publish(events)
+                outcome = await self._publish(connection, events)
             await outbox.mark_sent(connection, outcome.confirmed)
             await outbox.mark_faulty(connection, outcome.faulty, self._attempts_max)
         SENT.inc(len(outcome.confirmed))
@@ -149,8 +155,22 @@ class Relay:
         if len(outcome.confirmed) + len(outcome.faulty) < len(events):
             async with self._claiming:
                 self._position = self._low_water  # the rest still waits
-        self._set_breaker(outcome.outage)
+        self._open_breaker(outcome.outage)
         return Step(len(events), outcome.outage)
+
+    async def _publish(self, connection: Connection, events: Sequence[OutboxEvent]) -> Outcome:
+        """Publish; what is refused alone is at fault only if the broker takes another event now.
+
+        When none of these went through, the newest others are published too: once more, perhaps, which does no harm.
+        """
+        outcome = await self._publisher.publish(events)
+        if outcome.outage or not outcome.refused:
+            return outcome
+        witnesses = await outbox.newest(connection, WITNESSES, [event.event_id for event in events])
+        if (await self._publisher.publish(witnesses)).confirmed:
+            return outcome._replace(faulty={**outcome.faulty, **outcome.refused})
+        reason = next(iter(outcome.refused.values()))
+        return outcome._replace(outage=f"the broker refuses every message: {reason}")
 
     async def _claim(self, connection: Connection, limit: int) -> list[OutboxEvent]:
         """One lane claims at a time, from where the last ended."""
@@ -173,10 +193,15 @@ class Relay:
             await connection.execute(f"SET LOCAL statement_timeout = {int(SWEEP_TIMEOUT_S * 1000)}")
             self._position = self._low_water = await outbox.sweep(connection, self._low_water)
 
-    def _set_breaker(self, outage: str | None) -> None:
-        if outage and not self.breaker_reason:
+    def _open_breaker(self, outage: str | None) -> None:
+        if outage is None:
+            return
+        if self.breaker_reason is None:
             log.warning("breaker open: the broker does not take events", reason=outage)
-        if self.breaker_reason and not outage:
-            log.info("breaker closed: the broker takes events again")
         self.breaker_reason = outage
-        BREAKER_OPEN.set(1 if outage else 0)
+        BREAKER_OPEN.set(1)
+
+    def _close_breaker(self) -> None:
+        log.info("breaker closed: the broker takes events again")
+        self.breaker_reason = None
+        BREAKER_OPEN.set(0)

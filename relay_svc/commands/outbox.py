@@ -23,6 +23,7 @@ PAGE_SIZE = 500
 STATUSES = ("NEW", "SENT", "FAILED")
 
 console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)  # never among what a program reads
 
 
 def run(config: ClientSettings, arguments: Sequence[str]) -> int:
@@ -33,7 +34,7 @@ def run(config: ClientSettings, arguments: Sequence[str]) -> int:
         try:
             return int(asked.run(stub, asked))
         except grpc.RpcError as error:
-            console.print(f"{config.relay_target}: {error.code().name}: {error.details()}")
+            errors.print(f"{config.relay_target}: {error.code().name}: {error.details()}")
             return 1
 
 

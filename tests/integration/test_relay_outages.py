@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,7 +18,8 @@ from chassis.postgres import Pool
 from deploy.local.rabbitmq import RabbitMQ
 from relay_svc import outbox as outbox_module
 from relay_svc import wakeup
-from relay_svc.publisher import Publisher
+from relay_svc.outbox import OutboxEvent
+from relay_svc.publisher import Outcome, Publisher
 from relay_svc.relay import Relay
 from relay_svc.wakeup import Wakeup
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
@@ -175,12 +176,13 @@ async def test_one_bad_event_among_good_ones(
     assert drain(queue) == {bad: 1}
 
 
+@pytest.mark.parametrize("events", [1, 20])
 async def test_broker_that_refuses_everything(
-    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel, broker: RabbitMQ
+    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel, broker: RabbitMQ, events: int
 ) -> None:
-    """Then it is the broker's fault, and no event's."""
+    """Then it is the broker's fault, and no event's; also when there is just one to try it with."""
     most = broker.ctl("eval", "application:get_env(rabbit, max_message_size).").strip().removeprefix("{ok,")[:-1]
-    write(purchases_db, 20)
+    write(purchases_db, events)
     broker.ctl("eval", "application:set_env(rabbit, max_message_size, 10).")
     try:
         async with relaying(outbox, amqp_url) as relay:
@@ -189,6 +191,37 @@ async def test_broker_that_refuses_everything(
     finally:
         broker.ctl("eval", f"application:set_env(rabbit, max_message_size, {most}).")
     assert set(states(purchases_db).values()) == {("NEW", 0)}
+
+
+async def test_window_from_before_an_outage_is_confirmed_late(
+    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel
+) -> None:
+    """One lane's confirms come after the other lane met the outage: they close no breaker. Only a single event does
+    that, sent while it is open."""
+    write(purchases_db, 200)
+    sizes: list[int] = []
+
+    class Overtaken(Publisher):
+        async def publish(self, events: Sequence[OutboxEvent]) -> Outcome:
+            sizes.append(len(events))
+            if len(sizes) == 2:
+                return Outcome([], {}, "the broker is gone")
+            late = len(sizes) == 1
+            outcome = await super().publish(events)
+            if late:
+                await eventually(lambda: breaker(relay), "the breaker opens")
+            return outcome
+
+    publisher = Overtaken(amqp_url, CONFIRM_TIMEOUT_S)
+    relay = Relay(outbox, publisher, Wakeup(outbox, 0.2), window=50, attempts_max=2)
+    stop = asyncio.Event()
+    task = asyncio.ensure_future(relay.run(stop))
+    await eventually(lambda: all_sent(purchases_db), "everything is sent")
+    stop.set()
+    await asyncio.wait_for(task, WAIT_S)
+    publisher.disconnect()
+    assert sizes[:3] == [50, 50, 1]
+    assert relay.breaker_reason is None
 
 
 async def test_broker_that_blocks_publishers(
