@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from deploy.local.machine import (
@@ -60,14 +61,22 @@ ERLANG_OPTIONS = "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,
 
 
 class RabbitMQ:
-    """One node. `preferred_port` is taken for AMQP if it is free."""
+    """One node. `preferred_port` is taken for AMQP if it is free; `settings` adds lines of rabbitmq.conf."""
 
-    def __init__(self, directory: Path, *, log: Path | None = None, preferred_port: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        log: Path | None = None,
+        preferred_port: int | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = directory.resolve()
         self.log = log or self.directory / "rabbitmq.log"
         self.notes = Notebook(self.directory / "notes.json")
         self._complete = self.directory / "complete"  # exists once the first start has succeeded
         self._preferred_port = preferred_port
+        self._settings = settings or {}
         self._launched: Process | None = None
 
     @property
@@ -99,7 +108,9 @@ class RabbitMQ:
         if not self._complete.exists():  # a first start that was interrupted: half a database is no database
             shutil.rmtree(self.directory / "mnesia", ignore_errors=True)
         port, password = self._port("amqp", False), self.notes.password(USER)
-        write_private(self.directory / "rabbitmq.conf", CONFIGURATION.format(port=port, user=USER, password=password))
+        configuration = CONFIGURATION.format(port=port, user=USER, password=password)
+        configuration += "".join(f"{name} = {value}\n" for name, value in self._settings.items())
+        write_private(self.directory / "rabbitmq.conf", configuration)
         write_private(self.directory / "enabled_plugins", "[].\n")
         if not (cookie := self.directory / ".erlang.cookie").exists():
             write_private(cookie, secrets.token_hex(32))

@@ -60,6 +60,25 @@ def depth(channel: BlockingChannel) -> int:
     return int(channel.queue_declare(QUEUE, passive=True).method.message_count)
 
 
+async def make_queue(analytics_db: str, amqp_url: str, channel: BlockingChannel) -> None:
+    """The queue as a consumer makes it, which then leaves."""
+    async with consuming(analytics_db, amqp_url):
+        pass
+    await all_left(channel)
+
+
+async def all_left(channel: BlockingChannel) -> None:
+    """Wait until the broker has noticed that nobody consumes any more.
+
+    Before that it may still deliver to those who are gone: then whoever comes next gets it as a redelivery.
+    """
+
+    async def none() -> bool:
+        return int(channel.queue_declare(QUEUE, passive=True).method.consumer_count) == 0
+
+    await eventually(none, "the broker has noticed that the consumers are gone")
+
+
 def start(command: str, *, bug: str | None = None, **settings: str) -> "subprocess.Popen[bytes]":
     """A process of its own; `bug`: one of those of `poisoned_consumer`."""
     environ = {
