@@ -17,6 +17,9 @@ ServiceError
 from grpc import StatusCode
 
 from chassis.errors import ServiceError
+from retail.analytics.v1 import error_reason_pb2 as reasons
+
+_named = reasons.ErrorReason.Name  # what the contract does not have cannot be raised
 
 
 class Rejected(Exception):
@@ -39,54 +42,54 @@ def quoted(value: object) -> str:
 
 class CustomerNotFound(ServiceError):
     code = StatusCode.NOT_FOUND
-    reason = "CUSTOMER_NOT_FOUND"
+    reason = _named(reasons.CUSTOMER_NOT_FOUND)
 
 
 class NotYetVisible(ServiceError):
     code = StatusCode.UNAVAILABLE
-    reason = "NOT_YET_VISIBLE"
+    reason = _named(reasons.NOT_YET_VISIBLE)
     retry_after_s = 1.0
 
 
 class PurchaseQuarantined(ServiceError):
     code = StatusCode.FAILED_PRECONDITION
-    reason = "PURCHASE_QUARANTINED"
+    reason = _named(reasons.PURCHASE_QUARANTINED)
 
 
 class WatcherTooSlow(ServiceError):
     code = StatusCode.RESOURCE_EXHAUSTED
-    reason = "WATCHER_TOO_SLOW"
+    reason = _named(reasons.WATCHER_TOO_SLOW)
     retry_after_s = 1.0
 
 
 class PurchasesUnavailable(ServiceError):
     code = StatusCode.UNAVAILABLE
-    reason = "PURCHASES_UNAVAILABLE"
+    reason = _named(reasons.PURCHASES_UNAVAILABLE)
     retry_after_s = 1.0
 
 
 class RelayUnavailable(ServiceError):
     code = StatusCode.UNAVAILABLE
-    reason = "RELAY_UNAVAILABLE"
+    reason = _named(reasons.RELAY_UNAVAILABLE)
     retry_after_s = 1.0
 
 
 class PurchaseExists(ServiceError):
     code = StatusCode.FAILED_PRECONDITION
-    reason = "PURCHASE_EXISTS"
+    reason = _named(reasons.PURCHASE_EXISTS)
 
 
 class TimeZonesDiffer(ServiceError):
     code = StatusCode.FAILED_PRECONDITION
-    reason = "TIME_ZONES_DIFFER"
+    reason = _named(reasons.TIME_ZONES_DIFFER)
 
 
 class RebuildRunning(ServiceError):
     code = StatusCode.ABORTED
-    reason = "REBUILD_RUNNING"
+    reason = _named(reasons.REBUILD_RUNNING)
     retry_after_s = 5.0
 
 
 class HistoryDropped(ServiceError):
     code = StatusCode.FAILED_PRECONDITION
-    reason = "HISTORY_DROPPED"
+    reason = _named(reasons.HISTORY_DROPPED)

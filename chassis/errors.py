@@ -15,20 +15,48 @@ ServiceError
 """
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import ClassVar, NamedTuple
 
 from grpc import StatusCode
 
 
+class FieldReason(StrEnum):
+    """Which rule a field breaks, in words for programs; the contracts have the same in `FieldReason`."""
+
+    REQUIRED = "REQUIRED"
+    NOT_POSITIVE = "NOT_POSITIVE"
+    NEGATIVE = "NEGATIVE"
+    NOT_ONE = "NOT_ONE"
+    NOT_A_UUID = "NOT_A_UUID"
+    NOT_AN_AMOUNT = "NOT_AN_AMOUNT"
+    NOT_A_DATE = "NOT_A_DATE"
+    NOT_A_TIME = "NOT_A_TIME"
+    TOO_LONG = "TOO_LONG"
+    TOO_MANY = "TOO_MANY"
+    CONTROL_CHARACTER = "CONTROL_CHARACTER"
+    DUPLICATE = "DUPLICATE"
+    AMOUNT_MISMATCH = "AMOUNT_MISMATCH"
+    BAD_RANGE = "BAD_RANGE"
+    UNKNOWN_VALUE = "UNKNOWN_VALUE"
+    FIELDS_EXCLUDE_EACH_OTHER = "FIELDS_EXCLUDE_EACH_OTHER"
+    NOT_COUNTED = "NOT_COUNTED"
+
+
 class Violation(NamedTuple):
-    """One broken rule: the field's path in the request, such as `purchase.items[2].unit_price`, and the rule."""
+    """One broken rule: the field's path in the request, such as `purchase.items[2].unit_price`, and the rule, in words
+    for people and for programs (a `FieldReason`)."""
 
     field: str
     description: str
+    reason: str
 
 
 class ServiceError(Exception):
-    """An answer other than OK: its gRPC code, an UPPER_SNAKE reason for programs, a text for people."""
+    """An answer other than OK: its gRPC code, a reason for programs, a text for people.
+
+    Reasons are the values of ErrorReason in the contract of whichever service raises it.
+    """
 
     code: ClassVar[StatusCode] = StatusCode.UNKNOWN
     reason: ClassVar[str] = ""

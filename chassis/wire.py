@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf import message, timestamp_pb2
 from google.type import date_pb2, decimal_pb2
 
-from chassis.errors import InvalidToken, Violation
+from chassis.errors import FieldReason, InvalidToken, Violation
 
 # An amount on the wire. `[0-9]`, not `\d`: Unicode has other digits. fullmatch, not `$`: that allows a newline.
 _AMOUNT = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,2}))?")
@@ -65,7 +65,7 @@ def parse_date(request: message.Message, field: str, violations: list[Violation]
     try:
         return datetime.date(value.year, value.month, value.day)
     except ValueError:
-        violations.append(Violation(field, "must be a full calendar date"))
+        violations.append(Violation(field, "must be a full calendar date", FieldReason.NOT_A_DATE))
         return None
 
 
@@ -84,6 +84,8 @@ def parse_timestamp(value: timestamp_pb2.Timestamp) -> datetime.datetime | None:
         return None
 
 
+TIME_RULE = "must be a point in time of the years 1 to 9999"
+
 _UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
 UUID_RULE = "must be a UUID such as 4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
 
@@ -96,7 +98,7 @@ def parse_uuid(text: str) -> str | None:
 def page_size(asked: int, default: int, most: int, violations: list[Violation]) -> int:
     """0 means the default and too much means the most, as AIP-158 has it; below 0 is an error."""
     if asked < 0:
-        violations.append(Violation("page_size", "must not be negative"))
+        violations.append(Violation("page_size", "must not be negative", FieldReason.NEGATIVE))
     return min(asked, most) if asked > 0 else default
 
 

@@ -23,6 +23,9 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 
 from chassis.errors import Violation
+from retail.purchases.v1 import error_reason_pb2 as reasons
+
+_named = reasons.ErrorReason.Name
 
 
 class Status(NamedTuple):
@@ -118,11 +121,11 @@ _UNCLEAR = RETRYABLE | {
 }
 
 _REFUSALS: Mapping[str, type[SaleRefused]] = {
-    "INVALID_PURCHASE": InvalidSale,
-    "RECEIPT_EXISTS": ReceiptTaken,
-    "IDEMPOTENCY_KEY_REUSED": IdempotencyKeyReused,
-    "CUSTOMER_NOT_FOUND": CustomerUnknown,
-    "PURCHASE_TIME_OUT_OF_RANGE": PurchaseTimeOutOfRange,
+    _named(reasons.INVALID_PURCHASE): InvalidSale,
+    _named(reasons.RECEIPT_EXISTS): ReceiptTaken,
+    _named(reasons.IDEMPOTENCY_KEY_REUSED): IdempotencyKeyReused,
+    _named(reasons.CUSTOMER_NOT_FOUND): CustomerUnknown,
+    _named(reasons.PURCHASE_TIME_OUT_OF_RANGE): PurchaseTimeOutOfRange,
 }
 _REFUSING_CODES: Mapping[StatusCode, type[SaleRefused]] = {
     StatusCode.INVALID_ARGUMENT: InvalidSale,
@@ -181,7 +184,7 @@ def _with_details(status: Status, rich: status_pb2.Status) -> Status:
         if detail.Unpack(info):
             status = status._replace(reason=info.reason, metadata=dict(info.metadata))
         elif detail.Unpack(broken_fields):
-            named = tuple(Violation(v.field, v.description) for v in broken_fields.field_violations)
+            named = tuple(Violation(v.field, v.description, v.reason) for v in broken_fields.field_violations)
             status = status._replace(violations=named)
         elif detail.Unpack(retry):
             status = status._replace(retry_delay_s=retry.retry_delay.ToNanoseconds() / 1e9)

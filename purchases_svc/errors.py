@@ -13,43 +13,46 @@ ServiceError
 from grpc import StatusCode
 
 from chassis.errors import InvalidRequest, ServiceError
+from retail.purchases.v1 import error_reason_pb2 as reasons
+
+_named = reasons.ErrorReason.Name  # what the contract does not have cannot be raised
 
 
 class InvalidPurchase(InvalidRequest):
-    reason = "INVALID_PURCHASE"
+    reason = _named(reasons.INVALID_PURCHASE)
 
 
 class PurchaseTimeOutOfRange(ServiceError):
     code = StatusCode.OUT_OF_RANGE
-    reason = "PURCHASE_TIME_OUT_OF_RANGE"
+    reason = _named(reasons.PURCHASE_TIME_OUT_OF_RANGE)
 
 
 class IdempotencyKeyReused(ServiceError):
     code = StatusCode.FAILED_PRECONDITION
-    reason = "IDEMPOTENCY_KEY_REUSED"
+    reason = _named(reasons.IDEMPOTENCY_KEY_REUSED)
 
 
 class ReceiptExists(ServiceError):
     code = StatusCode.ALREADY_EXISTS
-    reason = "RECEIPT_EXISTS"
+    reason = _named(reasons.RECEIPT_EXISTS)
 
 
 class CustomerUnknown(ServiceError):
     code = StatusCode.FAILED_PRECONDITION
-    reason = "CUSTOMER_NOT_FOUND"
+    reason = _named(reasons.CUSTOMER_NOT_FOUND)
 
 
 class OutboxFull(ServiceError):
     code = StatusCode.RESOURCE_EXHAUSTED
-    reason = "OUTBOX_FULL"
+    reason = _named(reasons.OUTBOX_FULL)
     retry_after_s = 5.0
 
 
 class PurchaseNotFound(ServiceError):
     code = StatusCode.NOT_FOUND
-    reason = "PURCHASE_NOT_FOUND"
+    reason = _named(reasons.PURCHASE_NOT_FOUND)
 
 
 class CustomerNotFound(ServiceError):
     code = StatusCode.NOT_FOUND
-    reason = "CUSTOMER_NOT_FOUND"
+    reason = _named(reasons.CUSTOMER_NOT_FOUND)

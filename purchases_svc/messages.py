@@ -8,7 +8,7 @@ import unicodedata
 from google.type import decimal_pb2
 
 from chassis import wire
-from chassis.errors import Violation
+from chassis.errors import FieldReason, Violation
 from purchases_svc.errors import InvalidPurchase
 from purchases_svc.record import Recorded
 from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
@@ -28,40 +28,40 @@ def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
 
     key = wire.parse_uuid(request.idempotency_key)
     if key is None:
-        violations.append(Violation("idempotency_key", wire.UUID_RULE))
+        violations.append(Violation("idempotency_key", wire.UUID_RULE, FieldReason.NOT_A_UUID))
     if not request.HasField("purchase"):
-        violations.append(Violation("purchase", "is required"))
+        violations.append(Violation("purchase", "is required", FieldReason.REQUIRED))
         raise InvalidPurchase(violations)
 
     _check_text(purchase.receipt_id, RECEIPT_ID_LENGTH_MAX, "purchase.receipt_id", violations)
     _check_text(purchase.pos_id, POS_ID_LENGTH_MAX, "purchase.pos_id", violations)
     if purchase.branch_id <= 0:
-        violations.append(Violation("purchase.branch_id", POSITIVE_RULE))
+        violations.append(Violation("purchase.branch_id", POSITIVE_RULE, FieldReason.NOT_POSITIVE))
     if purchase.cashier_id <= 0:
-        violations.append(Violation("purchase.cashier_id", POSITIVE_RULE))
+        violations.append(Violation("purchase.cashier_id", POSITIVE_RULE, FieldReason.NOT_POSITIVE))
 
     customer_id = None
     if purchase.HasField("customer_id"):
         customer_id = wire.parse_uuid(purchase.customer_id)
         if customer_id is None:
-            violations.append(Violation("purchase.customer_id", wire.UUID_RULE))
+            violations.append(Violation("purchase.customer_id", wire.UUID_RULE, FieldReason.NOT_A_UUID))
 
     purchase_time = None
     if not purchase.HasField("purchase_time"):
-        violations.append(Violation("purchase.purchase_time", "is required"))
+        violations.append(Violation("purchase.purchase_time", "is required", FieldReason.REQUIRED))
     else:
         purchase_time = wire.parse_timestamp(purchase.purchase_time)
         if purchase_time is None:
-            violations.append(Violation("purchase.purchase_time", "must be a point in time of the years 1 to 9999"))
+            violations.append(Violation("purchase.purchase_time", wire.TIME_RULE, FieldReason.NOT_A_TIME))
 
     items, sum_cents = _parse_items(purchase, violations)
     if purchase.HasField("total_amount"):
         total_cents = wire.parse_cents(purchase.total_amount.value)
         if total_cents is None:
-            violations.append(Violation("purchase.total_amount", wire.AMOUNT_RULE))
+            violations.append(Violation("purchase.total_amount", wire.AMOUNT_RULE, FieldReason.NOT_AN_AMOUNT))
         elif sum_cents is not None and total_cents != sum_cents:
             rule = f"must be the sum of the items, {wire.cents_text(sum_cents)}"
-            violations.append(Violation("purchase.total_amount", rule))
+            violations.append(Violation("purchase.total_amount", rule, FieldReason.AMOUNT_MISMATCH))
 
     if violations:
         raise InvalidPurchase(violations)
@@ -83,10 +83,10 @@ def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
 def _parse_items(purchase: purchase_pb2.Purchase, violations: list[Violation]) -> tuple[tuple[Item, ...], int | None]:
     """The items and their sum in cents; the sum is None when an item is broken."""
     if not purchase.items:
-        violations.append(Violation("purchase.items", "must have at least one item"))
+        violations.append(Violation("purchase.items", "must have at least one item", FieldReason.REQUIRED))
         return (), None
     if len(purchase.items) > ITEMS_MAX:
-        violations.append(Violation("purchase.items", f"must have at most {ITEMS_MAX:,} items"))
+        violations.append(Violation("purchase.items", f"must have at most {ITEMS_MAX:,} items", FieldReason.TOO_MANY))
         return (), None  # a violation for each would fill the answer with noise
     before = len(violations)
     items = []
@@ -117,32 +117,35 @@ def _explain_item(
     violations: list[Violation],
 ) -> None:
     if item.product_id <= 0:
-        violations.append(Violation(f"{path}.product_id", POSITIVE_RULE))
+        violations.append(Violation(f"{path}.product_id", POSITIVE_RULE, FieldReason.NOT_POSITIVE))
     elif first_index is not None and first_index != index:
         rule = f"must be unique in the purchase; items[{first_index}] has the same product"
-        violations.append(Violation(f"{path}.product_id", rule))
+        violations.append(Violation(f"{path}.product_id", rule, FieldReason.DUPLICATE))
     if item.quantity != 1:
-        violations.append(Violation(f"{path}.quantity", "must be 1: one unit of a product per purchase"))
-    if price is None:
-        rule = wire.AMOUNT_RULE if item.HasField("unit_price") else "is required"
-        violations.append(Violation(f"{path}.unit_price", rule))
+        rule = "must be 1: one unit of a product per purchase"
+        violations.append(Violation(f"{path}.quantity", rule, FieldReason.NOT_ONE))
+    if not item.HasField("unit_price"):
+        violations.append(Violation(f"{path}.unit_price", "is required", FieldReason.REQUIRED))
+    elif price is None:
+        violations.append(Violation(f"{path}.unit_price", wire.AMOUNT_RULE, FieldReason.NOT_AN_AMOUNT))
     if item.HasField("line_total"):
         line_total = wire.parse_cents(item.line_total.value)
         if line_total is None:
-            violations.append(Violation(f"{path}.line_total", wire.AMOUNT_RULE))
+            violations.append(Violation(f"{path}.line_total", wire.AMOUNT_RULE, FieldReason.NOT_AN_AMOUNT))
         elif price is not None and line_total != price:
-            violations.append(Violation(f"{path}.line_total", f"must be {wire.cents_text(price)}, the unit price"))
+            rule = f"must be {wire.cents_text(price)}, the unit price"
+            violations.append(Violation(f"{path}.line_total", rule, FieldReason.AMOUNT_MISMATCH))
 
 
 def _check_text(text: str, length_max: int, path: str, violations: list[Violation]) -> None:
     if text.isascii() and text.isprintable() and 1 <= len(text) <= length_max:
         return  # nearly always
     if not text:
-        violations.append(Violation(path, "is required"))
+        violations.append(Violation(path, "is required", FieldReason.REQUIRED))
     elif len(text) > length_max:
-        violations.append(Violation(path, f"must have at most {length_max} characters"))
+        violations.append(Violation(path, f"must have at most {length_max} characters", FieldReason.TOO_LONG))
     elif any(unicodedata.category(character) == "Cc" for character in text):
-        violations.append(Violation(path, "must not contain control characters"))
+        violations.append(Violation(path, "must not contain control characters", FieldReason.CONTROL_CHARACTER))
 
 
 def answer(

@@ -10,7 +10,7 @@ from google.protobuf import message
 from uuid_utils import uuid7
 
 from chassis import wire
-from chassis.errors import InvalidRequest, Overloaded, Violation
+from chassis.errors import FieldReason, InvalidRequest, Overloaded, Violation
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool
 from purchases_svc import messages, stored
@@ -74,12 +74,12 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         limit = wire.page_size(request.page_size, *PURCHASES_PER_PAGE, violations)
         branch_id = request.branch_id if request.HasField("branch_id") else None
         if branch_id is not None and branch_id <= 0:
-            violations.append(Violation("branch_id", messages.POSITIVE_RULE))
+            violations.append(Violation("branch_id", messages.POSITIVE_RULE, FieldReason.NOT_POSITIVE))
         customer_id = None
         if request.HasField("customer_id"):
             customer_id = wire.parse_uuid(request.customer_id)
             if customer_id is None:
-                violations.append(Violation("customer_id", wire.UUID_RULE))
+                violations.append(Violation("customer_id", wire.UUID_RULE, FieldReason.NOT_A_UUID))
         start, end = (_optional_time(request, field, violations) for field in ("start_time", "end_time"))
         _raise_if(violations)
         position = self._tokens.read(request)
@@ -110,9 +110,10 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         first, last = (_required_date(request, field, violations) for field in ("first_date", "last_date"))
         if first and last and not 0 <= (last - first).days < CONTROL_TOTALS_DAYS_MAX:
             rule = f"must not be before first_date, nor make the range longer than {CONTROL_TOTALS_DAYS_MAX} days"
-            violations.append(Violation("last_date", rule))
+            violations.append(Violation("last_date", rule, FieldReason.BAD_RANGE))
         if len(request.branch_ids) > BRANCH_IDS_MAX:
-            violations.append(Violation("branch_ids", f"must have at most {BRANCH_IDS_MAX:,} branches"))
+            rule = f"must have at most {BRANCH_IDS_MAX:,} branches"
+            violations.append(Violation("branch_ids", rule, FieldReason.TOO_MANY))
         _raise_if(violations)
         assert first and last
         position = self._tokens.read(request)
@@ -155,13 +156,14 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         violations: list[Violation] = []
         first, last = (_required_date(request, field, violations) for field in ("first_date", "last_date"))
         if first and last and last < first:
-            violations.append(Violation("last_date", "must not be before first_date"))
+            violations.append(Violation("last_date", "must not be before first_date", FieldReason.BAD_RANGE))
         customer_ids = [wire.parse_uuid(text) for text in request.customer_ids]
         for n, customer_id in enumerate(customer_ids[:CUSTOMER_IDS_MAX]):
             if customer_id is None:
-                violations.append(Violation(f"customer_ids[{n}]", wire.UUID_RULE))
+                violations.append(Violation(f"customer_ids[{n}]", wire.UUID_RULE, FieldReason.NOT_A_UUID))
         if len(customer_ids) > CUSTOMER_IDS_MAX:
-            violations.append(Violation("customer_ids", f"must have at most {CUSTOMER_IDS_MAX:,} customers"))
+            rule = f"must have at most {CUSTOMER_IDS_MAX:,} customers"
+            violations.append(Violation("customer_ids", rule, FieldReason.TOO_MANY))
         _raise_if(violations)
         assert first and last
         asked = [customer_id for customer_id in customer_ids if customer_id]
@@ -272,13 +274,13 @@ def _raise_if(violations: list[Violation]) -> None:
 def _required_uuid(field: str, text: str) -> str:
     parsed = wire.parse_uuid(text)
     if parsed is None:
-        raise InvalidRequest([Violation(field, wire.UUID_RULE)])
+        raise InvalidRequest([Violation(field, wire.UUID_RULE, FieldReason.NOT_A_UUID)])
     return parsed
 
 
 def _required_date(request: message.Message, field: str, violations: list[Violation]) -> datetime.date | None:
     if not request.HasField(field):
-        violations.append(Violation(field, "is required"))
+        violations.append(Violation(field, "is required", FieldReason.REQUIRED))
         return None
     return wire.parse_date(request, field, violations)
 
@@ -290,5 +292,5 @@ def _optional_time(
         return None
     moment = wire.parse_timestamp(getattr(request, field))
     if moment is None:
-        violations.append(Violation(field, "must be a point in time of the years 1 to 9999"))
+        violations.append(Violation(field, wire.TIME_RULE, FieldReason.NOT_A_TIME))
     return moment

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from chassis import grpc_server
-from chassis.errors import DeadlineExceeded, InvalidRequest, ServiceError, ShuttingDown, Violation
+from chassis.errors import DeadlineExceeded, FieldReason, InvalidRequest, ServiceError, ShuttingDown, Violation
 from purchases_svc import messages
 from purchases_svc.record import Recorded, Recorder
 from purchases_svc.sale import Sale
@@ -71,7 +71,8 @@ class Uploads:
                     return  # the client has sent everything
                 if not 1 <= len(request.uploads) <= UPLOADS_PER_MESSAGE_MAX:
                     rule = f"must have 1 to {UPLOADS_PER_MESSAGE_MAX} sales"
-                    raise InvalidRequest([Violation("uploads", rule)])
+                    reason = FieldReason.TOO_MANY if request.uploads else FieldReason.REQUIRED
+                    raise InvalidRequest([Violation("uploads", rule, reason)])
                 answers.put_nowait(asyncio.create_task(self._record(request)))
         finally:
             draining.cancel()

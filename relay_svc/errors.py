@@ -8,13 +8,16 @@ ServiceError
 from grpc import StatusCode
 
 from chassis.errors import ServiceError
+from retail.relay.v1 import error_reason_pb2 as reasons
+
+_named = reasons.ErrorReason.Name  # what the contract does not have cannot be raised
 
 
 class EventNotFound(ServiceError):
     code = StatusCode.NOT_FOUND
-    reason = "EVENT_NOT_FOUND"
+    reason = _named(reasons.EVENT_NOT_FOUND)
 
 
 class EventsDropped(ServiceError):
     code = StatusCode.FAILED_PRECONDITION
-    reason = "EVENTS_DROPPED"
+    reason = _named(reasons.EVENTS_DROPPED)

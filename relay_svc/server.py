@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf import duration_pb2
 
 from chassis import wire
-from chassis.errors import InvalidRequest, Violation
+from chassis.errors import FieldReason, InvalidRequest, Violation
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool
 from chassis.wire import PageTokens
@@ -50,9 +50,10 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
         violations: list[Violation] = []
         limit = wire.page_size(request.page_size, *EVENTS_PER_PAGE, violations)
         if request.status not in pb2.OutboxStatus.values():
-            violations.append(Violation("status", "must be a known status"))
+            violations.append(Violation("status", "must be a known status", FieldReason.UNKNOWN_VALUE))
         if len(request.event_ids) > EVENTS_PER_PAGE[1]:
-            violations.append(Violation("event_ids", f"must have at most {EVENTS_PER_PAGE[1]} events"))
+            rule = f"must have at most {EVENTS_PER_PAGE[1]} events"
+            violations.append(Violation("event_ids", rule, FieldReason.TOO_MANY))
         event_ids = _parsed(request.event_ids[: EVENTS_PER_PAGE[1]], violations)
         _raise_if(violations)
         status = pb2.OutboxStatus.Name(request.status).removeprefix("OUTBOX_STATUS_") if request.status else None
@@ -66,7 +67,9 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
 
     async def RequeueEvents(self, request: pb2.RequeueEventsRequest, context: Any) -> pb2.RequeueEventsResponse:
         if request.all_failed:
-            _raise_if([Violation("event_ids", "must be empty when all_failed is set")] if request.event_ids else [])
+            if request.event_ids:
+                rule = "must be empty when all_failed is set"
+                raise InvalidRequest([Violation("event_ids", rule, FieldReason.FIELDS_EXCLUDE_EACH_OTHER)])
             return pb2.RequeueEventsResponse(requeued_count=await self._requeue_all_failed(context))
         event_ids = _event_ids(request)
         async with _transaction(self._pool, context) as connection:
@@ -94,7 +97,8 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
         self, request: pb2.ListCommittedEventIdsRequest, context: Any
     ) -> AsyncIterator[pb2.ListCommittedEventIdsResponse]:
         if request.position_only and (request.after_snapshot or request.acknowledge):
-            _raise_if([Violation("position_only", "must not be set together with other fields")])
+            rule = "must not be set together with other fields"
+            raise InvalidRequest([Violation("position_only", rule, FieldReason.FIELDS_EXCLUDE_EACH_OTHER)])
         async with self._pool.connection() as connection:
             if request.position_only:
                 async with connection.transaction():
@@ -129,7 +133,9 @@ async def _transaction(pool: Pool, context: Any) -> AsyncIterator[Connection]:
 def _event_ids(request: pb2.RequeueEventsRequest) -> list[str]:
     violations: list[Violation] = []
     if not 1 <= len(request.event_ids) <= REQUEUE_MAX:
-        violations.append(Violation("event_ids", f"must have 1 to {REQUEUE_MAX:,} events, or all_failed must be set"))
+        rule = f"must have 1 to {REQUEUE_MAX:,} events, or all_failed must be set"
+        reason = FieldReason.TOO_MANY if request.event_ids else FieldReason.REQUIRED
+        violations.append(Violation("event_ids", rule, reason))
     event_ids = _parsed(request.event_ids, violations)
     _raise_if(violations)
     return event_ids
@@ -137,7 +143,11 @@ def _event_ids(request: pb2.RequeueEventsRequest) -> list[str]:
 
 def _parsed(texts: Sequence[str], violations: list[Violation]) -> list[str]:
     event_ids = [wire.parse_uuid(text) for text in texts]
-    violations += [Violation(f"event_ids[{n}]", wire.UUID_RULE) for n, known in enumerate(event_ids) if known is None]
+    violations += [
+        Violation(f"event_ids[{n}]", wire.UUID_RULE, FieldReason.NOT_A_UUID)
+        for n, known in enumerate(event_ids)
+        if known is None
+    ]
     return [event_id for event_id in event_ids if event_id is not None]
 
 

@@ -14,7 +14,7 @@ from analytics_svc.ingest.quarantine import Kept
 from analytics_svc.ingest.settling import OLDER_THAN_FLOOR, Settler
 from analytics_svc.upstream.outbox import Outbox
 from chassis import wire
-from chassis.errors import VIOLATIONS_MAX, DatabaseUnavailable, InvalidRequest, Violation
+from chassis.errors import VIOLATIONS_MAX, DatabaseUnavailable, FieldReason, InvalidRequest, Violation
 from chassis.postgres import Pool
 from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1 import quarantine_service_pb2_grpc
@@ -46,7 +46,9 @@ class QuarantineServicer(quarantine_service_pb2_grpc.QuarantineServiceServicer):
         violations: list[Violation] = []
         limit = wire.page_size(request.page_size, *EVENTS_PER_PAGE, violations)
         if request.reason and not _REASON.fullmatch(request.reason):
-            violations.append(Violation("reason", "must be a reason, such as TOTAL_MISMATCH"))
+            violations.append(
+                Violation("reason", "must be a reason, such as TOTAL_MISMATCH", FieldReason.UNKNOWN_VALUE)
+            )
         tokens = self._admit(violations)
         position = tokens.read(request)
         after = (datetime.datetime.fromisoformat(position[0]), position[1]) if position else None
@@ -91,7 +93,7 @@ class QuarantineServicer(quarantine_service_pb2_grpc.QuarantineServiceServicer):
             if not kept.counted and kept.reason != OLDER_THAN_FLOOR and await self._has_purchase(kept):
                 sold.append(quarantine_id)
                 rule = "its purchase exists and is not counted: redrive the event, or rebuild the purchase's day"
-                violations.append(Violation(f"quarantine_ids[{index}]", rule))
+                violations.append(Violation(f"quarantine_ids[{index}]", rule, FieldReason.NOT_COUNTED))
         if violations:
             raise PurchaseExists(
                 f"nothing is discarded: {len(violations)} of {len(ids)} events are of purchases that exist and are not"
@@ -138,10 +140,13 @@ class QuarantineServicer(quarantine_service_pb2_grpc.QuarantineServiceServicer):
         """The request's ids, each once and in the database's form."""
         violations = []
         if not 1 <= len(asked) <= IDS_MAX:
-            violations.append(Violation("quarantine_ids", f"must be 1 to {IDS_MAX:,} ids"))
+            reason = FieldReason.TOO_MANY if asked else FieldReason.REQUIRED
+            violations.append(Violation("quarantine_ids", f"must be 1 to {IDS_MAX:,} ids", reason))
         ids = [wire.parse_uuid(quarantine_id) for quarantine_id in asked[:IDS_MAX]]
         violations += [
-            Violation(f"quarantine_ids[{index}]", wire.UUID_RULE) for index, parsed in enumerate(ids) if not parsed
+            Violation(f"quarantine_ids[{index}]", wire.UUID_RULE, FieldReason.NOT_A_UUID)
+            for index, parsed in enumerate(ids)
+            if not parsed
         ]
         self._admit(violations)
         return list(dict.fromkeys(filter(None, ids)))

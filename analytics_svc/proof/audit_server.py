@@ -10,7 +10,7 @@ from analytics_svc.proof.contradictions import Finding
 from analytics_svc.proof.verdicts import Row, Verdict, worst
 from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX, Source, Totals
 from chassis import wire
-from chassis.errors import InvalidRequest, Violation
+from chassis.errors import FieldReason, InvalidRequest, Violation
 from chassis.postgres import Pool
 from retail.analytics.v1 import audit_service_pb2 as pb
 from retail.analytics.v1 import audit_service_pb2_grpc
@@ -33,7 +33,7 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
         first, last = (_required_date(request, field, violations) for field in ("first_date", "last_date"))
         if first and last and not 0 <= (last - first).days < CONTROL_TOTALS_DAYS_MAX:
             rule = f"must not be before first_date, nor make the range longer than {CONTROL_TOTALS_DAYS_MAX} days"
-            violations.append(Violation("last_date", rule))
+            violations.append(Violation("last_date", rule, FieldReason.BAD_RANGE))
         if violations or not (first and last):
             raise InvalidRequest(violations)
         remaining_s = context.time_remaining()
@@ -91,7 +91,7 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
 
 def _required_date(request: message.Message, field: str, violations: list[Violation]) -> datetime.date | None:
     if not request.HasField(field):
-        violations.append(Violation(field, "is required"))
+        violations.append(Violation(field, "is required", FieldReason.REQUIRED))
         return None
     return wire.parse_date(request, field, violations)
 

@@ -13,7 +13,7 @@ from analytics_svc.serve.inclusion import Inclusion
 from analytics_svc.serve.queries import ALL_DAYS, Days, Freshness
 from analytics_svc.serve.watch import Watchers
 from chassis import wire
-from chassis.errors import DatabaseUnavailable, InvalidRequest, InvalidToken, Violation
+from chassis.errors import DatabaseUnavailable, FieldReason, InvalidRequest, InvalidToken, Violation
 from chassis.postgres import POOL_WAIT_S, Connection, Pool
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1 import analytics_service_pb2_grpc
@@ -87,12 +87,12 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
     async def ListTopProducts(self, request: pb.ListTopProductsRequest, context: Any) -> pb.ListTopProductsResponse:
         violations: list[Violation] = []
         if request.limit < 0:
-            violations.append(Violation("limit", "must not be negative"))
+            violations.append(Violation("limit", "must not be negative", FieldReason.NEGATIVE))
         limit = min(request.limit or TOP_PRODUCTS, queries.TOP_PRODUCTS_MAX)
         branch_id = _branch_id(request, violations)
         days = _days(request, violations)
         if request.order not in pb.TopProductsOrder.values():
-            violations.append(Violation("order", "must be one of TopProductsOrder"))
+            violations.append(Violation("order", "must be one of TopProductsOrder", FieldReason.UNKNOWN_VALUE))
         self._admit(request, violations)
         async with self._reading(request, context) as connection:
             rows, freshness = await queries.top_products(
@@ -118,7 +118,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         violations: list[Violation] = []
         limit = wire.page_size(request.page_size, *CUSTOMERS_PER_PAGE, violations)
         if request.min_purchase_count < 0:
-            violations.append(Violation("min_purchase_count", "must not be negative"))
+            violations.append(Violation("min_purchase_count", "must not be negative", FieldReason.NEGATIVE))
         branch_id = _branch_id(request, violations)
         tokens = self._admit(request, violations)
         position = tokens.read(request)
@@ -146,7 +146,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         self, request: pb.GetCustomerLoyaltyRequest, context: Any
     ) -> pb.GetCustomerLoyaltyResponse:
         known_form = _UUID.fullmatch(request.customer_id)
-        self._admit(request, [] if known_form else [Violation("customer_id", UUID_RULE)])
+        self._admit(request, [] if known_form else [Violation("customer_id", UUID_RULE, FieldReason.NOT_A_UUID)])
         customer_id = request.customer_id.lower()
         async with self._reading(request, context) as connection:
             rows, freshness = await queries.customer_loyalty(connection, customer_id)
@@ -269,7 +269,7 @@ def _days(request: Any, violations: list[Violation]) -> Days | None:
     first = wire.parse_date(request, "first_date", violations) or ALL_DAYS.first
     last = wire.parse_date(request, "last_date", violations) or ALL_DAYS.last
     if len(violations) == found and last < first:
-        violations.append(Violation("last_date", "must not be before first_date"))
+        violations.append(Violation("last_date", "must not be before first_date", FieldReason.BAD_RANGE))
     return Days(first, last) if request.HasField("first_date") or request.HasField("last_date") else None
 
 
@@ -282,11 +282,11 @@ def _branch_id(request: Any, violations: list[Violation]) -> int | None:
 
 def _check_ids(field: str, ids: Sequence[int], violations: list[Violation]) -> None:
     if len(ids) > IDS_MAX:
-        violations.append(Violation(field, f"must have at most {IDS_MAX:,} ids"))
+        violations.append(Violation(field, f"must have at most {IDS_MAX:,} ids", FieldReason.TOO_MANY))
     for index, number in enumerate(ids):
         _check_id(f"{field}[{index}]", number, violations)
 
 
 def _check_id(field: str, number: int, violations: list[Violation]) -> None:
     if number <= 0:
-        violations.append(Violation(field, "must be positive"))
+        violations.append(Violation(field, "must be positive", FieldReason.NOT_POSITIVE))

@@ -8,6 +8,7 @@ from google.protobuf import timestamp_pb2
 from google.rpc import error_details_pb2, status_pb2
 from google.type import decimal_pb2
 
+from chassis.errors import FieldReason
 from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest
 
 NOON = 1_772_366_400  # 2026-03-01T12:00:00Z
@@ -57,6 +58,7 @@ class Refusal:
                 detail.Unpack(part)
         pause = str(self.retry.retry_delay.ToMilliseconds()) if self.retry.HasField("retry_delay") else None
         assert trailers.get("grpc-retry-pushback-ms") == pause  # for the retries built into gRPC's clients
+        assert {violation.reason for violation in bad.field_violations} <= set(FieldReason)
         self.reason = self.info.reason
         self.fields = [violation.field for violation in bad.field_violations]
 

@@ -311,14 +311,14 @@ def test_invalid_sale_names_every_violation(service: Service) -> None:
     call = service.during(lambda: service.client().create_purchase(a_sale()))
     _, rpc = service.take(CREATE)
     fields = error_details_pb2.BadRequest()
-    fields.field_violations.add(field="purchase.branch_id", description="must be positive")
+    fields.field_violations.add(field="purchase.branch_id", description="must be positive", reason="NOT_POSITIVE")
     fields.field_violations.add(field="purchase.items[2].quantity", description="must be 1")
     refuse(rpc, StatusCode.INVALID_ARGUMENT, info("INVALID_PURCHASE"), fields)
     with pytest.raises(errors.InvalidSale) as caught:
         call.result()
     assert caught.value.violations == (
-        ("purchase.branch_id", "must be positive"),
-        ("purchase.items[2].quantity", "must be 1"),
+        ("purchase.branch_id", "must be positive", "NOT_POSITIVE"),
+        ("purchase.items[2].quantity", "must be 1", ""),  # a service that says no more
     )
 
 

@@ -36,8 +36,11 @@ class AnalyticsServiceStub:
     included in time, the call ends with UNAVAILABLE, NOT_YET_VISIBLE; if its
     event is quarantined, with FAILED_PRECONDITION, PURCHASE_QUARANTINED.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "analytics.retail.example" and a reason.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     @_typing.overload
@@ -80,8 +83,11 @@ class AnalyticsServiceAsyncStub(AnalyticsServiceStub):
     included in time, the call ends with UNAVAILABLE, NOT_YET_VISIBLE; if its
     event is quarantined, with FAILED_PRECONDITION, PURCHASE_QUARANTINED.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "analytics.retail.example" and a reason.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -120,8 +126,11 @@ class AnalyticsServiceServicer(metaclass=_abc_1.ABCMeta):
     included in time, the call ends with UNAVAILABLE, NOT_YET_VISIBLE; if its
     event is quarantined, with FAILED_PRECONDITION, PURCHASE_QUARANTINED.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "analytics.retail.example" and a reason.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     @_abc_1.abstractmethod

@@ -27,6 +27,12 @@ if _version_not_supported:
 
 class AuditServiceStub:
     """Proves that the read models equal the recorded purchases, and repairs them.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def __init__(self, channel):
@@ -54,6 +60,12 @@ class AuditServiceStub:
 
 class AuditServiceServicer:
     """Proves that the read models equal the recorded purchases, and repairs them.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def CompareControlTotals(self, request, context):
@@ -108,6 +120,12 @@ def add_AuditServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AuditService:
     """Proves that the read models equal the recorded purchases, and repairs them.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     @staticmethod

@@ -27,7 +27,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AuditServiceStub:
-    """Proves that the read models equal the recorded purchases, and repairs them."""
+    """Proves that the read models equal the recorded purchases, and repairs them.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -46,7 +53,14 @@ class AuditServiceStub:
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
-    """Proves that the read models equal the recorded purchases, and repairs them."""
+    """Proves that the read models equal the recorded purchases, and repairs them.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CompareControlTotals: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.CompareControlTotalsRequest, _audit_service_pb2.CompareControlTotalsResponse]  # type: ignore[assignment]
@@ -61,7 +75,14 @@ class AuditServiceAsyncStub(AuditServiceStub):
     """Tells what the continuous audit found last."""
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Proves that the read models equal the recorded purchases, and repairs them."""
+    """Proves that the read models equal the recorded purchases, and repairs them.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
+    """
 
     @_abc_1.abstractmethod
     def CompareControlTotals(

@@ -28,6 +28,12 @@ if _version_not_supported:
 class QuarantineServiceStub:
     """Shows and settles the events that could not be counted. Nothing that arrives
     is dropped: what cannot be decoded or breaks the contract is kept here.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def __init__(self, channel):
@@ -56,6 +62,12 @@ class QuarantineServiceStub:
 class QuarantineServiceServicer:
     """Shows and settles the events that could not be counted. Nothing that arrives
     is dropped: what cannot be decoded or breaks the contract is kept here.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def ListQuarantinedEvents(self, request, context):
@@ -113,6 +125,12 @@ def add_QuarantineServiceServicer_to_server(servicer, server):
 class QuarantineService:
     """Shows and settles the events that could not be counted. Nothing that arrives
     is dropped: what cannot be decoded or breaks the contract is kept here.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     @staticmethod

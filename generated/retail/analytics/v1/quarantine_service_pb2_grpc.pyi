@@ -29,6 +29,12 @@ GRPC_VERSION: str
 class QuarantineServiceStub:
     """Shows and settles the events that could not be counted. Nothing that arrives
     is dropped: what cannot be decoded or breaks the contract is kept here.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     @_typing.overload
@@ -53,6 +59,12 @@ class QuarantineServiceStub:
 class QuarantineServiceAsyncStub(QuarantineServiceStub):
     """Shows and settles the events that could not be counted. Nothing that arrives
     is dropped: what cannot be decoded or breaks the contract is kept here.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -73,6 +85,12 @@ class QuarantineServiceAsyncStub(QuarantineServiceStub):
 class QuarantineServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows and settles the events that could not be counted. Nothing that arrives
     is dropped: what cannot be decoded or breaks the contract is kept here.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     @_abc_1.abstractmethod

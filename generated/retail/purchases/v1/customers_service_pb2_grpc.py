@@ -27,6 +27,12 @@ if _version_not_supported:
 
 class CustomersServiceStub:
     """Registers the chain's customers and finds them again at the till.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def __init__(self, channel):
@@ -54,6 +60,12 @@ class CustomersServiceStub:
 
 class CustomersServiceServicer:
     """Registers the chain's customers and finds them again at the till.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def CreateCustomer(self, request, context):
@@ -106,6 +118,12 @@ def add_CustomersServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class CustomersService:
     """Registers the chain's customers and finds them again at the till.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     @staticmethod

@@ -27,7 +27,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CustomersServiceStub:
-    """Registers the chain's customers and finds them again at the till."""
+    """Registers the chain's customers and finds them again at the till.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -44,7 +51,14 @@ class CustomersServiceStub:
 
 @_typing.type_check_only
 class CustomersServiceAsyncStub(CustomersServiceStub):
-    """Registers the chain's customers and finds them again at the till."""
+    """Registers the chain's customers and finds them again at the till.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateCustomer: _aio.UnaryUnaryMultiCallable[_customers_service_pb2.CreateCustomerRequest, _customers_service_pb2.CreateCustomerResponse]  # type: ignore[assignment]
@@ -57,7 +71,14 @@ class CustomersServiceAsyncStub(CustomersServiceStub):
     """Lists customers by id: the selection of a returning customer."""
 
 class CustomersServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Registers the chain's customers and finds them again at the till."""
+    """Registers the chain's customers and finds them again at the till.
+
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
+    """
 
     @_abc_1.abstractmethod
     def CreateCustomer(

@@ -28,8 +28,12 @@ if _version_not_supported:
 class PurchasesServiceStub:
     """Records the sales of the chain's tills and reads them back.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "purchases.retail.example" and a reason. A message may be 1 MiB long at most.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    1 MiB at most.
+
     A stream whose client takes nothing of what is sent for 20 seconds ends with
     DEADLINE_EXCEEDED.
     """
@@ -75,8 +79,12 @@ class PurchasesServiceStub:
 class PurchasesServiceServicer:
     """Records the sales of the chain's tills and reads them back.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "purchases.retail.example" and a reason. A message may be 1 MiB long at most.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    1 MiB at most.
+
     A stream whose client takes nothing of what is sent for 20 seconds ends with
     DEADLINE_EXCEEDED.
     """
@@ -178,8 +186,12 @@ def add_PurchasesServiceServicer_to_server(servicer, server):
 class PurchasesService:
     """Records the sales of the chain's tills and reads them back.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "purchases.retail.example" and a reason. A message may be 1 MiB long at most.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    1 MiB at most.
+
     A stream whose client takes nothing of what is sent for 20 seconds ends with
     DEADLINE_EXCEEDED.
     """

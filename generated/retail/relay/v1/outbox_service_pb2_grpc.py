@@ -28,8 +28,11 @@ if _version_not_supported:
 class OutboxServiceStub:
     """Shows and repairs the outbox: the events on their way to the broker.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "relay.retail.example" and a reason.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def __init__(self, channel):
@@ -63,8 +66,11 @@ class OutboxServiceStub:
 class OutboxServiceServicer:
     """Shows and repairs the outbox: the events on their way to the broker.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "relay.retail.example" and a reason.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def GetOutboxStatus(self, request, context):
@@ -140,8 +146,11 @@ def add_OutboxServiceServicer_to_server(servicer, server):
 class OutboxService:
     """Shows and repairs the outbox: the events on their way to the broker.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "relay.retail.example" and a reason.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     @staticmethod

@@ -29,8 +29,11 @@ GRPC_VERSION: str
 class OutboxServiceStub:
     """Shows and repairs the outbox: the events on their way to the broker.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "relay.retail.example" and a reason.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     @_typing.overload
@@ -64,8 +67,11 @@ class OutboxServiceStub:
 class OutboxServiceAsyncStub(OutboxServiceStub):
     """Shows and repairs the outbox: the events on their way to the broker.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "relay.retail.example" and a reason.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -95,8 +101,11 @@ class OutboxServiceAsyncStub(OutboxServiceStub):
 class OutboxServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows and repairs the outbox: the events on their way to the broker.
 
-    Every error carries a google.rpc.ErrorInfo with the domain
-    "relay.retail.example" and a reason.
+    Every refusal carries a google.rpc.ErrorInfo, whose reason is the name of an
+    ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
+    connection, DEADLINE_EXCEEDED at the client's own deadline, and
+    RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
+    64 KiB at most.
     """
 
     @_abc_1.abstractmethod
