@@ -25,6 +25,13 @@ TCP_OPTIONS = {  # a peer that vanished is noticed within seconds, not after the
     "tcp_user_timeout": 20_000,
 }
 
+SESSION = {  # whatever the defaults of server, database and role
+    "search_path": "public",
+    "datestyle": "ISO",  # the only one in which psycopg reads times
+    "timezone": "UTC",
+    "default_transaction_isolation": "read committed",  # who waited for a lock sees what it guarded
+}
+
 Connection = AsyncConnection[TupleRow]
 log = structlog.get_logger()
 
@@ -67,19 +74,16 @@ async def open_pool(
     """
 
     wanted = {
+        **SESSION,
         "role": role,
-        "timezone": "UTC",
         "statement_timeout": str(int(statement_timeout_s * 1000)),
         "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
-        # Whatever the server's defaults: acknowledged means durable, and who waited for a lock sees what it guarded.
-        "synchronous_commit": "on",
-        "default_transaction_isolation": "read committed",
+        "synchronous_commit": "on",  # acknowledged means durable
         **(settings or {}),
     }
-    prepare = sql.SQL("; ").join(sql.SQL("SET {} = {}").format(sql.Identifier(n), v) for n, v in wanted.items())
 
     async def configure(connection: Connection) -> None:
-        await connection.execute(prepare)
+        await connection.execute(set_all(wanted))
 
     kwargs: dict[str, Any] = {
         "autocommit": True,
@@ -103,6 +107,11 @@ async def open_pool(
         yield pool
     finally:
         await pool.close(timeout=5)
+
+
+def set_all(settings: Mapping[str, str]) -> sql.Composed:
+    """The statement that sets each of them for the session."""
+    return sql.SQL("; ").join(sql.SQL("SET {} = {}").format(sql.Identifier(n), v) for n, v in settings.items())
 
 
 async def wait_until_up(pool: Pool, stop: asyncio.Event, check: sql.SQL | None = None) -> bool:

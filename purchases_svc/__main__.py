@@ -134,8 +134,8 @@ def require_time_zone(asked: str, stored_zone: str) -> None:
 
 def migrate_database(config: MigrateSettings) -> None:
     """Bring the database up to date, and fix the chain's time zone the first time."""
-    migrate.migrate(config.database_url, MIGRATIONS)
-    with psycopg.connect(config.database_url) as connection:
+    with migrate.connect(config.database_url) as connection:
+        migrate.migrate(connection, MIGRATIONS)
         try:
             connection.execute("SELECT now() AT TIME ZONE %s", [config.business_time_zone])
         except psycopg.errors.InvalidParameterValue:

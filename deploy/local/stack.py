@@ -191,10 +191,16 @@ class Stack:
         try:
             for name, process in runs.items():
                 if not process.ended(MIGRATE_TIMEOUT_S) or process.exit_code() != 0:
-                    raise self._failure(name, process)
+                    raise StackError(f"{self._failure(name, process)}{self._how_to_start_anew(settings)}")
         finally:  # none is left behind, whatever happens
             for process in runs.values():
                 process.end()
+
+    def _how_to_start_anew(self, settings: Mapping[str, str]) -> str:
+        if not self._local_databases(settings):
+            return ""  # they are not ours to remove
+        servers = f"{self.postgres.directory} and {self.rabbitmq.directory}"
+        return f"\n\nIf another version made the databases: remove {servers}, with all that they hold."
 
     def _make_logins(self, settings: Mapping[str, str]) -> None:
         local = self._local_databases(settings)

@@ -11,7 +11,6 @@ from threading import Event
 import psycopg
 
 from tests.bench.history import LOADERS, SESSION
-from tests.bench.stage import ROOT
 
 BRANCHES, PURCHASES_A_DAY, ITEMS, CUSTOMERS = 50, 50, 4, 100_000
 ROWS_A_DAY = BRANCHES * PURCHASES_A_DAY * ITEMS  # of items; and of products, as no product is sold twice a day
@@ -78,11 +77,27 @@ UPDATE sales_totals SET unique_customers_count = CASE branch_id
     ELSE (SELECT count(*) FROM customer_loyalty WHERE customer_loyalty.branch_id = sales_totals.branch_id) END;
 
 UPDATE freshness SET applied_at = now();
-DROP TABLE daily_sales_of_chain, monthly_sales_by_branch, product_sales_monthly, product_sales_totals;
 """
-_ROLL_UPS = (
-    ROOT / "analytics_svc" / "migrations" / "0002_roll_ups.sql"
-).read_text()  # makes them, of what is there by day
+_ROLL_UPS = """  -- of what is there by day
+INSERT INTO daily_sales_of_chain
+SELECT day, sum(revenue_sum), sum(items_sum), sum(purchases_count), sum(purchases_with_customer_count)
+FROM daily_sales_by_branch GROUP BY day ORDER BY day;
+
+INSERT INTO monthly_sales_by_branch
+SELECT coalesce(branch_id, 0), month, sum(revenue_sum), sum(items_sum), sum(purchases_count),
+    sum(purchases_with_customer_count)
+FROM daily_sales_by_branch, date(date_trunc('month', day::timestamp)) AS month
+GROUP BY GROUPING SETS ((branch_id, month), (month)) ORDER BY 1, 2;
+
+INSERT INTO product_sales_monthly
+SELECT month, product_id, sum(qty_sum), sum(revenue_sum)
+FROM product_sales_daily, date(date_trunc('month', day::timestamp)) AS month
+GROUP BY month, product_id ORDER BY month, product_id;
+
+INSERT INTO product_sales_totals
+SELECT coalesce(branch_id, 0), product_id, sum(qty_sum), sum(revenue_sum)
+FROM product_sales_daily GROUP BY GROUPING SETS ((branch_id, product_id), (product_id)) ORDER BY 1, 2;
+"""
 
 
 def load_purchases(url: str, first: datetime.date, last: datetime.date, loaded: Callable[[int], None]) -> None:
@@ -126,7 +141,7 @@ def load_read_models(
         columns = "customer_loyalty (customer_id, branch_id, purchases_count, last_purchase_at)"
         _copy(source, target, columns, _COPY_CUSTOMERS, {"first": first})
         target.execute(_SUMS)
-        target.execute(_ROLL_UPS.encode())
+        target.execute(_ROLL_UPS)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("VACUUM (ANALYZE)")
 

@@ -11,7 +11,6 @@ from zoneinfo import ZoneInfo
 import psycopg
 import pytest
 
-from analytics_svc import database as analytics_database
 from analytics_svc.ingest import event_log, tail
 from analytics_svc.ingest.apply import Applied, apply, fold
 from analytics_svc.ingest.events import decode
@@ -93,15 +92,6 @@ async def test_order_duplicates_and_rivals_change_nothing(consumer_pool: postgre
         return sum([(await apply_batch(consumer_pool, batch)).counted for batch in deliveries()])
 
     assert sum(await asyncio.gather(applier(), applier())) == 600
-    assert read_models(analytics_db) == expected(sales)
-
-
-async def test_roll_ups_are_made_of_what_is_there(consumer_pool: postgres.Pool, analytics_db: str) -> None:
-    """A database that has only the tables by day gets from the migration what apply would have kept."""
-    sales = some_sales(200, seed=9, days=70)
-    await apply_batch(consumer_pool, decoded(sales))
-    query(analytics_db, f"DROP TABLE {ROLL_UPS}")
-    query(analytics_db, (analytics_database.MIGRATIONS / "0002_roll_ups.sql").read_text())
     assert read_models(analytics_db) == expected(sales)
 
 

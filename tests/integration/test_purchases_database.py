@@ -2,7 +2,9 @@
 
 import asyncio
 import datetime
+import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -10,7 +12,8 @@ import pytest
 import purchases_svc.__main__ as purchases
 from chassis import migrate
 from purchases_svc.partitions import Partitions
-from tests.conftest import pool
+from purchases_svc.settings import MigrateSettings
+from tests.conftest import ROOT, pool
 
 SPECIFIED_INDEXES = [
     ("purchases", "(branch_id, purchase_time)"),
@@ -109,26 +112,92 @@ async def test_items_and_purchases_are_bound(purchases_db: str) -> None:
             await connection.execute(f"{insert} VALUES ({purchase}, 2, 2, 5, 10)")
 
 
+def migrate_from(url: str, directory: Path) -> list[str]:
+    with migrate.connect(url) as connection:
+        return migrate.migrate(connection, directory)
+
+
 def test_migrating_again_changes_nothing(purchases_db: str) -> None:
     """Migrations are applied once."""
-    assert migrate.migrate(purchases_db, purchases.MIGRATIONS) == []
+    assert migrate_from(purchases_db, purchases.MIGRATIONS) == []
 
 
-def test_changed_migration_is_refused(purchases_db: str, tmp_path: Path) -> None:
-    """A file that was applied must never change; a failed one leaves nothing behind."""
-    (tmp_path / "0001_purchases.sql").write_text("SELECT 1")
-    with pytest.raises(migrate.MigrationError, match="0001_purchases was changed"):
-        migrate.migrate(purchases_db, tmp_path)
-    (tmp_path / "0001_purchases.sql").unlink()
+def test_failed_migration_leaves_nothing(purchases_db: str, tmp_path: Path) -> None:
+    """A file is applied whole or not at all."""
+    copy_migrations(tmp_path)
     (tmp_path / "0099_half.sql").write_text("CREATE TABLE half (); SELECT 1/0")
     with pytest.raises(psycopg.errors.DivisionByZero):
-        migrate.migrate(purchases_db, tmp_path)
+        migrate_from(purchases_db, tmp_path)
     with psycopg.connect(purchases_db) as connection:
         assert connection.execute("SELECT to_regclass('half')").fetchone() == (None,)
 
 
+def copy_migrations(directory: Path) -> None:
+    for path in purchases.MIGRATIONS.glob("*.sql"):
+        shutil.copy(path, directory)
+
+
+async def test_database_of_another_history_is_refused(purchases_db: str, tmp_path: Path) -> None:
+    """Files that were changed, or are gone, after they were applied: both sides name them and the database.
+
+    A later file than ours is an upgrade's, and no trouble.
+    """
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute("INSERT INTO schema_migrations (version, name, checksum) VALUES (99, '0099_later', '')")
+    copy_migrations(tmp_path)
+    assert migrate_from(purchases_db, tmp_path) == []
+    (tmp_path / "0001_settings.sql").write_text("SELECT 1")
+    (tmp_path / "0003_outbox.sql").unlink()
+    name = purchases_db.rpartition("/")[2]
+    message = f"the database {name} at .*: 0001_settings was changed, 0003_outbox is gone after .* remove it"
+    with pytest.raises(migrate.MigrationError, match=message):
+        migrate_from(purchases_db, tmp_path)
+    async with pool(purchases_db, "purchases_service") as opened, opened.connection() as connection:
+        with pytest.raises(migrate.MigrationError, match=message):
+            await migrate.require_current(connection, tmp_path)
+
+
+@pytest.mark.parametrize("package", ["purchases_svc", "analytics_svc"])
+def test_migrations_are_numbered_without_gaps(package: str) -> None:
+    """Two files with one number, or a hole, are a mistake of a merge."""
+    versions = [migration.version for migration in migrate.read(ROOT / package / "migrations")]
+    assert versions == list(range(1, len(versions) + 1))
+
+
+ODD_DEFAULTS = {
+    "search_path": "elsewhere",
+    "datestyle": "SQL, DMY",
+    "timezone": "Asia/Kathmandu",
+    "default_transaction_isolation": "serializable",
+    "lock_timeout": "5ms",
+}
+
+
+async def test_defaults_of_the_database_change_nothing(postgres_url: str, purchases_db: str) -> None:
+    """Whatever an administrator has set for a database: migrations land in `public`, and a service finds them there."""
+    name = f"{purchases_db.rpartition('/')[2]}_odd"
+    url = urlsplit(purchases_db)._replace(path=f"/{name}").geturl()
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name}")
+        try:
+            for setting, value in ODD_DEFAULTS.items():
+                admin.execute(f"ALTER DATABASE {name} SET {setting} = '{value}'")
+            with psycopg.connect(url) as connection:
+                connection.execute("CREATE SCHEMA elsewhere")
+            purchases.migrate_database(MigrateSettings(url))
+            async with pool(url, "purchases_service") as opened, opened.connection() as connection:
+                await migrate.require_current(connection, purchases.MIGRATIONS)
+                cursor = await connection.execute(
+                    "SELECT '2026-02-01 00:00Z'::timestamptz, count(*) FROM pg_tables WHERE schemaname = 'elsewhere'"
+                )
+                assert await cursor.fetchone() == (datetime.datetime(2026, 2, 1, tzinfo=datetime.UTC), 0)
+        finally:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 async def test_service_refuses_an_old_database(purchases_db: str, tmp_path: Path) -> None:
     """A service does not start on a database that lacks one of its migrations, and says which."""
+    copy_migrations(tmp_path)
     (tmp_path / "0099_new.sql").write_text("SELECT 1")
     async with pool(purchases_db, "purchases_service") as opened, opened.connection() as connection:
         with pytest.raises(migrate.MigrationError, match="0099_new"):

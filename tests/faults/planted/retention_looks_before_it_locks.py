@@ -22,7 +22,8 @@ def prepare(purchases: Any, analytics: Any) -> None:
     (body,) = purchases.execute("SELECT pg_get_functiondef('drop_purchases_month(date, int)'::regprocedure)").fetchone()
     begin, end = body.index("    IF NOT EXISTS (SELECT FROM pg_constraint"), body.index("    FOREACH unsent_status")
     late = (
-        "    PERFORM pg_sleep(1);\n    UPDATE chain_settings SET dropped_before = (month + interval '1 month')::date"
+        "    PERFORM pg_sleep(1);\n    UPDATE public.chain_settings"
+        " SET dropped_before = (month + interval '1 month')::date"
         " WHERE dropped_before < (month + interval '1 month')::date;\n"
     )
     body = body[:begin] + body[end:].replace("    LOCK TABLE", f"{late}    LOCK TABLE", 1)

@@ -49,33 +49,7 @@ CREATE TABLE product_sales_totals (
 COMMENT ON TABLE product_sales_totals IS 'product_sales_daily, summed over all days.';
 COMMENT ON COLUMN product_sales_totals.branch_id IS '0 is the whole chain.';
 
-INSERT INTO daily_sales_of_chain
-SELECT day, sum(revenue_sum), sum(items_sum), sum(purchases_count), sum(purchases_with_customer_count)
-FROM daily_sales_by_branch
-GROUP BY day
-ORDER BY day;
-
-INSERT INTO monthly_sales_by_branch
-SELECT coalesce(branch_id, 0), month, sum(revenue_sum), sum(items_sum), sum(purchases_count),
-    sum(purchases_with_customer_count)
-FROM daily_sales_by_branch, date(date_trunc('month', day::timestamp)) AS month
-GROUP BY GROUPING SETS ((branch_id, month), (month))
-ORDER BY 1, 2;
-
-INSERT INTO product_sales_monthly
-SELECT month, product_id, sum(qty_sum), sum(revenue_sum)
-FROM product_sales_daily, date(date_trunc('month', day::timestamp)) AS month
-GROUP BY month, product_id
-ORDER BY month, product_id;
-
-INSERT INTO product_sales_totals
-SELECT coalesce(branch_id, 0), product_id, sum(qty_sum), sum(revenue_sum)
-FROM product_sales_daily
-GROUP BY GROUPING SETS ((branch_id, product_id), (product_id))
-ORDER BY 1, 2;
-
-REVOKE ALL ON daily_sales_of_chain, monthly_sales_by_branch, product_sales_monthly, product_sales_totals FROM PUBLIC;
-GRANT SELECT, INSERT, UPDATE ON daily_sales_of_chain, monthly_sales_by_branch, product_sales_monthly,
+GRANT SELECT, INSERT, UPDATE, DELETE ON daily_sales_of_chain, monthly_sales_by_branch, product_sales_monthly,
     product_sales_totals TO analytics_consumer;
 GRANT SELECT ON daily_sales_of_chain, monthly_sales_by_branch, product_sales_monthly, product_sales_totals
     TO analytics_server;

@@ -1,0 +1,58 @@
+-- How far the read models have come, and how old events are forgotten without ever counting one twice.
+
+CREATE TABLE freshness (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    applied_at timestamptz,
+    quarantined_count bigint NOT NULL DEFAULT 0 CHECK (quarantined_count >= 0),
+    complete_through_at timestamptz,
+    after_snapshot text,
+    oldest_awaited_id uuid,
+    log_floor uuid,
+    announced_count bigint NOT NULL DEFAULT 0
+) WITH (fillfactor = 50);
+COMMENT ON TABLE freshness IS 'How far the read models have come; read together with every answer.';
+COMMENT ON COLUMN freshness.applied_at IS 'When the newest batch of events was counted; NULL before the first.';
+COMMENT ON COLUMN freshness.quarantined_count IS 'Rows of quarantined_events, kept by its trigger.';
+COMMENT ON COLUMN freshness.complete_through_at IS
+    'Every purchase committed before it is counted or quarantined; NULL until that is known.';
+COMMENT ON COLUMN freshness.after_snapshot IS 'The snapshot of the purchases database that complete_through_at stands for.';
+COMMENT ON COLUMN freshness.oldest_awaited_id IS
+    'The lowest id of those purchases known to be committed that are not counted yet; NULL when there is none.';
+COMMENT ON COLUMN freshness.log_floor IS
+    'The event log may lack ids below it: what arrives with one is not counted. NULL: the log is complete.';
+COMMENT ON COLUMN freshness.announced_count IS
+    'Number of the last announcement (NOTIFY sales_applied): one for each commit that a reader could see, without gaps.';
+INSERT INTO freshness DEFAULT VALUES;
+GRANT SELECT, UPDATE ON freshness TO analytics_consumer;
+GRANT SELECT ON freshness TO analytics_server;
+
+-- An id that was below the floor once may be forgotten already.
+CREATE FUNCTION refuse_lower_floor() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NEW.log_floor IS NULL OR NEW.log_floor < OLD.log_floor THEN
+        RAISE EXCEPTION 'the floor of the event log never goes back';
+    END IF;
+    RETURN NEW;
+END
+$$;
+CREATE TRIGGER log_floor BEFORE UPDATE OF log_floor ON freshness
+    FOR EACH ROW WHEN (OLD.log_floor IS NOT NULL) EXECUTE FUNCTION refuse_lower_floor();
+REVOKE ALL ON FUNCTION refuse_lower_floor FROM PUBLIC;
+
+-- Runs as its owner: the consumer itself may delete nothing from the log, so no mistake of it can go above the floor.
+CREATE FUNCTION forget_events(after_id uuid, most int) RETURNS uuid
+    LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    WITH old AS (
+        SELECT event_id FROM public.analytics_event_log
+        WHERE event_id > after_id AND event_id < (SELECT log_floor FROM public.freshness)
+        ORDER BY event_id
+        LIMIT most
+    ), forgotten AS (
+        DELETE FROM public.analytics_event_log WHERE event_id IN (SELECT event_id FROM old) RETURNING event_id
+    )
+    SELECT event_id FROM forgotten ORDER BY event_id DESC LIMIT 1
+$$;
+COMMENT ON FUNCTION forget_events IS
+    'Deletes the lowest ids after one and below the floor, `most` of them; returns the highest deleted, or NULL.';
+REVOKE ALL ON FUNCTION forget_events FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION forget_events TO analytics_consumer;
