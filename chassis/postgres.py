@@ -1,9 +1,12 @@
 """Connection pools with explicit limits, and what PostgreSQL's errors mean to a caller."""
 
 import asyncio
+import os
 import select
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import psycopg
@@ -17,6 +20,7 @@ from chassis.lifecycle import Backoff, wait_set
 
 CONNECT_TIMEOUT_S = 5
 POOL_WAIT_S = 5.0  # a caller that waits longer for a connection gets DATABASE_UNAVAILABLE
+RECONNECT_EVERY_S = 0.2  # while connections are missing
 IDLE_IN_TRANSACTION_MS = 30_000  # a stuck transaction holds back vacuum and locks; nothing of ours needs longer
 TCP_OPTIONS = {  # a peer that vanished is noticed within seconds, not after the kernel's quarter of an hour
     "keepalives_idle": 10,
@@ -39,15 +43,58 @@ log = structlog.get_logger()
 class Pool(AsyncConnectionPool[Connection]):
     """A pool that hands out no connection which the server has ended, say by a restart: only calls in flight fail."""
 
+    _lent = 0
+
     async def getconn(self, timeout: float | None = None) -> Connection:
-        connection = await super().getconn(timeout)
+        connection = await self._getconn(timeout)
         while _has_ended(connection):
             try:
                 await connection.close()
             finally:
                 await self.putconn(connection)  # which replaces it
-            connection = await super().getconn(timeout)
+            connection = await self._getconn(timeout)
         return connection
+
+    async def putconn(self, conn: Connection) -> None:
+        self._lent -= 1
+        await super().putconn(conn)
+
+    async def _getconn(self, timeout: float | None) -> Connection:
+        """While connections are missing, ask again and again: each time that somebody asks, one attempt to connect is
+        made, and nobody is told when the server is back.
+        """
+        until = time.monotonic() + (self.timeout if timeout is None else timeout)
+        while True:
+            left_s = max(until - time.monotonic(), 0.001)
+            complete = self._lent + self.get_stats()["pool_available"] >= self.max_size  # it comes to the next in turn
+            try:
+                connection = await super().getconn(left_s if complete else min(left_s, RECONNECT_EVERY_S))
+            except PoolTimeout:
+                if time.monotonic() >= until:
+                    raise
+            else:
+                self._lent += 1
+                return connection
+
+
+@contextmanager
+def patience(connection: Connection, seconds: float) -> Iterator[None]:
+    """Cut the connection off when the block takes longer. What waits for it gets an OperationalError.
+
+    PostgreSQL's own limits end a statement only while PostgreSQL runs: a process of it that is frozen, on a disk that
+    hangs, say, keeps its connection alive and answers nothing, no cancellation either.
+    """
+    timer = asyncio.get_running_loop().call_later(seconds, _cut, connection)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _cut(connection: Connection) -> None:
+    log.warning("a connection was cut off: the database did not answer", backend=connection.info.backend_pid)
+    with socket.socket(fileno=os.dup(connection.fileno())) as ours:
+        ours.shutdown(socket.SHUT_RDWR)
 
 
 def _has_ended(connection: Connection) -> bool:

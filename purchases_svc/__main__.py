@@ -10,18 +10,16 @@ from psycopg import sql
 
 from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
 from chassis.wire import PageTokens
-from purchases_svc import retention, server, stored, workers
+from purchases_svc import record, retention, server, stored, workers
 from purchases_svc.backlog import Backlog
 from purchases_svc.commands import partitions as partitions_command
 from purchases_svc.partitions import Partitions
-from purchases_svc.record import Recorder
 from purchases_svc.settings import MigrateSettings, ServeSettings
 from purchases_svc.upload import Uploads
 from retail.purchases.v1 import customers_service_pb2_grpc as customers_grpc
 from retail.purchases.v1 import purchases_service_pb2_grpc as purchases_grpc
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-WRITE_CONNECTIONS = 2  # one flush at a time; the other makes partitions and looks up known keys meanwhile
 READ_TIMEOUT_S = grpc_server.CALL_TIMEOUT_S
 
 log = structlog.get_logger()
@@ -43,10 +41,10 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             config.database_url,
             role=stored.ROLE,
             application_name="purchases write",
-            size=WRITE_CONNECTIONS,
-            statement_timeout_s=config.flush_timeout_s,
+            size=record.CONNECTIONS,
+            statement_timeout_s=config.flush_timeout_s / 2,  # so that what was cancelled can be tried once more
             # A plan made while the tables were empty would read them whole, and be kept until the next ANALYZE.
-            settings={"enable_seqscan": "off"},
+            settings={"enable_seqscan": "off", **record.LOCK_TIMEOUT},
         ) as write_pool,
         postgres.open_pool(
             config.database_url,
@@ -80,7 +78,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         partitions = Partitions(write_pool)
         await partitions.look_ahead()  # before the first sale has to wait for it
         backlog = Backlog(read_pool, config.outbox_max)
-        recorder = Recorder(
+        recorder = record.Recorder(
             write_pool,
             partitions,
             backlog,
@@ -88,6 +86,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             batch_max=config.batch_max,
             waiting_max=config.waiting_max,
             waiting_items_max=config.waiting_items_max,
+            flush_timeout_s=config.flush_timeout_s,
             retention_months=config.retention_months,
         )
         tokens = PageTokens(page_token_key)

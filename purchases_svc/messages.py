@@ -9,8 +9,8 @@ from google.type import decimal_pb2
 
 from chassis import wire
 from chassis.errors import FieldReason, Violation
+from purchases_svc.answers import Recorded
 from purchases_svc.errors import InvalidPurchase
-from purchases_svc.record import Recorded
 from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 

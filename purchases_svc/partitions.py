@@ -34,6 +34,10 @@ class Partitions:
         self._months.clear()
         self._days.clear()
 
+    def has(self, purchase_time: datetime.datetime, recorded_at: datetime.datetime) -> bool:
+        """Whether a sale of that time, recorded at that moment, has its partitions, so far as we know; both in UTC."""
+        return recorded_at.date() in self._days and purchase_time.date().replace(day=1) in self._months
+
     async def ensure(self, months: Iterable[datetime.date], days: Iterable[datetime.date]) -> None:
         """Make what is missing, each in a transaction of its own.
 

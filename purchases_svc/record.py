@@ -3,13 +3,17 @@
 While one flush is on its way to the database, the sales that arrive gather and go with the next; nobody waits for a
 timer. A flush is one statement in one transaction for key, receipt, customer, purchase, items and event of all its
 sales, and each caller gets its own answer after the commit.
+
+What takes long holds up nobody else: a flush that is slow goes on beside the next one, a sale whose month has no
+partition yet waits for it apart, and so does one that needs a row which somebody holds.
 """
 
 import asyncio
 import datetime
-from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from itertools import groupby
+from typing import Any
 
 import psycopg
 import structlog
@@ -17,68 +21,35 @@ from prometheus_client import Counter, Histogram
 from psycopg_pool import PoolTimeout
 from uuid_utils import uuid7
 
-from chassis.errors import Overloaded, ServiceError, TransactionConflict
-from chassis.postgres import Connection, Pool
-from purchases_svc import stored
+from chassis.errors import TransactionConflict
+from chassis.postgres import Connection, Pool, patience
+from purchases_svc import answers
+from purchases_svc.admission import Admission, Turns
+from purchases_svc.answers import Outcome, Recorded
+from purchases_svc.aside import Aside
 from purchases_svc.backlog import Backlog
-from purchases_svc.errors import (
-    CustomerUnknown,
-    IdempotencyKeyReused,
-    OutboxFull,
-    PurchaseTimeOutOfRange,
-    ReceiptExists,
-)
+from purchases_svc.entry import Call, Entry
+from purchases_svc.errors import OutboxFull
 from purchases_svc.insert import insert
 from purchases_svc.partitions import Partitions
 from purchases_svc.relay_bell import RelayBell
 from purchases_svc.retention import horizon
-from purchases_svc.sale import EARLIEST, FUTURE_MAX, Purchase, Sale, nanoseconds, rfc3339
+from purchases_svc.sale import EARLIEST, FUTURE_MAX, Purchase, Sale, nanoseconds
 
 BATCH_ITEMS_MAX = 4_000  # of a flush: everybody waits for it, so the biggest sales must not make it take seconds
 ATTEMPTS_MAX = 4  # of a flush that meets a conflict or a lost connection
+SLOW_FLUSH_S = 0.1  # after which the next one goes beside
+FLUSHES_MAX = 3  # at once; as a rule there is one
+# For flushes; to make partitions, to look up keys, to look after those aside, to ring the relay's bell.
+CONNECTIONS = FLUSHES_MAX + 3
+# Whoever holds a row that a sale needs costs a flush so much, once; then that sale waits apart.
+LOCK_TIMEOUT = {"lock_timeout": "100ms"}
 
 FLUSHES = Counter("purchases_flushes_total", "Group commits.")
 FLUSHED = Counter("purchases_flushed_sales_total", "Sales that went through a group commit.")
 FLUSH_SECONDS = Histogram("purchases_flush_seconds", "Time of a group commit.")
 
 log = structlog.get_logger()
-
-
-class Recorded(NamedTuple):
-    """The purchase that holds the sale, and whether it had been there before this call."""
-
-    purchase: Purchase
-    replayed: bool
-
-
-class _Call:
-    """A caller who waits for what becomes of its sales. One future for all of them, however many there are."""
-
-    def __init__(self, sales: int) -> None:
-        self.outcomes: list[Recorded | Exception | None] = [None] * sales
-        self._open = sales
-        self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def settle(self, place: int, outcome: Recorded | Exception) -> None:
-        self.outcomes[place] = outcome
-        self._open -= 1
-        if not self._open and not self.answered.done():  # the caller may have given up
-            self.answered.set_result(None)
-
-
-class _Entry(NamedTuple):
-    """A sale on its way, as the purchase it will be, and its place among the sales of its caller."""
-
-    purchase: Purchase
-    call: _Call
-    place: int
-
-    @property
-    def settled(self) -> bool:
-        return self.call.outcomes[self.place] is not None
-
-    def settle(self, outcome: Recorded | Exception) -> None:
-        self.call.settle(self.place, outcome)
 
 
 class Recorder:
@@ -94,26 +65,32 @@ class Recorder:
         batch_max: int,
         waiting_max: int,
         waiting_items_max: int,
+        flush_timeout_s: float,
         retention_months: int = 0,
     ) -> None:
-        """`batch_max` sales go in one flush; `waiting_max` may wait, with `waiting_items_max` items in all."""
+        """`pool` has CONNECTIONS connections; `batch_max` sales go in one flush, which has `flush_timeout_s` for all
+        that may happen to it. `waiting_max` sales may be on their way, with `waiting_items_max` items in all.
+        """
         self._pool, self._partitions, self._backlog = pool, partitions, backlog
         self._time_zone, self._retention_months = time_zone, retention_months
-        self._batch_max, self._waiting_max, self._waiting_items_max = batch_max, waiting_max, waiting_items_max
-        self._waiting: deque[_Entry] = deque()
-        self._waiting_items = 0
-        self._flusher: asyncio.Task[None] | None = None
-        self._looking_up = asyncio.Lock()
+        self._batch_max, self._flush_timeout_s = batch_max, flush_timeout_s
+        self._admission = Admission(waiting_max, waiting_items_max)
+        self._waiting: Turns = Turns()
+        self._on_their_way: dict[str, Entry] = {}  # by key
+        self._aside = Aside(pool, self._wait, self._flush_alone, self._settle, self._drop, flush_timeout_s)
         self._relay_bell = RelayBell(pool)
+        self._looking_up = asyncio.Lock()
+        self._flusher: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()  # all that is under way
 
-    async def record(self, sale: Sale) -> Recorded:
+    async def record(self, sale: Sale, caller: str = "") -> Recorded:
         """Store one sale, or find it stored; see `record_all`. Raises what `record_all` returns."""
-        (outcome,) = await self.record_all([sale])
+        (outcome,) = await self.record_all([sale], caller)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    async def record_all(self, sales: Sequence[Sale]) -> list[Recorded | Exception]:
+    async def record_all(self, sales: Sequence[Sale], caller: str = "") -> list[Outcome]:
         """Store sales, or find them stored: for each what holds it, or why it was refused.
 
         IdempotencyKeyReused, ReceiptExists, CustomerUnknown and PurchaseTimeOutOfRange mean that nothing is stored.
@@ -125,198 +102,254 @@ class Recorder:
         """
         if self._backlog.full:
             raise OutboxFull("too many events wait for the broker; try again later")
-        items = sum(len(sale.items) for sale in sales)
-        if len(self._waiting) + len(sales) > self._waiting_max or self._waiting_items + items > self._waiting_items_max:
-            raise Overloaded(f"{len(self._waiting)} sales wait to be stored; try again a little later")
-        call = _Call(len(sales))
+        self._admission.enter(caller, sales)
+        call = Call(caller, len(sales))
         now = datetime.datetime.now(datetime.UTC)
         earliest, latest = self._earliest(now), now + FUTURE_MAX
-        out_of_range = []
+        out_of_range, early = [], []  # as a rule none
         for place, sale in enumerate(sales):
-            if earliest <= sale.purchase_time <= latest:
-                self._wait(_Entry(Purchase(_id(sale.purchase_time), _id(now), now, sale), call, place))
+            in_range = earliest <= sale.purchase_time <= latest
+            purchase_id = _id(sale.purchase_time if in_range else now)
+            entry = Entry(Purchase(purchase_id, _id(now), now, sale), call, place)
+            if not in_range:
+                out_of_range.append(entry)
+            elif not self._partitions.has(sale.purchase_time, now):
+                early.append(entry)
             else:
-                out_of_range.append(place)
-        if self._waiting and self._flusher is None:
-            self._flusher = asyncio.create_task(self._flush_all())
+                self._wait(entry)
+        self._send_for_partitions(early)
         if out_of_range:
-            outcomes = await self._known_or_out_of_range([sales[place] for place in out_of_range], now)
-            for place, outcome in zip(out_of_range, outcomes, strict=True):
-                call.settle(place, outcome)
+            self._start(self._look_up(out_of_range))
         await call.answered
         return [outcome for outcome in call.outcomes if outcome is not None]
 
     async def close(self) -> None:
-        """Wait until everything taken in is answered."""
-        if self._flusher is not None:
-            await self._flusher
+        """Wait until everything taken in is answered, as long as a flush may take at most; what is not by then is cut
+        off, and its callers find out by sending it again.
+        """
+        await self._aside.close()
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=self._flush_timeout_s)
+            for task in late:
+                task.cancel()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _wait(self, entry: Entry) -> None:
+        if self._aside.takes(entry):
+            return
+        self._waiting.put(entry)
+        if self._flusher is None:
+            self._flusher = self._start(self._flush_all())
+
+    def _settle(self, entry: Entry, outcome: Outcome) -> None:
+        """Answer a sale, and those that repeat its key: they share its outcome, unless they have other content and
+        it was refused; then one of them gets its own chance.
+        """
+        entry.settle(outcome)
+        self._leave(entry)
+        repeats, entry.repeats = entry.repeats, []
+        others = []
+        for repeat in repeats:
+            if isinstance(outcome, Recorded):
+                self._settle(repeat, answers.replay(repeat.sale, outcome.purchase))
+            elif repeat.sale.content() == entry.sale.content():
+                self._settle(repeat, outcome)
+            else:
+                others.append(repeat)
+        if others:
+            others[0].repeats = others[1:]
+            self._wait(others[0])
+
+    def _leave(self, entry: Entry) -> None:
+        self._admission.leave(entry.caller, entry.sale)
+        if self._on_their_way.get(entry.sale.idempotency_key) is entry:
+            del self._on_their_way[entry.sale.idempotency_key]
+
+    # Sales that cannot go with the next flush.
 
     def _earliest(self, now: datetime.datetime) -> datetime.datetime:
         """Months that retention may drop, and their keys with them, take in no sales: one could come in twice."""
         kept = horizon(self._retention_months, now.date())
         return max(EARLIEST, datetime.datetime.combine(kept, datetime.time(), datetime.UTC)) if kept else EARLIEST
 
-    async def _known_or_out_of_range(
-        self, sales: Sequence[Sale], now: datetime.datetime
-    ) -> Sequence[Recorded | Exception]:
-        """A known key is answered before the time is checked: the clock may have been set back since.
-
-        One look-up at a time: tills whose clocks are wrong must not take the connection of everybody's flush.
-        """
+    async def _look_up(self, entries: Sequence[Entry]) -> None:
+        """Answer sales of a time that is not taken in. One look-up at a time: clocks that are wrong are no hurry."""
         try:
-            async with self._looking_up, self._pool.connection() as connection:
-                holders = await stored.by_keys(connection, [sale.idempotency_key for sale in sales])
+            async with self._looking_up, self._connection() as connection:
+                now = datetime.datetime.now(datetime.UTC)
+                sales = [entry.sale for entry in entries]
+                outcomes = await answers.known_or_out_of_range(connection, sales, self._earliest(now), now)
         except (psycopg.Error, PoolTimeout) as error:
-            return [error] * len(sales)
-        return [
-            _replay(sale, holders[sale.idempotency_key])
-            if sale.idempotency_key in holders
-            else self._out_of_range(sale, now)
-            for sale in sales
-        ]
+            outcomes = [error] * len(entries)
+        for entry, outcome in zip(entries, outcomes, strict=True):
+            self._settle(entry, outcome)
 
-    def _out_of_range(self, sale: Sale, now: datetime.datetime) -> ServiceError:
-        return PurchaseTimeOutOfRange(
-            f"purchase.purchase_time {rfc3339(sale.purchase_time)} must not be before {rfc3339(self._earliest(now))}"
-            f" or more than {FUTURE_MAX.seconds // 60} minutes after the server's time, {rfc3339(now)}",
-            metadata={"purchase_time": rfc3339(sale.purchase_time), "server_time": rfc3339(now)},
-        )
+    def _send_for_partitions(self, entries: Sequence[Entry]) -> None:
+        for _, month in groupby(sorted(entries, key=_month), key=_month):
+            self._start(self._wait_for_partition(list(month)))
+
+    async def _wait_for_partition(self, entries: Sequence[Entry]) -> None:
+        """Sales of one month: have its partition made, and then go with the others."""
+        try:
+            async with asyncio.timeout(self._flush_timeout_s):
+                await self._partitions.ensure(
+                    {_month(entry) for entry in entries}, {entry.purchase.created_at.date() for entry in entries}
+                )
+        except psycopg.errors.DatetimeFieldOverflow:  # closed, by a retention that this process does not know of
+            await self._look_up(entries)
+        except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+            log.warning("a partition could not be made", error=str(error).strip())
+            for entry in entries:
+                self._settle(entry, error)
+        else:
+            for entry in entries:
+                entry.had_partition = True
+                self._wait(entry)
+
+    # Flushes.
 
     async def _flush_all(self) -> None:
+        """One flush after the other, as long as anybody waits; one that is slow goes on beside the next."""
+        under_way: set[asyncio.Task[None]] = set()
         try:
             while self._waiting:
-                batch, repeats = self._next_batch()
-                if batch:
-                    await self._flush(list(batch.values()))
-                for entry in repeats:
-                    self._settle_repeat(entry, batch[entry.purchase.sale.idempotency_key])
+                await asyncio.sleep(0)  # who stands at the door comes along: a flush costs the same for some more
+                if not (batch := self._next_batch()):
+                    continue
+                flush = self._start(self._flush(batch, self._until()))
+                await asyncio.wait({flush}, timeout=SLOW_FLUSH_S)
+                under_way = {each for each in (*under_way, flush) if not each.done()}
+                if len(under_way) == FLUSHES_MAX:
+                    _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._flusher = None
 
-    def _next_batch(self) -> tuple[dict[str, _Entry], list[_Entry]]:
-        """The oldest sales by key, and those that repeat a key of them."""
-        batch: dict[str, _Entry] = {}
-        repeats: list[_Entry] = []
+    def _until(self) -> float:
+        return asyncio.get_running_loop().time() + self._flush_timeout_s
+
+    def _next_batch(self) -> list[Entry]:
+        """The sales whose turn it is, each key once: what repeats a key that is on its way waits for its outcome."""
+        batch: list[Entry] = []
         items = 0
         while self._waiting and len(batch) < self._batch_max and items < BATCH_ITEMS_MAX:
-            entry = self._waiting.popleft()
-            self._waiting_items -= len(entry.purchase.sale.items)
-            if entry.purchase.sale.idempotency_key in batch:
-                repeats.append(entry)
-            elif not entry.call.answered.cancelled():  # else the caller left before it was sent anywhere
-                batch[entry.purchase.sale.idempotency_key] = entry
-                items += len(entry.purchase.sale.items)
-        return batch, repeats
+            entry = self._waiting.take()
+            first = self._on_their_way.setdefault(entry.sale.idempotency_key, entry)
+            if first is not entry:
+                first.repeats.append(entry)
+            elif entry.abandoned:  # before it was sent anywhere
+                self._drop(entry)
+            else:
+                batch.append(entry)
+                items += len(entry.sale.items)
+        return batch
 
-    def _settle_repeat(self, entry: _Entry, first: _Entry) -> None:
-        """Answer a sale by what became of the first with its key; if that was refused, it gets its own chance."""
-        outcome = first.call.outcomes[first.place]
-        if isinstance(outcome, Recorded):
-            entry.settle(_replay(entry.purchase.sale, outcome.purchase))
-        else:
-            self._wait(entry)
+    def _drop(self, entry: Entry) -> None:
+        """Forget a sale that was not sent; the next one with its key takes its place."""
+        self._leave(entry)
+        if entry.repeats:
+            heir, *heir.repeats = entry.repeats
+            self._wait(heir)
 
-    def _wait(self, entry: _Entry) -> None:
-        self._waiting.append(entry)
-        self._waiting_items += len(entry.purchase.sale.items)
-
-    async def _flush(self, batch: list[_Entry]) -> None:
-        """Store a batch and answer its callers; whatever happens, each gets an answer."""
+    async def _flush(self, batch: list[Entry], until: float) -> None:
+        """Store a batch and answer its callers; whatever happens, each gets an answer, or waits apart for it."""
         for attempt in range(1, ATTEMPTS_MAX + 1):
-            failure: Exception = TransactionConflict("other sales got in the way; try again")
-            try:
-                with FLUSH_SECONDS.time():
-                    await self._store(batch)
-                FLUSHES.inc()
-            except Exception as error:
-                failure = error
-                log.warning("flush failed", attempt=attempt, sales=len(batch), error=str(error).strip())
-            tried, batch = len(batch), [entry for entry in batch if not entry.settled]
-            FLUSHED.inc(tried - len(batch))
+            failure = await self._try(batch)
+            batch = [entry for entry in batch if not entry.settled]
             if not batch:
-                return
+                return None
+            if asyncio.get_running_loop().time() > until:
+                break
             match failure:
-                case psycopg.errors.DatetimeFieldOverflow() if len(batch) == 1:
-                    # Its month is closed, by a retention that this process does not know of.
-                    entry = batch[0]
-                    (outcome,) = await self._known_or_out_of_range([entry.purchase.sale], entry.purchase.created_at)
-                    entry.settle(outcome)
-                    return
+                case psycopg.errors.LockNotAvailable():
+                    waiting, batch = len(batch), await self._aside.sort_out(batch)
+                    if not batch:
+                        return None
+                    if len(batch) == waiting:  # who holds what, and from whom, cannot be told
+                        return await self._flush_halves(batch, until)
+                case psycopg.errors.CheckViolation() if not all(entry.had_partition for entry in batch):
+                    # A month that we counted on is closed or dropped, by a retention that we have not heard of.
+                    self._partitions.forget()
+                    self._send_for_partitions(batch)
+                    return None
                 case psycopg.IntegrityError() | psycopg.DataError() | TransactionConflict():
                     # One row spoils the statement, such as a receipt number that two sales claim at this very moment:
                     # apart, the first gets it, and the others are told. Or what stood in the way is gone: a customer
-                    # came with this very batch, say. Or retention closed a month that we counted on.
-                    self._partitions.forget()
+                    # came with this very batch, say.
                     if len(batch) > 1 and attempt > 1:
-                        await self._flush(batch[: len(batch) // 2])
-                        await self._flush(batch[len(batch) // 2 :])
-                        return
+                        return await self._flush_halves(batch, until)
+                case psycopg.errors.QueryCanceled() if len(batch) > 1:
+                    return await self._flush_halves(batch, until)  # whatever one of them takes so long for
                 case psycopg.errors.QueryCanceled() | PoolTimeout():
                     break  # the time is used up
                 case psycopg.OperationalError() | psycopg.InterfaceError():
-                    continue  # a conflict; or a connection lost in mid-commit, of which the next attempt finds out
+                    pass  # a conflict; or a connection lost in mid-commit, of which the next attempt finds out
                 case _:
                     break  # a bug: the callers must hear of it, and we go on
         for entry in batch:
-            entry.settle(failure)
+            self._settle(entry, failure)
 
-    async def _store(self, batch: list[_Entry]) -> None:
-        months = {entry.purchase.sale.purchase_time.date().replace(day=1) for entry in batch}
-        days = {entry.purchase.created_at.date() for entry in batch}
-        await self._partitions.ensure(months, days)
-        async with self._pool.connection() as connection:
+    async def _flush_halves(self, batch: list[Entry], until: float) -> None:
+        middle = (len(batch) + 1) // 2
+        for half in filter(None, (batch[:middle], batch[middle:])):
+            await self._flush(half, until)
+
+    async def _flush_alone(self, entry: Entry) -> bool:
+        """Try a sale that waits aside; False when what it needs is still held."""
+        try:
+            await self._store([entry])
+        except psycopg.errors.LockNotAvailable:
+            return False
+        except Exception as error:
+            log.warning("a sale that had waited aside was not stored", error=str(error).strip())
+        if not entry.settled:
+            self._wait(entry)
+        return True
+
+    async def _try(self, batch: list[Entry]) -> Exception:
+        """Store a batch, and answer all that can be answered; returns why some could not."""
+        try:
+            with FLUSH_SECONDS.time():
+                await self._store(batch)
+            FLUSHES.inc()
+        except Exception as error:
+            log.warning("flush failed", sales=len(batch), error=str(error).strip())
+            return error
+        finally:
+            FLUSHED.inc(sum(entry.settled for entry in batch))
+        return TransactionConflict("other sales got in the way; try again")
+
+    async def _store(self, batch: list[Entry]) -> None:
+        async with self._connection() as connection:
             inserted = await insert(connection, [entry.purchase for entry in batch], self._time_zone)  # commits
             for index, entry in enumerate(batch):
                 if index not in inserted.refused:
-                    entry.settle(Recorded(entry.purchase, replayed=False))
+                    self._settle(entry, Recorded(entry.purchase, replayed=False))
             if inserted.relay_waits:
                 self._relay_bell.ring()
             if inserted.refused:
-                await self._explain(connection, [batch[index] for index in inserted.refused])
+                refused = [batch[index] for index in inserted.refused]
+                outcomes = await answers.explain(connection, [entry.purchase for entry in refused], self._time_zone)
+                for entry, outcome in zip(refused, outcomes, strict=True):
+                    if outcome is not None:
+                        self._settle(entry, outcome)
 
-    async def _explain(self, connection: Connection, entries: Sequence[_Entry]) -> None:
-        """Answer sales that were not stored: replays first, since a stored sale also holds its receipt number.
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        """A connection that is given up when the server is frozen and does not even end its statements in time."""
+        async with self._pool.connection() as connection:
+            with patience(connection, self._flush_timeout_s):
+                yield connection
 
-        One that nothing speaks against any more is left unanswered.
-        """
-        holders = await stored.by_keys(connection, [entry.purchase.sale.idempotency_key for entry in entries])
-        new = [entry for entry in entries if entry.purchase.sale.idempotency_key not in holders]
-        unknown = await stored.unknown_customers(connection, [entry.purchase.sale for entry in new])
-        receipts = await stored.receipt_holders(connection, [entry.purchase.sale for entry in new], self._time_zone)
-        for entry in entries:
-            sale = entry.purchase.sale
-            holder = holders.get(sale.idempotency_key)
-            if holder and holder.purchase_id == entry.purchase.purchase_id:
-                entry.settle(Recorded(holder, replayed=False))  # our own: the answer to its commit was lost
-            elif holder:
-                entry.settle(_replay(sale, holder))
-            elif sale.customer_id in unknown and not sale.register_customer:
-                entry.settle(_customer_unknown(sale.customer_id))
-            elif receipt_holder := receipts.get(sale.idempotency_key):
-                entry.settle(_receipt_exists(sale, receipt_holder))
+
+def _month(entry: Entry) -> datetime.date:
+    return entry.sale.purchase_time.date().replace(day=1)
 
 
 def _id(moment: datetime.datetime) -> str:
     """A UUIDv7 of that moment, which tells the partition; random ids would nearly halve the speed of inserting."""
     return str(uuid7(nanoseconds=nanoseconds(moment)))
-
-
-def _replay(sale: Sale, holder: Purchase) -> Recorded | Exception:
-    if holder.sale.content() == sale.content():
-        return Recorded(holder, replayed=True)
-    return IdempotencyKeyReused(
-        f"idempotency_key {sale.idempotency_key} belongs to purchase {holder.purchase_id}, whose content differs",
-        metadata={"idempotency_key": sale.idempotency_key, "purchase_id": holder.purchase_id},
-    )
-
-
-def _customer_unknown(customer_id: str) -> ServiceError:
-    return CustomerUnknown(f"customer {customer_id} is not registered", metadata={"customer_id": customer_id})
-
-
-def _receipt_exists(sale: Sale, holder_id: str) -> ServiceError:
-    return ReceiptExists(
-        f"receipt {sale.receipt_id} of {sale.pos_id} in branch {sale.branch_id} on that business day belongs to"
-        f" purchase {holder_id}",
-        metadata={"receipt_id": sale.receipt_id, "purchase_id": holder_id},
-    )

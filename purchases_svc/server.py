@@ -54,7 +54,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     async def CreatePurchase(
         self, request: purchases_service_pb2.CreatePurchaseRequest, context: Any
     ) -> purchases_service_pb2.CreatePurchaseResponse:
-        recorded = await self._recorder.record(messages.parse_sale(request))
+        recorded = await self._recorder.record(messages.parse_sale(request), context.peer())
         return messages.answer(request, recorded)
 
     async def GetPurchase(
@@ -146,7 +146,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     async def UploadPurchases(
         self, request_iterator: Any, context: Any
     ) -> AsyncIterator[purchases_service_pb2.UploadPurchasesResponse]:
-        async with aclosing(self._uploads.answer(request_iterator)) as responses:
+        async with aclosing(self._uploads.answer(request_iterator, context.peer())) as responses:
             async for response in responses:
                 yield response
 

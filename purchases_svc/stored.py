@@ -52,6 +52,12 @@ async def by_keys(connection: Connection, keys: Sequence[str]) -> dict[str, Purc
     return {purchase.sale.idempotency_key: purchase for purchase in found}
 
 
+async def held_customers(connection: Connection, customer_ids: Sequence[str]) -> set[str]:
+    """Those of the customers whose rows somebody holds, so that a sale to them has to wait."""
+    cursor = await connection.execute("SELECT held_customers(%s::uuid[])::text", [list(customer_ids)])
+    return {customer_id for (customer_id,) in await cursor.fetchall()}
+
+
 async def by_id(connection: Connection, purchase_id: str) -> Purchase | None:
     """A purchase. Its id tells the millisecond of its time, and so the one partition to look into."""
     milliseconds = int(purchase_id[:8] + purchase_id[9:13], 16)

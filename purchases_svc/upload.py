@@ -7,7 +7,8 @@ from typing import Any
 from chassis import grpc_server
 from chassis.errors import DeadlineExceeded, FieldReason, InvalidRequest, ServiceError, ShuttingDown, Violation
 from purchases_svc import messages
-from purchases_svc.record import Recorded, Recorder
+from purchases_svc.answers import Outcome, Recorded
+from purchases_svc.record import Recorder
 from purchases_svc.sale import Sale
 from retail.purchases.v1 import purchases_service_pb2 as pb2
 
@@ -27,7 +28,7 @@ class Uploads:
         self._recorder, self._host = recorder, host
 
     async def answer(
-        self, requests: AsyncIterator[pb2.UploadPurchasesRequest]
+        self, requests: AsyncIterator[pb2.UploadPurchasesRequest], caller: str
     ) -> AsyncGenerator[pb2.UploadPurchasesResponse, None]:
         """One response for each message, in their order, each after its sales are durable.
 
@@ -35,7 +36,7 @@ class Uploads:
         """
         answers: asyncio.Queue[Answer | None] = asyncio.Queue()
         room = asyncio.Semaphore(MESSAGES_IN_FLIGHT_MAX)
-        reader = asyncio.create_task(self._read(requests, answers, room))
+        reader = asyncio.create_task(self._read(requests, caller, answers, room))
         answer: Answer | None = None
         try:
             while (answer := await answers.get()) is not None:
@@ -51,6 +52,7 @@ class Uploads:
     async def _read(
         self,
         requests: AsyncIterator[pb2.UploadPurchasesRequest],
+        caller: str,
         answers: "asyncio.Queue[Answer | None]",
         room: asyncio.Semaphore,
     ) -> None:
@@ -73,13 +75,13 @@ class Uploads:
                     rule = f"must have 1 to {UPLOADS_PER_MESSAGE_MAX} sales"
                     reason = FieldReason.TOO_MANY if request.uploads else FieldReason.REQUIRED
                     raise InvalidRequest([Violation("uploads", rule, reason)])
-                answers.put_nowait(asyncio.create_task(self._record(request)))
+                answers.put_nowait(asyncio.create_task(self._record(request, caller)))
         finally:
             draining.cancel()
             message.cancel()
             answers.put_nowait(None)
 
-    async def _record(self, request: pb2.UploadPurchasesRequest) -> pb2.UploadPurchasesResponse:
+    async def _record(self, request: pb2.UploadPurchasesRequest, caller: str) -> pb2.UploadPurchasesResponse:
         """Store the sales of one message. One that is refused does not affect its neighbours."""
         refused: dict[int, ServiceError] = {}
         sales: dict[int, Sale] = {}
@@ -88,7 +90,7 @@ class Uploads:
                 sales[place] = messages.parse_sale(upload.create_purchase)
             except ServiceError as error:
                 refused[place] = error
-        outcomes = await self._record_all(list(sales.values()))
+        outcomes = await self._record_all(list(sales.values()), caller)
         recorded = dict(zip(sales, outcomes, strict=True))
         response = pb2.UploadPurchasesResponse()
         for place, upload in enumerate(request.uploads):
@@ -101,8 +103,8 @@ class Uploads:
                 result.error.CopyFrom(grpc_server.to_status(refusal, self._host.domain))
         return response
 
-    async def _record_all(self, sales: list[Sale]) -> list[Recorded | Exception]:
+    async def _record_all(self, sales: list[Sale], caller: str) -> list[Outcome]:
         try:
-            return await self._recorder.record_all(sales) if sales else []
+            return await self._recorder.record_all(sales, caller) if sales else []
         except ServiceError as error:  # none was taken in
             return [error] * len(sales)

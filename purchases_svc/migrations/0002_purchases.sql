@@ -6,6 +6,19 @@ CREATE TABLE customers (
 );
 GRANT SELECT, INSERT ON customers TO purchases_service;
 
+-- Which customers' rows are locked, so that a sale to them would have to wait: they are skipped where others are read.
+CREATE FUNCTION held_customers(ids uuid[]) RETURNS SETOF uuid
+    LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    WITH free AS MATERIALIZED (
+        SELECT customer_id FROM public.customers WHERE customer_id = ANY (ids) FOR KEY SHARE SKIP LOCKED
+    )
+    SELECT customer_id FROM public.customers WHERE customer_id = ANY (ids)
+    EXCEPT
+    SELECT customer_id FROM free
+$$;
+REVOKE ALL ON FUNCTION held_customers(uuid[]) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION held_customers(uuid[]) TO purchases_service;
+
 -- Purchases and items are cut into months of purchase_time, in UTC, so that indexes stay small and whole months can
 -- go. A unique constraint on a partitioned table must contain the partition key, hence the keys on two columns.
 -- purchase_id is a UUIDv7 made of purchase_time, so that an id alone tells its partition.

@@ -53,6 +53,7 @@ class Proxy:
         self._links: set[_Link] = set()
         self._hearing = asyncio.Event()
         self._hearing.set()
+        self._refusing = False
         self._delay_s = 0.0
         self._break_after: int | None = None  # bytes of the next chunk that still pass before the cut
         self._swallow: tuple[bytes, bytes] | None = None  # what a request holds, and what its answer holds
@@ -76,6 +77,16 @@ class Proxy:
     def deafen(self) -> None:
         """Nothing passes either way any more, while connections stay open and are accepted: a dead network."""
         self._do(self._hearing.clear)
+
+    def refuse(self, refusing: bool) -> None:
+        """Reset all connections, and each new one at once: a server that is down."""
+
+        def change() -> None:
+            self._refusing = refusing
+            if refusing:
+                self._cut()
+
+        self._do(change)
 
     def delay(self, seconds: float) -> None:
         """Every piece of data takes that much longer."""
@@ -116,6 +127,7 @@ class Proxy:
 
     def _heal(self) -> None:
         self._hearing.set()
+        self._refusing = False
         self._delay_s, self._break_after, self._swallow = 0.0, None, None
 
     def _close(self) -> None:
@@ -130,6 +142,8 @@ class Proxy:
         link = _Link(writer)
         self._links.add(link)
         try:
+            if self._refusing:
+                return
             try:
                 server_reader, link.server = await asyncio.open_connection(*self._target)
             except OSError:

@@ -278,7 +278,7 @@ async def _answer(call: Any) -> None:
 
 def make_recorder(opened: Pool, partitions: Partitions, batch_max: int = 500, **more: Any) -> Recorder:
     backlog = more.pop("backlog", Backlog(opened, 0))
-    limits = {"batch_max": batch_max, "waiting_max": 10_000, "waiting_items_max": 100_000}
+    limits = {"batch_max": batch_max, "waiting_max": 10_000, "waiting_items_max": 100_000, "flush_timeout_s": 10.0}
     return Recorder(opened, partitions, backlog, time_zone="UTC", **{**limits, **more})
 
 

@@ -13,10 +13,10 @@ import pytest
 from chassis import lifecycle
 from chassis.postgres import Pool
 from purchases_svc import retention
+from purchases_svc.answers import Recorded
 from purchases_svc.backlog import Backlog
 from purchases_svc.errors import OutboxFull, PurchaseTimeOutOfRange
 from purchases_svc.partitions import Partitions
-from purchases_svc.record import Recorded
 from purchases_svc.sale import Sale
 from tests.conftest import ROOT, WAIT_S, eventually, pool, today
 from tests.integration.test_create_purchase import assert_whole, count, make_recorder, stored_sale

@@ -4,9 +4,9 @@ import pytest
 
 from chassis.errors import VIOLATIONS_MAX
 from chassis.wire import parse_uuid
+from purchases_svc.answers import Recorded
 from purchases_svc.errors import InvalidPurchase
 from purchases_svc.messages import answer, parse_sale, to_purchase, to_response
-from purchases_svc.record import Recorded
 from purchases_svc.sale import ITEMS_MAX, Item, Purchase
 from tests.integration.sales import sale
 

@@ -9,11 +9,11 @@ CAUGHT_AS = {"lost"}
 
 
 def plant() -> None:
-    from purchases_svc import record
+    from purchases_svc import answers, record
 
     async def store(self: Any, batch: Any) -> None:
         for entry in batch:
-            entry.settle(record.Recorded(entry.purchase, replayed=False))
+            entry.settle(answers.Recorded(entry.purchase, replayed=False))
         await original(self, batch)
 
     original = replace(record.Recorder, "_store", store)

@@ -1,0 +1,86 @@
+"""What becomes of a sale: the answer to each that was stored, was stored before, or cannot be."""
+
+import datetime
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from chassis.errors import ServiceError
+from chassis.postgres import Connection
+from purchases_svc import stored
+from purchases_svc.errors import CustomerUnknown, IdempotencyKeyReused, PurchaseTimeOutOfRange, ReceiptExists
+from purchases_svc.sale import FUTURE_MAX, Purchase, Sale, rfc3339
+
+
+class Recorded(NamedTuple):
+    """The purchase that holds the sale, and whether it had been there before this call."""
+
+    purchase: Purchase
+    replayed: bool
+
+
+Outcome = Recorded | Exception
+
+
+async def explain(connection: Connection, purchases: Sequence[Purchase], time_zone: str) -> list[Outcome | None]:
+    """Why purchases were not stored, by what is stored: replays first, since a stored sale also holds its receipt
+    number. None for one that nothing speaks against any more.
+    """
+    holders = await stored.by_keys(connection, [purchase.sale.idempotency_key for purchase in purchases])
+    new = [purchase.sale for purchase in purchases if purchase.sale.idempotency_key not in holders]
+    unknown = await stored.unknown_customers(connection, new)
+    receipts = await stored.receipt_holders(connection, new, time_zone)
+
+    def answer(purchase: Purchase) -> Outcome | None:
+        sale = purchase.sale
+        if holder := holders.get(sale.idempotency_key):
+            if holder.purchase_id == purchase.purchase_id:
+                return Recorded(holder, replayed=False)  # our own: the answer to its commit was lost
+            return replay(sale, holder)
+        if sale.customer_id in unknown and not sale.register_customer:
+            return _customer_unknown(sale.customer_id)
+        if receipt_holder := receipts.get(sale.idempotency_key):
+            return _receipt_exists(sale, receipt_holder)
+        return None
+
+    return [answer(purchase) for purchase in purchases]
+
+
+async def known_or_out_of_range(
+    connection: Connection, sales: Sequence[Sale], earliest: datetime.datetime, now: datetime.datetime
+) -> list[Outcome]:
+    """A known key is answered before the time is checked: the clock may have been set back since."""
+    holders = await stored.by_keys(connection, [sale.idempotency_key for sale in sales])
+    return [
+        replay(sale, holder) if (holder := holders.get(sale.idempotency_key)) else _out_of_range(sale, earliest, now)
+        for sale in sales
+    ]
+
+
+def replay(sale: Sale, holder: Purchase) -> Outcome:
+    """The answer to a sale whose key a purchase holds."""
+    if holder.sale.content() == sale.content():
+        return Recorded(holder, replayed=True)
+    return IdempotencyKeyReused(
+        f"idempotency_key {sale.idempotency_key} belongs to purchase {holder.purchase_id}, whose content differs",
+        metadata={"idempotency_key": sale.idempotency_key, "purchase_id": holder.purchase_id},
+    )
+
+
+def _out_of_range(sale: Sale, earliest: datetime.datetime, now: datetime.datetime) -> ServiceError:
+    return PurchaseTimeOutOfRange(
+        f"purchase.purchase_time {rfc3339(sale.purchase_time)} must not be before {rfc3339(earliest)}"
+        f" or more than {FUTURE_MAX.seconds // 60} minutes after the server's time, {rfc3339(now)}",
+        metadata={"purchase_time": rfc3339(sale.purchase_time), "server_time": rfc3339(now)},
+    )
+
+
+def _customer_unknown(customer_id: str) -> ServiceError:
+    return CustomerUnknown(f"customer {customer_id} is not registered", metadata={"customer_id": customer_id})
+
+
+def _receipt_exists(sale: Sale, holder_id: str) -> ServiceError:
+    return ReceiptExists(
+        f"receipt {sale.receipt_id} of {sale.pos_id} in branch {sale.branch_id} on that business day belongs to"
+        f" purchase {holder_id}",
+        metadata={"receipt_id": sale.receipt_id, "purchase_id": holder_id},
+    )
