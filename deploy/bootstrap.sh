@@ -1,9 +1,8 @@
 #!/bin/sh
-# Brings to this machine what the project needs and the machine lacks.
+# Brings to this checkout what the project needs and the machine lacks. It needs no root, and changes nothing outside.
 #
-#   deploy/bootstrap.sh             .venv, holding exactly what requirements-dev.txt locks
-#   deploy/bootstrap.sh rabbitmq    a RabbitMQ server, through the machine's package manager
-#   deploy/bootstrap.sh debian P... (as root) Debian packages, without starting what they bring
+#   deploy/bootstrap.sh                       .venv, holding exactly what requirements-dev.txt locks
+#   deploy/bootstrap.sh rabbitmq [DIRECTORY]  RabbitMQ and its Erlang, unpacked there; else in .local/rabbitmq-server
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 cd "$root"
@@ -11,6 +10,13 @@ cd "$root"
 fail() {
   printf '%s\n' "$@" >&2
   exit 1
+}
+
+# A second make waits here, and then finds the work done.
+one_at_a_time() {
+  (umask 077 && mkdir -p .local)
+  exec 9>.local/bootstrap.lock
+  flock 9
 }
 
 # The lock file, the interpreter and the place (scripts in .venv/bin name it): what a finished .venv was made for.
@@ -27,22 +33,24 @@ venv_is_ready() {
 
 venv() {
   venv_is_ready && return
-  (umask 077 && mkdir -p .local)
-  exec 9>.local/bootstrap.lock
-  flock 9 # a second make waits here, and then finds the work done
+  one_at_a_time
   venv_is_ready && return
 
   python=${BOOTSTRAP_PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     fail "Python 3.11 or later is needed: install it, or name one with BOOTSTRAP_PYTHON=/path/to/python3."
-  if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then # Debian keeps it in a package of its own
-    debian python3-venv
-    "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python cannot make virtual environments (no ensurepip)."
-  fi
 
   echo "Installing the locked packages into .venv (about a minute, once) …"
   # From scratch: what an interrupted install has left cannot be told from what is complete.
-  "$python" -m venv --clear .venv
+  if "$python" -c 'import ensurepip' 2>/dev/null; then
+    "$python" -m venv --clear .venv
+  else # Debian has pip for new environments in a package of its own
+    [ -d .local/pip ] || { unpack .local/pip python3-pip-whl && finish .local/pip; } ||
+      fail "$python cannot make virtual environments with pip: it has no ensurepip."
+    pip=$(echo .local/pip/usr/share/python-wheels/pip-*.whl)
+    "$python" -m venv --clear --without-pip .venv
+    .venv/bin/python "$pip/pip" install --quiet --no-index "$pip"
+  fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
     --require-hashes -r requirements-dev.txt || fail "The packages could not be installed; run make again to retry."
   # The generated code is found without PYTHONPATH: `.venv/bin/python -m relay_svc status` works as it stands.
@@ -50,58 +58,88 @@ venv() {
   venv_identity | sha256sum >.venv/installed
 }
 
-rabbitmq() {
-  if command -v apt-get >/dev/null; then
-    debian rabbitmq-server
-  elif command -v brew >/dev/null; then
-    brew install rabbitmq
-  else
-    fail "RabbitMQ is not installed, and there is neither apt-get nor brew here.
-$choices"
-  fi
-}
-
 choices="Or
   install rabbitmq-server in another way, or
   name a server of your own: AMQP_URL=amqp://user:password@host:5672/%2F make run, or
   run everything in containers with the compose file in deploy/."
 
-debian() {
-  command -v apt-get >/dev/null || fail "Please install $*, then run make again."
-  if [ "$(id -u)" != 0 ]; then
-    sudo -n true 2>/dev/null || fail "Installing $* needs root. As root, run
-  sh deploy/bootstrap.sh debian $*
-and then make again. $([ "$1" = rabbitmq-server ] && echo "$choices")"
-    sudo -n sh deploy/bootstrap.sh debian "$@"
+rabbitmq() {
+  directory=${1:-.local/rabbitmq-server}
+  one_at_a_time
+  if [ -d "$directory" ]; then
     return
+  elif command -v apt-get >/dev/null && command -v dpkg >/dev/null; then # Debian; Ubuntu is untried
+    unpack "$directory" rabbitmq-server || fail "RabbitMQ's packages could not be fetched; run make again to retry." "$choices"
+    for_any_place "$directory.new/root/usr/lib"
+    finish "$directory"
+  elif command -v brew >/dev/null; then # untried
+    brew install rabbitmq
+  else
+    fail "RabbitMQ is not installed, and there is neither apt-get nor brew here." "$choices"
   fi
-  export DEBIAN_FRONTEND=noninteractive
-  log=$(mktemp)
-  trap 'forbid_nothing; rm -f "$log"' EXIT
-  trap 'exit 130' HUP INT TERM
-  forbid_starting
-  # An old package list may still do, so only the install decides.
-  apt-get -q update >"$log" 2>&1 || true
-  apt-get -q -y -o DPkg::Lock::Timeout=300 install --no-install-recommends "$@" >>"$log" 2>&1 ||
-    fail "$(tail -n 20 "$log")" "apt-get could not install $*."
-  # Nor at the next boot: the private node is all we need.
-  case " $* " in *" rabbitmq-server "*) update-rc.d rabbitmq-server disable >/dev/null 2>&1 || true ;; esac
 }
 
-# Packages of servers start them when installed, unless this policy file says no. One that is there is put aside.
-policy=/usr/sbin/policy-rc.d
-forbid_starting() {
-  [ ! -e "$policy" ] || mv "$policy" "$policy.aside"
-  printf '#!/bin/sh\nexit 101\n' >"$policy"
-  chmod 755 "$policy"
+# unpack DIRECTORY PACKAGE: into DIRECTORY.new/root, with all that it needs and the machine lacks.
+# `finish` moves it to its place. What was fetched before an interruption is not fetched again.
+unpack() {
+  new=$(mkdir -p "$1.new" && cd "$1.new" && pwd -P)
+  rm -rf "$new/root"
+  mkdir -p "$new/root" "$new/lists/partial" "$new/archives/partial"
+  # An Erlang of the machine's own is left out of account: it may be another one tomorrow.
+  awk 'BEGIN { RS = ""; ORS = "\n\n" } !/^Package: (erlang|rabbitmq)/' /var/lib/dpkg/status >"$new/status"
+  # What the machine's apt does after an update concerns its own folders.
+  cat >"$new/apt.conf" <<'END'
+Debug::NoLocking "true";
+APT::Sandbox::User "root"; // another user could not write here
+APT::Install-Recommends "false";
+Acquire::Languages "none";
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+END
+  # Lists that could not be brought up to date may still do: only the download decides.
+  own_apt update >"$new/log" 2>&1 || true
+  own_apt autoclean >>"$new/log" 2>&1 || true # versions of before an interruption
+  if ! own_apt --download-only install "$2" >>"$new/log" 2>&1; then
+    tail -n 20 "$new/log" >&2
+    return 1
+  fi
+  for package in "$new"/archives/*.deb; do
+    dpkg -x "$package" "$new/root" || return 1
+  done
 }
-forbid_nothing() {
-  rm -f "$policy"
-  [ ! -e "$policy.aside" ] || mv "$policy.aside" "$policy"
+
+own_apt() {
+  apt-get -q -y -c "$new/apt.conf" -o Dir::State="$new" -o Dir::State::lists=lists/ -o Dir::State::status="$new/status" \
+    -o Dir::Cache="$new" -o Dir::Cache::archives=archives/ "$@"
+}
+
+finish() {
+  mv "$1.new/root" "$1"
+  rm -rf "$1.new"
+}
+
+for_any_place() {
+  # RabbitMQ's own script falls over a space in its path.
+  sed -i -e 's#^\. \(${RABBITMQ_SCRIPTS_DIR}.*\)#. "\1"#' -e 's# $SCRIPT_PATH# "$SCRIPT_PATH"#' \
+    "$1"/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-env
+  # Erlang's knows the place that its package is made for, and no other.
+  cat >"$1/erlang/bin/erl" <<'END'
+#!/bin/sh
+ROOTDIR=$(dirname "$(dirname "$(readlink -f "$0")")")
+BINDIR=$(echo "$ROOTDIR"/erts-*/bin)
+EMU=beam
+PROGNAME=erl
+export ROOTDIR BINDIR EMU PROGNAME
+for libraries in "$ROOTDIR"/../*-linux-gnu*; do # what came with it, as the machine lacked it
+  [ ! -d "$libraries" ] || export LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+done
+exec "$BINDIR/erlexec" "$@"
+END
 }
 
 case ${1:-venv} in
-venv | rabbitmq) "${1:-venv}" ;;
-debian) "$@" ;;
-*) fail "usage: $0 [rabbitmq | debian PACKAGE...]" ;;
+venv) venv ;;
+rabbitmq) rabbitmq "${2:-}" ;;
+*) fail "usage: $0 [rabbitmq [DIRECTORY]]" ;;
 esac

@@ -1,4 +1,4 @@
-"""A private RabbitMQ node in a directory of its own, run from the machine's RabbitMQ whatever its packaging.
+"""A private RabbitMQ node in a directory of its own, run from a RabbitMQ that is installed or unpacked (`programs`).
 
     broker = RabbitMQ(directory)
     broker.start()
@@ -18,6 +18,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from deploy.local import programs
 from deploy.local.machine import (
     MARK,
     PORT_ATTEMPTS,
@@ -32,15 +33,13 @@ from deploy.local.machine import (
     wait_until,
     write_private,
 )
+from deploy.local.programs import Programs
 
 USER = "local"
 START_TIMEOUT_S = 90.0  # 4 s on an idle machine
 STOP_TIMEOUT_S = 30.0
 STARTING_STOP_TIMEOUT_S = 3.0
 CTL_TIMEOUT_S = 60.0
-
-# Debian's own /usr/sbin/rabbitmq-server is passed over: it changes user and directory. The others are Homebrew's.
-PLACES = ("/usr/lib/rabbitmq/bin", "/opt/homebrew/sbin", "/usr/local/sbin", "/home/linuxbrew/.linuxbrew/sbin")
 
 CONFIGURATION = """\
 listeners.tcp.1 = 127.0.0.1:{port}
@@ -61,7 +60,8 @@ ERLANG_OPTIONS = "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,
 
 
 class RabbitMQ:
-    """One node. `preferred_port` is taken for AMQP if it is free; `settings` adds lines of rabbitmq.conf."""
+    """One node. `preferred_port` is taken for AMQP if it is free; `settings` adds lines of rabbitmq.conf; without
+    `programs` it runs from what there is."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class RabbitMQ:
         log: Path | None = None,
         preferred_port: int | None = None,
         settings: Mapping[str, str] | None = None,
+        programs: Programs | None = None,
     ) -> None:
         self.directory = directory.resolve()
         self.log = log or self.directory / "rabbitmq.log"
@@ -77,6 +78,7 @@ class RabbitMQ:
         self._complete = self.directory / "complete"  # exists once the first start has succeeded
         self._preferred_port = preferred_port
         self._settings = settings or {}
+        self._chosen = programs
         self._launched: Process | None = None
 
     @property
@@ -101,7 +103,7 @@ class RabbitMQ:
         running = node is not None and self._settled(node)
         environ = self._environ(running)
         if not self._find("epmd"):
-            mapper = [_epmd(), "-port", environ["ERL_EPMD_PORT"], "-address", environ["ERL_EPMD_ADDRESS"]]
+            mapper = [str(self._programs.epmd), "-port", environ["ERL_EPMD_PORT"], "-address", environ["ERL_EPMD_ADDRESS"]]
             spawn(mapper, environ, self.directory, self.log)
         if running:
             return False
@@ -114,7 +116,7 @@ class RabbitMQ:
         write_private(self.directory / "enabled_plugins", "[].\n")
         if not (cookie := self.directory / ".erlang.cookie").exists():
             write_private(cookie, secrets.token_hex(32))
-        self._launched = spawn([programs() / "rabbitmq-server"], environ, self.directory, self.log)
+        self._launched = spawn([str(self._programs.server)], environ, self.directory, self.log)
         return True
 
     def wait(self) -> None:
@@ -152,7 +154,7 @@ class RabbitMQ:
     def ctl(self, *arguments: str) -> str:
         """What `rabbitmqctl` answers: list_queues, close_all_connections, set_vm_memory_high_watermark, …"""
         done = subprocess.run(
-            [programs() / "rabbitmqctl", "--quiet", *arguments],
+            [self._programs.ctl, "--quiet", *arguments],
             env=self._environ(True),
             capture_output=True,
             text=True,
@@ -162,6 +164,13 @@ class RabbitMQ:
         if done.returncode:
             raise StackError(f"rabbitmqctl {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
         return done.stdout
+
+    @property
+    def _programs(self) -> Programs:
+        found = self._chosen or programs.find()
+        if not found:
+            raise StackError("RabbitMQ is not installed")
+        return found
 
     def _port(self, name: str, in_use: bool) -> int:
         return self.notes.port(name, self._preferred_port if name == "amqp" else None, in_use=in_use)
@@ -173,6 +182,7 @@ class RabbitMQ:
         here = self.directory
         return caller | {
             MARK: str(here),
+            "PATH": self._programs.path,
             "HOME": str(here),  # Erlang's cookie lies there
             "LANG": "C.UTF-8",
             "ERL_EPMD_ADDRESS": "127.0.0.1",
@@ -217,29 +227,3 @@ class RabbitMQ:
         except OSError:
             return False
         return greeted and port_holder(port) == self.process
-
-
-def installed() -> bool:
-    return any(Path(place, "rabbitmq-server").exists() for place in _places())
-
-
-def programs() -> Path:
-    """Where rabbitmq-server and rabbitmqctl are."""
-    for place in _places():
-        if Path(place, "rabbitmq-server").exists():
-            return Path(place)
-    raise StackError("RabbitMQ is not installed")
-
-
-def _places() -> list[str]:
-    on_path = shutil.which("rabbitmq-server")
-    return [*PLACES, *([str(Path(on_path).parent)] if on_path else [])]
-
-
-def _epmd() -> str:
-    """The port mapper; generic packages have it beside `erl` only."""
-    erl = shutil.which("erl")
-    path = shutil.which("epmd") or (str(Path(erl).resolve().parent / "epmd") if erl else None)
-    if not path:
-        raise StackError("neither `epmd` nor `erl` is on the PATH, though RabbitMQ is installed")
-    return path

@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from deploy.local import machine, rabbitmq, terminal
+from deploy.local import machine, programs, terminal
 from deploy.local.machine import MARK, Notebook, Process, StackError
 from deploy.local.postgres import Postgres
 from deploy.local.rabbitmq import RabbitMQ
@@ -145,7 +145,7 @@ class Stack:
         """RabbitMQ takes longest, so PostgreSQL is seen to while it starts."""
         local_broker, local_databases = BROKER_SETTING not in settings, self._local_databases(settings)
         if local_broker:
-            self._ensure_rabbitmq_installed()
+            self._ensure_rabbitmq_is_there()
             self.rabbitmq.launch()
         if local_databases:
             with terminal.step("PostgreSQL"):
@@ -160,10 +160,10 @@ class Stack:
             with terminal.step("RabbitMQ"):
                 self.rabbitmq.wait()
 
-    def _ensure_rabbitmq_installed(self) -> None:
-        if rabbitmq.installed():
+    def _ensure_rabbitmq_is_there(self) -> None:
+        if programs.find():
             return
-        with terminal.step("install RabbitMQ (once)"):
+        with terminal.step("fetch RabbitMQ (once)"):
             command = ["sh", "deploy/bootstrap.sh", "rabbitmq"]
             done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)
             if done.returncode:

@@ -1,6 +1,7 @@
 """The local PostgreSQL and RabbitMQ come back from whatever happens to them; each test has its own."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from psycopg import sql
 import purchases_svc.__main__ as purchases
 from analytics_svc import database as analytics_database
 from analytics_svc.settings import MigrateSettings as AnalyticsMigrateSettings
-from deploy.local import machine
+from deploy.local import machine, programs
 from deploy.local.postgres import Postgres, binaries
 from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.services import SERVICES
@@ -184,3 +185,32 @@ def test_rabbitmq_keeps_what_was_confirmed(rabbitmq: RabbitMQ) -> None:
     assert not rabbitmq.stop()
     ours = machine.find(lambda process: process.environ.get(machine.MARK) == str(rabbitmq.directory))
     assert ours == []
+
+
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="only apt's packages can be unpacked")
+def test_rabbitmq_runs_from_packages_that_nobody_installed(tmp_path: Path) -> None:
+    """Fetched and unpacked without root, also after that was interrupted, and where a path has a space in it."""
+    place = tmp_path / "a directory" / "rabbitmq-server"
+    fetch = ["sh", str(ROOT / "deploy" / "bootstrap.sh"), "rabbitmq", str(place)]
+    with subprocess.Popen(fetch, stdout=subprocess.DEVNULL, start_new_session=True) as interrupted:
+        half = place.with_name("rabbitmq-server.new") / "root" / "usr"
+        assert machine.wait_until(half.exists, 300)
+        os.killpg(interrupted.pid, signal.SIGKILL)
+    assert programs.unpacked(place) is None
+
+    for _ in range(2):
+        subprocess.run(fetch, check=True)
+    unpacked = programs.unpacked(place)
+    assert unpacked
+    assert not half.exists()
+    broker = RabbitMQ(tmp_path / "a directory" / "rabbitmq", programs=unpacked)
+    try:
+        assert broker.start()
+        erlang = broker.ctl("eval", "io:format(code:root_dir()).").partition("ok")[0]
+        assert Path(erlang) == place / "usr" / "lib" / "erlang"
+        with pika.BlockingConnection(pika.URLParameters(broker.url)) as connection:
+            connection.channel().queue_declare("a_queue", durable=True, arguments={"x-queue-type": "quorum"})
+        assert not broker.stop()
+        assert broker.start()
+    finally:
+        broker.stop()
