@@ -103,8 +103,8 @@ class RabbitMQ:
         running = node is not None and self._settled(node)
         environ = self._environ(running)
         if not self._find("epmd"):
-            mapper = [str(self._programs.epmd), "-port", environ["ERL_EPMD_PORT"], "-address", environ["ERL_EPMD_ADDRESS"]]
-            spawn(mapper, environ, self.directory, self.log)
+            listens = ["-port", environ["ERL_EPMD_PORT"], "-address", environ["ERL_EPMD_ADDRESS"]]
+            spawn([str(self._programs.epmd), *listens], environ, self.directory, self.log)
         if running:
             return False
         if not self._complete.exists():  # a first start that was interrupted: half a database is no database

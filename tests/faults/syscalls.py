@@ -16,7 +16,7 @@ ATTACH_S = 0.3  # for strace to have all threads
 
 def _strace(pid: int, output: str, calls: Sequence[str], inject: str | None = None) -> "subprocess.Popen[bytes]":
     if shutil.which("strace") is None:
-        raise StackError("strace is not installed; as root: sh deploy/bootstrap.sh debian strace")
+        raise StackError("strace is not installed: install it with the machine's package manager")
     command = ["strace", "-f", "-qq", "-o", output, "-p", str(pid), "-e", f"trace={','.join(calls)}"]
     if inject:
         command += ["-e", f"inject={','.join(calls)}:{inject}"]
