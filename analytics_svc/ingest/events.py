@@ -1,4 +1,6 @@
-"""The tolerant, pure decoder of the event contract (proto/events/): bytes in, a PurchaseCreated or a reason out.
+"""The tolerant decoder of the event contract (proto/events/): bytes in, a PurchaseCreated or a reason out.
+
+Pure but for the clock, as no purchase is of a far future.
 
 Tolerant: what the contract does not name is ignored. Amounts go from the message's digits to whole cents; no binary
 floating point sees them.
@@ -6,7 +8,7 @@ floating point sees them.
 
 import json
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, Inexact, InvalidOperation
 from typing import Any, NoReturn
 from zoneinfo import ZoneInfo
@@ -24,6 +26,9 @@ ITEMS_MAX = 2_000
 QUANTITY_MAX = 1_000_000
 TEXT_LENGTH_MAX = 64
 WHOLE_MAX = 10**16  # an amount stays below it
+# No purchase is of another time: the purchases service refuses it. The slack is for clocks that differ.
+EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+AHEAD_MAX = timedelta(days=367)
 
 # Reasons. Programs and people select by them, so they never change.
 TOO_LARGE = "TOO_LARGE"
@@ -96,10 +101,10 @@ def _purchase(event_id: str, purchase: Any, zone: ZoneInfo) -> PurchaseCreated:
     items = _items(get("items"))
     if (total := sum(item.cents for item in items)) != cents:
         raise Rejected(TOTAL_MISMATCH, f"total_amount is {cents} cents, the items' sum is {total} cents")
-    try:
-        day = purchase_time.astimezone(zone).date()
-    except OverflowError:  # at either end of the calendar
-        _wrong("purchase.purchase_time", "must have a business day", get("purchase_time"))
+    if not EARLIEST <= purchase_time <= datetime.now(UTC) + AHEAD_MAX:
+        rule = f"must be from {EARLIEST.date()} to {AHEAD_MAX.days} days ahead"
+        _wrong("purchase.purchase_time", rule, get("purchase_time"))
+    day = purchase_time.astimezone(zone).date()
     return PurchaseCreated(event_id, day, purchase_time, branch_id, customer_id, cents, items)
 
 

@@ -1,7 +1,7 @@
 """The decoder of the event contract: what counts, what is refused and why. Pure."""
 
 import json
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -336,11 +336,16 @@ def test_business_day(zone: str, moment: str, day: date) -> None:
     assert decode(golden(purchase_time=moment), ZoneInfo(zone)).day == day
 
 
-def test_no_business_day_at_the_ends_of_the_calendar() -> None:
-    """Where the zone's day lies outside the calendar, the event is refused like any other."""
-    body = golden(purchase_time="9999-12-31T23:00:00Z")
-    with pytest.raises(Rejected, match=r"purchase\.purchase_time"):
-        decode(body, ZoneInfo("Pacific/Kiritimati"))
+@pytest.mark.parametrize("zone", ["UTC", "Pacific/Kiritimati", "Etc/GMT+12"])
+def test_times_that_no_purchase_has(zone: str) -> None:
+    """The purchases service records from 2000 on, and nothing of next year: what walks over days later has an end."""
+    now = datetime.now(UTC)
+    ahead = [(now + timedelta(days=days)).isoformat(timespec="seconds") for days in (366, 368)]
+    for moment in ("2000-01-01T00:00:00Z", "2000-01-01T01:00:00+01:00", ahead[0]):
+        assert decode(golden(purchase_time=moment), ZoneInfo(zone)).cents == 14_250
+    for moment in ("0001-01-01T00:00:00Z", "1999-12-31T23:59:59.999999Z", ahead[1], "9999-12-31T23:00:00Z"):
+        rejected = refusal(golden(purchase_time=moment))
+        assert (rejected.reason, rejected.detail.split()[0]) == ("BROKEN_CONTRACT", "purchase.purchase_time")
 
 
 def test_details_are_fit_for_every_log_and_database() -> None:
