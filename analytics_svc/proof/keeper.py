@@ -8,12 +8,13 @@ holds the lock. It does all on the connection that holds the lock: one that lost
   rebuilt. Quarantined events do not. An outage of the relay or a database does, too: no news, no promise.
 - A purchases database that was restored, or has lost commits in a failover: the relay sees that the snapshot is not of
   its server's present history and lists everything. What the restored database has of before was counted then, or is
-  waited for now; so the old promise still holds, and the time goes on from where it was. It never goes back.
+  waited for now; so the old promise still holds, and the time goes on from where it was.
 - An analytics database that was restored brings along the snapshot, time and log of one moment: the promise goes on
   from there. What was counted since is missing, so the time stands still until that is published again or rebuilt.
 - An outbox that has dropped what the stored snapshot does not have: the relay refuses to list, and the time stands
   still. A full rebuild counts what was recorded before it began, and stores where it began: from there it goes on.
-- A clock of the purchases database that was set back: the time stands still until the clock has passed it.
+- A clock of the purchases database that ran ahead, or is set back: a listing's time is then before the stored one, and
+  new purchases commit before that, so what was promised is not so. It is taken back, loudly. Nothing else moves it back.
 """
 
 import asyncio
@@ -53,6 +54,9 @@ KEEPER_SESSION = {
 }
 
 TICKS = Counter("analytics_keeper_ticks_total", "Times that complete_through_time was stored.")
+TAKEN_BACK = Counter(
+    "analytics_complete_through_taken_back_total", "Times that complete_through_time had to go back: a clock was wrong."
+)
 LISTED = Counter("analytics_keeper_listed_total", "Event ids that the relay listed as committed.")
 KEEPING = Gauge("analytics_keeper_active", "1 while this process is the keeper of complete_through_time.")
 AWAITED = Gauge("analytics_keeper_awaited", "Committed events that the present tick still waits for.")
@@ -155,8 +159,13 @@ class Keeper:
             log.warning("complete_through_time was changed by others; starting over")
             return False
         if mark.complete_through and listed.as_of < mark.complete_through:
-            log.warning("the purchases database's clock was set back", by=str(mark.complete_through - listed.as_of))
-        self._complete_through = max(listed.as_of, mark.complete_through or listed.as_of)
+            TAKEN_BACK.inc()
+            log.error(
+                "complete_through_time is taken back: the purchases database's clock was ahead, or is set back",
+                promised=str(mark.complete_through),
+                now=str(listed.as_of),
+            )
+        self._complete_through = listed.as_of
         TICKS.inc()
         return True
 
@@ -244,12 +253,15 @@ async def show_oldest(connection: Connection, event_id: str) -> None:
 
 
 async def store(connection: Connection, before: Mark, snapshot: str, as_of: datetime) -> bool:
-    """Promise that everything up to a listing is settled; False when the mark is no longer the one it started from."""
+    """Promise that everything up to a listing is settled; False when the mark is no longer the one it started from.
+
+    Later than the listing's time, the promise would be false: purchases that commit from now on are not in it.
+    """
     cursor = await connection.execute(
         """
         UPDATE freshness SET
             after_snapshot = %(snapshot)s,
-            complete_through_at = greatest(complete_through_at, %(as_of)s),
+            complete_through_at = %(as_of)s,
             oldest_awaited_id = NULL
         WHERE after_snapshot IS NOT DISTINCT FROM %(before)s
         """,

@@ -131,7 +131,8 @@ class World:
                 await connection.close()
 
     async def history(self, seed: int, steps: int) -> None:
-        """Live through one; raise Lied if complete_through_time lies, goes back, or does not arrive at the end."""
+        """Live through one; raise Lied if complete_through_time lies, goes back while the clock does not, or does not
+        arrive at the end."""
         chance = self._chance = random.Random(seed)
         await self._begin()
         hardship = {name: chance.random() ** 2 for name in ("crash", "poison", "fail", "restore")}
@@ -147,6 +148,7 @@ class World:
             (self._take_backups, 0.5),
             (self._restore_purchases, 0.5 * hardship["restore"]),
             (self._restore_analytics, 0.5 * hardship["restore"]),
+            (self._turn_clock, 0.3),
         ]
         self._hardship = hardship
         for _ in range(steps):
@@ -167,7 +169,9 @@ class World:
         self._claims: dict[int, list[str]] = {}
         self._queue: list[str] = []
         self._complete_through: datetime | None = None
+        self._snapshot: str | None = None
         self._backups: Any = None
+        self._ahead, self._turned_back = timedelta(), False
 
     # The shop.
 
@@ -204,7 +208,7 @@ class World:
         row = await (await self._owner.execute("SELECT clock_timestamp()")).fetchone()
         assert row
         moment: datetime = row[0]
-        return moment
+        return moment + self._ahead
 
     # The relays and the broker.
 
@@ -297,7 +301,7 @@ class World:
         replies = servicer.ListCommittedEventIds(request, None)
         async with aclosing(replies):
             async for reply in replies:
-                as_of = reply.as_of_time.ToDatetime(NOON.tzinfo) if reply.snapshot else None
+                as_of = reply.as_of_time.ToDatetime(NOON.tzinfo) + self._ahead if reply.snapshot else None
                 yield Listed(list(reply.event_ids), reply.snapshot, as_of)
 
     # Disasters.
@@ -345,6 +349,8 @@ class World:
             """,
             [self._chance.random() < 0.5],
         )
+        cursor = await self._analyst.execute("SELECT after_snapshot FROM freshness")
+        ((self._snapshot,),) = await cursor.fetchall()
 
     async def _restore_analytics(self) -> None:
         """As of the backup: the log, the quarantine and the promise; what was counted since is missing."""
@@ -355,21 +361,28 @@ class World:
         await self._analyst.execute("DELETE FROM analytics_event_log WHERE event_id <> ALL(%s::uuid[])", [list(log)])
         await self._analyst.execute("DELETE FROM quarantined_events WHERE event_id <> ALL(%s::uuid[])", [list(bad)])
         await self._analyst.execute("UPDATE freshness SET (after_snapshot, complete_through_at) = (%s, %s)", list(mark))
-        self._complete_through = mark[1]
+        self._snapshot, self._complete_through = mark
+
+    async def _turn_clock(self) -> None:
+        """The purchases database's clock is an hour ahead, or right again; a listing under way ends before."""
+        await self._stop_keeper()
+        ahead = self._chance.choice([timedelta(), timedelta(hours=1)])
+        self._turned_back |= ahead < self._ahead
+        self._ahead = ahead
 
     # The truth.
 
     async def _check(self) -> None:
-        row = await (await self._analyst.execute("SELECT complete_through_at FROM freshness")).fetchone()
-        assert row
-        promised: datetime | None = row[0]
-        if promised == self._complete_through:
+        cursor = await self._analyst.execute("SELECT complete_through_at, after_snapshot FROM freshness")
+        ((promised, snapshot),) = await cursor.fetchall()
+        if (promised, snapshot) == (self._complete_through, self._snapshot):
             return
-        if promised is None or (self._complete_through and promised < self._complete_through):
+        went_back = promised is None or (self._complete_through is not None and promised < self._complete_through)
+        if went_back and (promised is None or not self._turned_back):
             raise Lied(f"complete_through_time went back from {self._complete_through} to {promised}")
-        self._complete_through = promised
-        self.moves += 1
-        before = [event_id for event_id, over in self._committed.items() if over < promised]
+        self.moves += promised != self._complete_through
+        self._complete_through, self._snapshot, self._turned_back = promised, snapshot, False
+        before = [event_id for event_id, over in self._committed.items() if promised and over < promised]
         self.claims += len(before)
         if missing := await self._unsettled(before):
             raise Lied(f"{len(missing)} sales committed before {promised} are neither counted nor quarantined")

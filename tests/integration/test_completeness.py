@@ -1,4 +1,5 @@
-"""complete_through_time never lies, never goes back, and arrives: in random histories, and told from planted lies."""
+"""complete_through_time never lies, goes back only when a clock did, and arrives: in random histories, and told from
+planted lies."""
 
 import os
 import time
@@ -113,6 +114,21 @@ async def test_a_snapshot_of_another_server_taken_for_ones_own_is_caught(
         yield Listed([], last.snapshot, as_of)
 
     world.list_committed = listing
+    assert await is_caught(world)
+
+
+async def test_never_going_back_is_caught(world: World, analytics_db: str) -> None:
+    """A keeper that keeps the highest time it ever stored: of a clock that ran ahead, it keeps the lie."""
+    async with await connect(analytics_db) as owner:
+        await owner.execute(
+            "CREATE FUNCTION keep_highest() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.complete_through_at ="
+            " greatest(NEW.complete_through_at, OLD.complete_through_at); RETURN NEW; END $$"
+        )
+        await owner.execute(
+            "CREATE TRIGGER highest BEFORE UPDATE OF after_snapshot ON freshness FOR EACH ROW"
+            " WHEN (NEW.after_snapshot IS NOT NULL) EXECUTE FUNCTION keep_highest()"
+        )
+        await owner.execute("GRANT EXECUTE ON FUNCTION keep_highest() TO analytics_consumer")
     assert await is_caught(world)
 
 
