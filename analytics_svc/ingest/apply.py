@@ -21,7 +21,9 @@ class Applied(NamedTuple):
     counted: int
     duplicates: int
     quarantined: int  # those that were not there yet
-    below_floor: list[PurchaseCreated]  # not counted, as the log may have forgotten them: for the quarantine
+    # Not counted, and for the quarantine:
+    below_floor: list[PurchaseCreated]  # the log may have forgotten them
+    conflicting: list[PurchaseCreated]  # their ids are counted with other content
 
 
 async def apply(
@@ -35,13 +37,14 @@ async def apply(
     below_floor = [event for event in events if event.event_id < floor]
     if below_floor:
         events = [event for event in events if event.event_id >= floor]
-    new = await count(connection, events)
+    new, conflicting = await _count(connection, events)
     if new and rebuilding:
         await tail.append(connection, new)
     quarantined = await quarantine.keep(connection, unfit) if unfit else 0
     if new or quarantined:
         await announce(connection, {(event.day, event.branch_id) for event in new}, counted=bool(new))
-    return Applied(len(new), len(events) - len(new), quarantined, below_floor)
+    duplicates = len(events) - len(new) - len(conflicting)
+    return Applied(len(new), duplicates, quarantined, below_floor, conflicting)
 
 
 async def count(connection: Connection, events: Sequence[PurchaseCreated]) -> list[PurchaseCreated]:
@@ -49,10 +52,17 @@ async def count(connection: Connection, events: Sequence[PurchaseCreated]) -> li
 
     No table is named with its schema: where a session has temporary ones of the same names, it counts into those.
     """
-    new = await _remember(connection, events)
+    new, _ = await _count(connection, events)
+    return new
+
+
+async def _count(
+    connection: Connection, events: Sequence[PurchaseCreated]
+) -> tuple[list[PurchaseCreated], list[PurchaseCreated]]:
+    new, conflicting = await _remember(connection, events)
     if new:
         await fold(connection, new)
-    return new
+    return new, conflicting
 
 
 async def fold(connection: Connection, new: Sequence[PurchaseCreated]) -> None:
@@ -67,19 +77,45 @@ async def fold(connection: Connection, new: Sequence[PurchaseCreated]) -> None:
     await _add_sums(connection, new, new_customers)
 
 
-async def _remember(connection: Connection, events: Sequence[PurchaseCreated]) -> list[PurchaseCreated]:
-    """Log the events' ids; returns the events whose id was not there, each once."""
+async def _remember(
+    connection: Connection, events: Sequence[PurchaseCreated]
+) -> tuple[list[PurchaseCreated], list[PurchaseCreated]]:
+    """Log the events; returns those whose id was not there, each once, and those that the log knows with other content.
+
+    Of several with one id, the first is logged.
+    """
     by_id = {event.event_id: event for event in reversed(events)}
+    checksums = {event_id: by_id[event_id].checksum() for event_id in sorted(by_id)}
+    logged = [by_id[event_id] for event_id in checksums]
     cursor = await connection.execute(
         """
-        INSERT INTO analytics_event_log (event_id, day, event_type)
-        SELECT event_id, day, %s FROM unnest(%s::uuid[], %s::date[]) AS event (event_id, day)
+        INSERT INTO analytics_event_log
+            (event_id, day, branch_id, customer_id, purchase_time, purchase_id, checksum, event_type)
+        SELECT *, %s FROM unnest(
+            %s::uuid[], %s::date[], %s::int[], %s::uuid[], %s::timestamptz[], %s::uuid[], %s::bigint[])
         ON CONFLICT (event_id) DO NOTHING
         RETURNING event_id::text
         """,
-        [EVENT_TYPE, _array(ordered := sorted(by_id)), _array(by_id[event_id].day for event_id in ordered)],
+        [
+            EVENT_TYPE,
+            _array(checksums),
+            _array(event.day for event in logged),
+            _array(event.branch_id for event in logged),
+            _array(event.customer_id or "NULL" for event in logged),
+            _array(event.purchase_time.isoformat() for event in logged),
+            _array(event.purchase_id or "NULL" for event in logged),
+            _array(checksums.values()),
+        ],
     )
-    return [by_id[event_id] for (event_id,) in await cursor.fetchall()]
+    new = {event_id: by_id[event_id] for (event_id,) in await cursor.fetchall()}
+    if len(new) == len(events):
+        return list(new.values()), []
+    cursor = await connection.execute(
+        "SELECT event_id::text, checksum FROM analytics_event_log WHERE event_id = ANY (%s::uuid[])",
+        [_array(checksums.keys() - new.keys())],
+    )
+    checksums |= dict(await cursor.fetchall())
+    return list(new.values()), [event for event in events if checksums[event.event_id] not in (None, event.checksum())]
 
 
 async def _add_products(connection: Connection, lines: Sequence[str]) -> None:

@@ -4,12 +4,15 @@ The floor moves first, alone with the apply lock, and only then are ids deleted.
 so it never meets a log that has forgotten more than the floor that it read.
 """
 
+from typing import LiteralString, NamedTuple
+
 from chassis.postgres import Connection
 
 APPLY_LOCK = 7_265_746_170  # any numbers; advisory locks are per database
 REBUILD_LOCK = 7_265_746_175  # held by a rebuild as long as it must be told what is counted
 FORGET_LOCK = 7_265_746_178  # held by the process that deletes
 NO_FLOOR = ""  # below every id
+LATE_DAYS = 30  # beyond the retention, that an event in quarantine may have been under way and still hold the floor
 
 
 async def enter(connection: Connection) -> tuple[str, bool]:
@@ -33,35 +36,46 @@ async def exclude_applies(connection: Connection) -> None:
     await connection.execute("SELECT pg_advisory_xact_lock(%s)", [APPLY_LOCK])
 
 
-async def raise_floor(connection: Connection, keep_days: int) -> str:
-    """Raise the floor to what is older than `keep_days` and settled; returns it. In a transaction of its own.
+class Floor(NamedTuple):
+    event_id: str
+    held_by: str | None  # what is in quarantine and keeps it lower than the retention allows
+
+
+async def raise_floor(connection: Connection, keep_days: int) -> Floor:
+    """Raise the floor to what is older than `keep_days` and settled. In a transaction of its own.
 
     Settled is what lies below complete_through_time, is not awaited and not in quarantine. Without that time, the floor
-    stays. Ids carry the time of recording; random ids of others lie anywhere.
+    stays. Ids carry the time of recording; random ids of others lie anywhere. Whoever publishes chooses the ids in
+    quarantine: one that claims to have been recorded long before it came holds nothing.
     """
     await exclude_applies(connection)
     cursor = await connection.execute(
-        """
-        UPDATE freshness SET log_floor = greatest(log_floor, least(
-            (
-                SELECT (lpad(to_hex(floor(extract(epoch FROM greatest(kept, 'epoch')) * 1000)::bigint), 12, '0')
-                    || repeat('0', 20))::uuid
-                FROM (SELECT least(now(), complete_through_at) - make_interval(days => %s)) AS since (kept)
-            ),
-            oldest_awaited_id,
-            (
-                SELECT event_id FROM quarantined_events
-                WHERE event_id >= coalesce(log_floor, '00000000-0000-0000-0000-000000000000')
-                ORDER BY event_id LIMIT 1
-            )
-        ))
-        WHERE complete_through_at IS NOT NULL
-        RETURNING log_floor::text
+        f"""
+        WITH bounds AS (
+            SELECT {_id_at("greatest(least(now(), complete_through_at) - make_interval(days => %(days)s), 'epoch')")}
+                    AS allowed,
+                (
+                    SELECT event_id FROM quarantined_events AS kept
+                    WHERE event_id >= coalesce(log_floor, '00000000-0000-0000-0000-000000000000')
+                        AND event_id >= {_id_at("quarantined_at - make_interval(days => %(days)s + %(late)s)")}
+                        AND NOT EXISTS (SELECT FROM analytics_event_log AS log WHERE log.event_id = kept.event_id)
+                    ORDER BY event_id LIMIT 1
+                ) AS held
+            FROM freshness WHERE complete_through_at IS NOT NULL
+        )
+        UPDATE freshness SET log_floor = greatest(log_floor, least(allowed, oldest_awaited_id, held)) FROM bounds
+        RETURNING log_floor::text, CASE WHEN held < allowed THEN held::text END
         """,
-        [keep_days],
+        {"days": keep_days, "late": LATE_DAYS},
     )
     row = await cursor.fetchone()
-    return row[0] if row else NO_FLOOR
+    return Floor(*row) if row else Floor(NO_FLOOR, None)
+
+
+def _id_at(moment: LiteralString) -> LiteralString:
+    """The lowest id of ours that could have been made then."""
+    milliseconds: LiteralString = f"floor(extract(epoch FROM {moment}) * 1000)::bigint"
+    return f"(lpad(to_hex({milliseconds}), 12, '0') || repeat('0', 20))::uuid"
 
 
 async def forget(connection: Connection, after: str, most: int) -> str | None:

@@ -87,7 +87,7 @@ def _purchase(event_id: str, purchase: Any, zone: ZoneInfo) -> PurchaseCreated:
     if type(purchase) is not dict:
         _wrong("purchase", "must be an object", purchase)
     get = purchase.get
-    _uuid(get("purchase_id"), "purchase.purchase_id")
+    purchase_id = _uuid(get("purchase_id"), "purchase.purchase_id")
     _text(get("receipt_id"), "purchase.receipt_id")
     _uuid(get("idempotency_key"), "purchase.idempotency_key")
     branch_id = _whole(get("branch_id"), "purchase.branch_id", ID_MAX)
@@ -105,7 +105,7 @@ def _purchase(event_id: str, purchase: Any, zone: ZoneInfo) -> PurchaseCreated:
         rule = f"must be from {EARLIEST.date()} to {AHEAD_MAX.days} days ahead"
         _wrong("purchase.purchase_time", rule, get("purchase_time"))
     day = purchase_time.astimezone(zone).date()
-    return PurchaseCreated(event_id, day, purchase_time, branch_id, customer_id, cents, items)
+    return PurchaseCreated(event_id, day, purchase_time, branch_id, customer_id, cents, items, purchase_id)
 
 
 def _items(items: Any) -> list[Item]:

@@ -46,8 +46,10 @@ BLAMED_ON_NONE = {"08", "25", "40", "53", "55", "57", "58"}
 APPLY_FAILED = "APPLY_FAILED"
 KILLS_CONSUMER = "KILLS_CONSUMER"
 OLDER_THAN_FLOOR = "OLDER_THAN_FLOOR"
+CONFLICTING_DUPLICATE = "CONFLICTING_DUPLICATE"
 
 BELOW_FLOOR = "its id is below the floor of the event log: counted and forgotten, or not ours"
+OTHER_CONTENT = "an event with this id is counted, and its content is another"
 
 EVENTS = Counter("analytics_events_total", "Deliveries that were settled.", ["outcome"])
 COUNTED, DUPLICATE, QUARANTINED = (EVENTS.labels(outcome) for outcome in ("counted", "duplicate", "quarantined"))
@@ -166,14 +168,13 @@ class Settler:
                 [case.event for case in cases if isinstance(case.event, PurchaseCreated)],
                 [case.event for case in cases if isinstance(case.event, QuarantinedEvent)],
             )
-            if applied.below_floor:
-                below = {event.event_id for event in applied.below_floor}
-                late = [
-                    messages.unfit(case.message, case.event.event_id, OLDER_THAN_FLOOR, BELOW_FLOOR)
+            if refused := _refused(applied):
+                unfit = [
+                    messages.unfit(case.message, case.event.event_id, *refused[id(case.event)])
                     for case in cases
-                    if isinstance(case.event, PurchaseCreated) and case.event.event_id in below
+                    if id(case.event) in refused
                 ]
-                if quarantined := await quarantine.keep(connection, late):
+                if quarantined := await quarantine.keep(connection, unfit):
                     await announce(connection, (), counted=False)
                 applied = applied._replace(quarantined=applied.quarantined + quarantined)
             if tried:
@@ -195,7 +196,7 @@ class Settler:
             kept = await quarantine.find(connection, quarantine_id)
             if kept is None:
                 return None
-            if not kept.counted:
+            if not kept.counted or kept.reason == CONFLICTING_DUPLICATE:
                 if kept.body_size > len(kept.body):
                     return False
                 if kept.reason == KILLS_CONSUMER:
@@ -204,9 +205,8 @@ class Settler:
                 if isinstance(event, QuarantinedEvent):
                     await quarantine.change_reason(connection, quarantine_id, event.reason, event.detail)
                     return False
-                applied = await apply(connection, [event], [])
-                if applied.below_floor:
-                    await quarantine.change_reason(connection, quarantine_id, OLDER_THAN_FLOOR, BELOW_FLOOR)
+                if refused := _refused(await apply(connection, [event], [])):
+                    await quarantine.change_reason(connection, quarantine_id, *refused[id(event)])
                     return False
             await quarantine.remove(connection, [quarantine_id])
             await announce(connection, (), counted=False)
@@ -243,6 +243,13 @@ def _note(tally: Tally[bytes], digest: bytes) -> None:
     tally[digest] += 1
     if len(tally) > NOTED_MAX:
         del tally[next(iter(tally))]
+
+
+def _refused(applied: Applied) -> dict[int, tuple[str, str]]:
+    """Reason and detail for each event, by its identity: two with one id may differ."""
+    return {id(event): (OLDER_THAN_FLOOR, BELOW_FLOOR) for event in applied.below_floor} | {
+        id(event): (CONFLICTING_DUPLICATE, OTHER_CONTENT) for event in applied.conflicting
+    }
 
 
 def _may_be_the_events_fault(error: Exception) -> bool:

@@ -45,6 +45,7 @@ def _event(
     customer_id: str | None,
     cents: int,
     items: list[list[int]],
+    purchase_id: str | None,
 ) -> PurchaseCreated:
     return PurchaseCreated(
         event_id,
@@ -54,4 +55,5 @@ def _event(
         customer_id,
         cents,
         [Item(*item) for item in items],
+        purchase_id,
     )

@@ -19,6 +19,9 @@ TRIALS_KEPT_DAYS = 30  # a message that nobody tried again for so long is gone
 FIRST_ID = "00000000-0000-0000-0000-000000000000"
 
 QUARANTINED = Gauge("analytics_quarantined_events", "Events in quarantine.", ["reason"])
+FLOOR_HELD = Gauge(
+    "analytics_event_log_held", "1 while an event in quarantine keeps the event log from forgetting what it may forget."
+)
 
 log = structlog.get_logger()
 
@@ -64,4 +67,7 @@ class Upkeep:
             batches, after = 0, FIRST_ID
             while last := await event_log.forget(connection, after, FORGET_BATCH):
                 batches, after = batches + 1, last
-            log.info("event log cut", floor=floor, batches=batches)
+            FLOOR_HELD.set(floor.held_by is not None)
+            log.info("event log cut", floor=floor.event_id, batches=batches)
+            if floor.held_by:
+                log.warning("an event in quarantine keeps the log from forgetting more", event_id=floor.held_by)

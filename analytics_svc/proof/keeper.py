@@ -14,7 +14,7 @@ holds the lock. It does all on the connection that holds the lock: one that lost
 - An outbox that has dropped what the stored snapshot does not have: the relay refuses to list, and the time stands
   still. A full rebuild counts what was recorded before it began, and stores where it began: from there it goes on.
 - A clock of the purchases database that ran ahead, or is set back: a listing's time is then before the stored one, and
-  new purchases commit before that, so what was promised is not so. It is taken back, loudly. Nothing else moves it back.
+  new purchases commit before that, so the promise is false. It is taken back, loudly. Nothing else moves it back.
 """
 
 import asyncio

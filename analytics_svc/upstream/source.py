@@ -122,6 +122,7 @@ class Source:
             purchase.customer_id or None,
             _cents(purchase.total_amount.value),
             [Item(item.product_id, item.quantity, _cents(item.line_total.value)) for item in purchase.items],
+            purchase.purchase_id,
         )
 
 

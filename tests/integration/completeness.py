@@ -148,7 +148,7 @@ class World:
             (self._take_backups, 0.5),
             (self._restore_purchases, 0.5 * hardship["restore"]),
             (self._restore_analytics, 0.5 * hardship["restore"]),
-            (self._turn_clock, 0.3),
+            (self._turn_clock, 0.8),
         ]
         self._hardship = hardship
         for _ in range(steps):

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -50,8 +51,8 @@ async def apply_batch(
 async def test_golden_example_counts_as_it_stands(consumer_pool: postgres.Pool, analytics_db: str) -> None:
     """The contract's example adds 142.50 and 3 units, however often it is applied."""
     golden = decode(GOLDEN, UTC_ZONE)
-    assert await apply_batch(consumer_pool, [golden, golden]) == Applied(1, 1, 0, [])
-    assert await apply_batch(consumer_pool, [golden]) == Applied(0, 1, 0, [])
+    assert await apply_batch(consumer_pool, [golden, golden]) == Applied(1, 1, 0, [], [])
+    assert await apply_batch(consumer_pool, [golden]) == Applied(0, 1, 0, [], [])
     day = date(2026, 1, 6)
     month = date(2026, 1, 1)
     assert read_models(analytics_db) == {
@@ -243,3 +244,23 @@ def test_roles_may_do_their_job_only(analytics_db: str, role: str, statement: st
         connection.execute(f"SET ROLE {role}".encode())
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(statement.encode())
+
+
+async def test_an_id_that_is_counted_with_other_content(analytics_db: str) -> None:
+    """Whichever comes first counts; another one with its id is told from a duplicate, also within one batch."""
+    sale = sold("1.00", "2.00", customer_id=str(uuid.uuid4()))
+    others = [
+        sale._replace(lines=tuple((product + 500, qty, price) for product, qty, price in sale.lines)),
+        sale._replace(branch_id=2),
+        sale._replace(customer_id=None),
+        sale._replace(purchase_time=sale.purchase_time + timedelta(seconds=1)),
+    ]
+    same = sale._replace(lines=tuple(reversed(sale.lines)))
+    first, *rest = decoded([sale, sale, same, *others])
+    async with pool(analytics_db, "analytics_consumer") as opened, opened.connection() as connection:
+        for batch, counted in (([first, *rest], 1), (rest, 0), (list(reversed(rest)), 0)):
+            async with connection.transaction():
+                applied = await apply(connection, batch, [])
+            assert (applied.counted, applied.duplicates) == (counted, 2)
+            assert {id(event) for event in applied.conflicting} == {id(event) for event in rest[2:]}
+    assert read_models(analytics_db) == expected([sale])

@@ -32,7 +32,7 @@ def ago() -> Callable[..., str]:
 
 async def raised(url: str, days: int = 30) -> str:
     async with pool(url, "analytics_consumer") as opened, opened.connection() as connection, connection.transaction():
-        return await event_log.raise_floor(connection, days)
+        return (await event_log.raise_floor(connection, days)).event_id
 
 
 def complete_through(url: str, days_ago: int = 0, awaited: str | None = None) -> None:
@@ -67,6 +67,24 @@ async def test_floor_passes_nothing_that_is_not_settled(analytics_db: str, ago: 
     complete_through(analytics_db, days_ago=-300)  # a clock that is wrong
     query(analytics_db, "DELETE FROM quarantined_events")
     assert ago(days=1.01) < await raised(analytics_db, days=1) < ago(days=0.99)
+
+
+async def test_no_strangers_id_holds_the_floor(analytics_db: str, ago: Callable[..., str]) -> None:
+    """Who publishes what is not ours chooses its id; of real ones that came late, the oldest does, and is named."""
+    complete_through(analytics_db)
+    for forged in ("00000000-0000-0000-0000-000000000001", ago(days=1_000), "01000000-0000-4000-8000-000000000000"):
+        quarantine(analytics_db, forged, "UNDECODABLE")
+    counted = ago(days=33)
+    query(analytics_db, f"INSERT INTO analytics_event_log (event_id, event_type) VALUES ('{counted}', 'x')")
+    quarantine(analytics_db, counted, "CONFLICTING_DUPLICATE")
+    async with pool(analytics_db, "analytics_consumer") as opened, opened.connection() as connection:
+        async with connection.transaction():
+            floor = await event_log.raise_floor(connection, 60)
+        assert ago(days=60.01) < floor.event_id < ago(days=59.99)
+        assert floor.held_by is None
+        quarantine(analytics_db, late := ago(days=36))
+        async with connection.transaction():
+            assert await event_log.raise_floor(connection, 10) == (late, late)
 
 
 async def test_floor_never_goes_back(analytics_db: str, ago: Callable[..., str]) -> None:

@@ -207,6 +207,22 @@ async def test_good_twin_comes_later(stub: Any, analytics_db: str, channel: Bloc
     assert read_models(analytics_db) == expected(sales[:2])
 
 
+async def test_another_event_with_a_counted_id(stub: Any, analytics_db: str, channel: BlockingChannel) -> None:
+    """It is kept with its reason, and stays when it is tried again: a redrive settles true duplicates only."""
+    first, second = sold("1.00"), sold("2.00")
+    publish(channel, first.body(), second.body())
+    await counts(analytics_db, COUNTED, 2)
+    publish(channel, first.body(), first._replace(branch_id=7).body(), second.body())
+    await counts(analytics_db, QUARANTINED, 1)
+    (kept,) = reasons(analytics_db)
+    assert reasons(analytics_db) == {kept: "CONFLICTING_DUPLICATE"}
+    put(analytics_db, second.body(), second.event_id, "CONFLICTING_DUPLICATE")
+    reply = await stub.RedriveEvents(pb.RedriveEventsRequest(quarantine_ids=list(reasons(analytics_db))))
+    assert (reply.redriven_count, reply.remaining_count) == (1, 1)
+    assert reasons(analytics_db) == {kept: "CONFLICTING_DUPLICATE"}
+    assert read_models(analytics_db) == expected([first, second])
+
+
 async def test_redriven_twice_at_once(stub: Any, analytics_db: str, channel: BlockingChannel) -> None:
     """Two operators and the queue itself with the same events: each counts once."""
     sales = some_sales(30, seed=32)

@@ -64,6 +64,7 @@ def test_golden_event() -> None:
         customer_id=None,
         cents=14_250,
         items=[Item(1001, 2, 1_780), Item(2007, 1, 12_470)],
+        purchase_id="019b92cd-7cb8-7a11-9c44-5e8f00d2b3a6",
     )
 
 
