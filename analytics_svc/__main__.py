@@ -57,7 +57,7 @@ def main() -> None:
     except settings.SettingsError as error:
         lifecycle.exit_with_settings_problems(f"analytics {command}", error)
     except (migrate.MigrationError, grpc_server.PortTaken, psycopg.Error) as error:
-        raise SystemExit(f"analytics {command}: {error}") from error
+        raise SystemExit(f"analytics {command}: {logs.text_of(error)}") from error
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from prometheus_client import Counter, Histogram, start_http_server
 
 from chassis import errors, postgres, reflection
 from chassis.errors import ServiceError
+from chassis.logs import Sampled
 
 MESSAGE_BYTES_MAX = 64 << 10  # received, unless a service says otherwise: a thousand ids have 38 KB
 # gRPC refuses what is larger than its own limit with a code that invites retries, and without a word to programs. So
@@ -54,6 +55,10 @@ STATUS_VALUES: Mapping[grpc.StatusCode, int] = {code: code.value[0] for code in 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 log = structlog.get_logger()
+_refusals = Sampled("info", "call refused")
+_slow = Sampled("warning", "slow call")
+_trouble = Sampled("warning", "database trouble")
+_bugs = Sampled("error", "bug")
 
 
 class Service(NamedTuple):
@@ -258,7 +263,7 @@ class _Guard:
             elapsed = time.perf_counter() - started
             self._seconds.observe(elapsed)
             if elapsed > SLOW_CALL_S:
-                log.warning("slow call", method=self._method, seconds=round(elapsed, 3))
+                _slow(self._method, method=self._method, seconds=round(elapsed, 3))
         await _abort(context, self._method, failure, self._domain)
 
     async def _reply(self, requests: AsyncIterator[bytes], context: Any) -> Any:
@@ -323,7 +328,8 @@ class _Guard:
 
 async def _abort(context: Any, method: str, error: ServiceError, domain: str) -> NoReturn:
     HANDLED.labels(method, error.code.name).inc()
-    log.info("call refused", method=method, code=error.code.name, reason=error.reason, error=error.message)
+    _refusals((method, error.reason), method=method, code=error.code.name, reason=error.reason)
+    log.debug("refusal in full", method=method, error=error.message)  # which may name a customer
     trailers = [("grpc-status-details-bin", to_status(error, domain).SerializeToString())]
     if error.retry_after_s is not None:  # what the retries built into gRPC's clients read instead of RetryInfo
         trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1_000))))
@@ -346,11 +352,19 @@ def explain(error: Exception, method: str) -> ServiceError:
     if isinstance(error, TimeoutError):
         return errors.DeadlineExceeded("the call took longer than the server allows")
     if (known := postgres.meaning(error)) is not None:
-        log.warning("database trouble", method=method, error=str(error).strip())
+        _trouble((method, type(error)), method=method, error=error)
         return known
-    error_id = str(uuid.uuid4())
-    log.error("bug", method=method, error_id=error_id, exc_info=error)
-    return errors.Internal("internal error", metadata={"error_id": error_id})
+    return errors.Internal("internal error", metadata={"error_id": _bug(error, method)})
+
+
+def _bug(error: Exception, method: str) -> str:
+    """The id of its entry in the log. Calls that meet one bug within a second share it: they may be thousands."""
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    kind = (method, type(error), place and (place.tb_frame.f_code, place.tb_lineno))
+    error_id: str = _bugs(kind, method=method, error_id=str(uuid.uuid4()), exc_info=error)["error_id"]
+    return error_id
 
 
 def to_status(error: ServiceError, domain: str) -> status_pb2.Status:

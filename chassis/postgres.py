@@ -170,7 +170,7 @@ async def wait_until_up(pool: Pool, stop: asyncio.Event, check: sql.SQL | None =
                 await connection.execute(check or sql.SQL("SELECT 1"))
             return True
         except (psycopg.Error, PoolTimeout) as error:
-            log.warning("database is not ready", error=str(error).strip())
+            log.warning("database is not ready", error=error)
             await wait_set(stop, backoff.next_s())
     return False
 

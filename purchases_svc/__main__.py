@@ -167,7 +167,7 @@ def main() -> None:
     except settings.SettingsError as error:
         lifecycle.exit_with_settings_problems("purchases", error)
     except (migrate.MigrationError, grpc_server.PortTaken, psycopg.Error) as error:
-        raise SystemExit(f"purchases: {error}") from error
+        raise SystemExit(f"purchases: {logs.text_of(error)}") from error
 
 
 if __name__ == "__main__":

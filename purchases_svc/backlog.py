@@ -32,7 +32,7 @@ class Backlog:
                     cursor = await connection.execute("SELECT outbox_waiting(%s)", [self._most])
                     row = await cursor.fetchone()
             except (psycopg.Error, PoolTimeout) as error:
-                log.warning("the outbox's backlog is not known", error=str(error).strip())
+                log.warning("the outbox's backlog is not known", error=error)
             else:
                 waiting = int(row[0]) if row else 0
                 BACKLOG.set(waiting)

@@ -78,7 +78,7 @@ class Partitions:
         try:
             await self.ensure(*_upcoming(datetime.datetime.now(datetime.UTC).date()))
         except (psycopg.Error, PoolTimeout) as error:
-            log.warning("partitions are not taken care of", error=str(error).strip())
+            log.warning("partitions are not taken care of", error=error)
             return False
         return True
 

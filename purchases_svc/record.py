@@ -203,7 +203,7 @@ class Recorder:
         except psycopg.errors.DatetimeFieldOverflow:  # closed, by a retention that this process does not know of
             await self._look_up(entries)
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
-            log.warning("a partition could not be made", error=str(error).strip())
+            log.warning("a partition could not be made", error=error)
             for entry in entries:
                 self._settle(entry, error)
         else:
@@ -305,7 +305,7 @@ class Recorder:
         except psycopg.errors.LockNotAvailable:
             return False
         except Exception as error:
-            log.warning("a sale that had waited aside was not stored", error=str(error).strip())
+            log.warning("a sale that had waited aside was not stored", error=error)
         if not entry.settled:
             self._wait(entry)
         return True
@@ -317,7 +317,7 @@ class Recorder:
                 await self._store(batch)
             FLUSHES.inc()
         except Exception as error:
-            log.warning("flush failed", sales=len(batch), error=str(error).strip())
+            log.warning("flush failed", sales=len(batch), error=error)
             return error
         finally:
             FLUSHED.inc(sum(entry.settled for entry in batch))

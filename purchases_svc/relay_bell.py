@@ -30,4 +30,4 @@ class RelayBell:
             async with self._pool.connection() as connection:
                 await connection.execute("NOTIFY outbox_events")
         except (psycopg.Error, PoolTimeout) as error:
-            log.debug("the relay was not told", error=str(error).strip())  # it looks by itself, a little later
+            log.debug("the relay was not told", error=error)  # it looks by itself, a little later

@@ -104,7 +104,7 @@ async def keep(pool: Pool, keep_months: int) -> None:
         try:
             await drop_old_months(pool, keep_months, datetime.datetime.now(datetime.UTC).date())
         except (psycopg.Error, PoolTimeout) as error:
-            log.warning("retention did not get through", error=str(error).strip())
+            log.warning("retention did not get through", error=error)
             await asyncio.sleep(TRY_AGAIN_S)
         else:
             await asyncio.sleep(LOOK_EVERY_S)

@@ -106,7 +106,7 @@ def main() -> None:
     except settings.SettingsError as error:
         lifecycle.exit_with_settings_problems(f"relay {command}", error)
     except (grpc_server.PortTaken, psycopg.Error, PoolTimeout) as error:
-        raise SystemExit(f"relay {command}: {error}") from error
+        raise SystemExit(f"relay {command}: {logs.text_of(error)}") from error
 
 
 if __name__ == "__main__":

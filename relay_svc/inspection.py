@@ -108,7 +108,7 @@ async def measure(pool: Pool, stop: asyncio.Event) -> None:
             async with pool.connection() as connection:
                 waiting, blocker = await backlog(connection), await cleanup_blocker(connection)
         except (psycopg.Error, PoolTimeout) as error:
-            log.warning("the outbox is not measured", error=str(error).strip())
+            log.warning("the outbox is not measured", error=error)
         else:
             EVENTS.labels("NEW").set(waiting.new)
             EVENTS.labels("FAILED").set(waiting.failed)

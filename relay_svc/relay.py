@@ -102,7 +102,7 @@ class Relay:
                     if probe.outage is None:
                         self._close_breaker()
             except* (psycopg.Error, PoolTimeout) as errors:  # a server that went read-only in a failover, too
-                log.warning("database trouble", error=str(errors.exceptions[0]).strip())
+                log.warning("database trouble", error=errors.exceptions[0])
                 # The next connection may be to another server: after a failover, transactions have other numbers.
                 self._position = self._low_water = outbox.START
                 self._sweep_at = 0.0  # before any claim: it may take long to get past what was sent

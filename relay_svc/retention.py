@@ -79,7 +79,7 @@ async def keep(pool: Pool, stop: asyncio.Event, keep_days: int) -> None:
         try:
             await drop_old_days(pool, keep_days, datetime.datetime.now(datetime.UTC).date())
         except (psycopg.Error, PoolTimeout) as error:
-            log.warning("retention did not get through", error=str(error).strip())
+            log.warning("retention did not get through", error=error)
             await wait_set(stop, TRY_AGAIN_S)
         else:
             await wait_set(stop, LOOK_EVERY_S)

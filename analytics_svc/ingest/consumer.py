@@ -245,11 +245,11 @@ class Consumer:
                         read = self._settler.read
                         await self._settler.settle([delivery.case or read(delivery.message) for delivery in batch])
                 except postgres.CONFLICT as error:
-                    log.info("batch conflicts with another; trying again", error=str(error).strip())
+                    log.info("batch conflicts with another; trying again", error=error)
                 except Exception as error:
                     # An outage, or a bug of ours; not the events' fault in any case: they stay unacknowledged.
                     known = isinstance(error, psycopg.Error)
-                    log.warning("batch not applied; trying again", error=str(error).strip(), exc_info=not known)
+                    log.warning("batch not applied; trying again", error=error, exc_info=not known)
                     trouble = True
                     await self._health.report("batches", False)
                 else:

@@ -219,7 +219,7 @@ class Settler:
                 await apply(connection, [_made_up_sale()], [])
                 raise psycopg.Rollback
         except Exception as error:
-            log.info("the database takes no sale at all", error=str(error).strip())
+            log.info("the database takes no sale at all", error=error)
             return False
         return True
 
@@ -233,7 +233,7 @@ class Settler:
             raise error  # it is not even fit to be kept: a bug of ours
         del self._failures[digest]
         detail = _said(error)
-        log.error("event refused by the database", message=_name(case.message), error=detail)
+        log.error("event refused by the database", message=_name(case.message), error=error)
         unfit = messages.unfit(case.message, case.event.event_id, APPLY_FAILED, detail)
         await self.settle([Case(case.message, unfit)], tried=True)
 

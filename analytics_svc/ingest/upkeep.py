@@ -38,7 +38,7 @@ class Upkeep:
                 await self.run_once()
             except Exception as error:
                 known = isinstance(error, (psycopg.Error, PoolTimeout))
-                log.warning("upkeep failed; it comes again", error=str(error).strip(), exc_info=not known)
+                log.warning("upkeep failed; it comes again", error=error, exc_info=not known)
             await asyncio.sleep(EVERY_S)
 
     async def run_once(self) -> None:

@@ -7,6 +7,7 @@ pause for many times as long as they worked, and so take the longer, the larger 
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Awaitable, Iterable
 from datetime import date, datetime, timedelta
@@ -44,6 +45,8 @@ FOREIGN = Gauge("analytics_audit_foreign_events", "Events counted without having
 PENDING = Gauge("analytics_audit_pending_purchases", "Purchases on their way, in the last cycle.")
 CYCLE_AT = Gauge("analytics_audit_cycle_timestamp_seconds", "When the last cycle ended, in the process that audits.")
 SWEEP_AT = Gauge("analytics_audit_sweep_timestamp_seconds", "When the last sweep ended, in the process that audits.")
+
+_CUSTOMER = re.compile(r"customer_id \S+")
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -114,9 +117,7 @@ class Auditor:
             except Exception as error:
                 known = isinstance(error, (psycopg.Error, ServiceError))
                 pause_s = backoff.next_s()
-                log.warning(
-                    "audit interrupted", error=str(error).strip(), pause_s=round(pause_s, 1), exc_info=not known
-                )
+                log.warning("audit interrupted", error=error, pause_s=round(pause_s, 1), exc_info=not known)
                 await asyncio.sleep(pause_s)
 
     async def run_once(self, connection: Connection) -> Report:
@@ -319,6 +320,7 @@ def _tell(report: Report, sweep_ended: bool) -> None:
             detail=row.detail,
         )
     for finding in report.findings:
-        log.error("read model is wrong", table=finding.table, key=finding.key, detail=finding.detail)
+        key = _CUSTOMER.sub("customer_id …", finding.key)  # GetAuditStatus tells whose
+        log.error("read model is wrong", table=finding.table, key=key, detail=finding.detail)
     if report.foreign_ids:
         log.error("events that nobody recorded are counted", event_ids=report.foreign_ids)

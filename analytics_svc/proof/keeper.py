@@ -118,7 +118,7 @@ class Keeper:
                 pause_s = backoff.next_s()
                 log.warning(
                     "complete_through_time stands still; trying again",
-                    error=str(error).strip(),
+                    error=error,
                     pause_s=round(pause_s, 1),
                     exc_info=not known,
                 )
@@ -143,7 +143,7 @@ class Keeper:
             try:
                 awaited, listed = await self._list(connection, mark.snapshot or "")
             except SnapshotRefused as error:
-                log.warning("the relay does not know the stored snapshot; listing everything", error=str(error))
+                log.warning("the relay does not know the stored snapshot; listing everything", error=error)
                 awaited, listed = await self._list(connection, "")
         except EventsDropped:
             REBUILD_NEEDED.set(1)

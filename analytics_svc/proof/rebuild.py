@@ -177,7 +177,7 @@ async def _ask(position: Callable[[], Awaitable[Listed]]) -> Listed | None:
     try:
         return await position()
     except RelayUnavailable as error:
-        log.warning("the relay cannot be asked, so this rebuild does not move complete_through_time", error=str(error))
+        log.warning("the relay cannot be asked, so this rebuild does not move complete_through_time", error=error)
         return None
 
 

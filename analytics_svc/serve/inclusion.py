@@ -97,7 +97,7 @@ class Inclusion:
                 backoff.reset()
                 await asyncio.sleep(PAUSE_S)
             except UNAVAILABLE as error:
-                log.warning("cannot look for purchases that are waited for", error=str(error).strip())
+                log.warning("cannot look for purchases that are waited for", error=error)
                 self._trouble = self._check_all = True
                 self._wake.set()
                 await asyncio.sleep(backoff.next_s())

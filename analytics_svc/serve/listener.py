@@ -39,7 +39,7 @@ class Listener:
                 known = isinstance(error, UNAVAILABLE)
                 await self._set_listening(False)
                 pause_s = backoff.next_s()
-                log.warning("announcements are not heard", error=str(error).strip(), exc_info=not known)
+                log.warning("announcements are not heard", error=error, exc_info=not known)
                 await asyncio.sleep(pause_s)
 
     async def _listen(self, connection: Connection, backoff: Backoff) -> None:

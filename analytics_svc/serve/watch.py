@@ -188,7 +188,7 @@ class Watchers:
             try:
                 await self.run_once()
             except (*UNAVAILABLE, DatabaseUnavailable) as error:
-                log.warning("changed rows are not read", error=str(error).strip())
+                log.warning("changed rows are not read", error=error)
                 for watch in self._watches:
                     watch.start_over()
             await asyncio.sleep(PAUSE_S)
