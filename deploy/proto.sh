@@ -18,6 +18,7 @@ done
 out="$root/generated"
 "$python" -m grpc_tools.protoc -Iproto \
   --python_out="$out" --grpc_python_out="$out" --mypy_out=quiet:"$out" --mypy_grpc_out=quiet:"$out" "${protos[@]}"
+cp proto/service_config.json "$out/retail/"
 find "$out/retail" -type d -exec touch {}/__init__.py \;
 # error_details is what every error carries, though no message of ours names it.
 "$python" -m grpc_tools.protoc -Iproto --descriptor_set_out=build/api.binpb --include_imports --include_source_info \

@@ -1,6 +1,5 @@
 """How the till's side calls a service: a well-set-up channel, a deadline on everything, patient retries."""
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -8,18 +7,16 @@ from typing import Any, TypeVar
 
 import grpc
 
-from pos import errors
+from pos import errors, service_config
 from pos.errors import PosError, Status
+from pos.service_config import BACKOFF_FACTOR, FIRST_BACKOFF_S, MOST_BACKOFF_S, TOTAL_TIMEOUT_S
 
 ATTEMPT_TIMEOUT_S = 5.0  # a healthy service answers within milliseconds
-TOTAL_TIMEOUT_S = 30.0  # as long as a customer may be kept waiting for a receipt
-FIRST_BACKOFF_S = 0.1
-MOST_BACKOFF_S = 2.0  # a service that is back is found again this soon
 
 _OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
+    ("grpc.service_config", service_config.TEXT),
     ("grpc.service_config_disable_resolution", 1),  # DNS must not replace the line above
-    ("grpc.enable_retries", 0),  # retries are ours, so that their number and timing are known
+    ("grpc.enable_retries", 0),  # retries are ours: patient, as the same file says, and each with its own deadline
     ("grpc.enable_http_proxy", 0),  # http_proxy is meant for the web, not for the chain's own network
     ("grpc.use_local_subchannel_pool", 1),  # a connection per channel, or all channels would share one
     ("grpc.keepalive_time_ms", 30_000),  # a dead peer is noticed; servers allow a ping every 20 s
@@ -88,7 +85,7 @@ class Calls:
             timeout_s = deadline - time.monotonic()
             if timeout_s <= 0:  # the pause took longer than asked for
                 raise failure
-            backoff_s = min(2 * backoff_s, MOST_BACKOFF_S)
+            backoff_s = min(BACKOFF_FACTOR * backoff_s, MOST_BACKOFF_S)
 
     def pages(self, method: "grpc.UnaryUnaryMultiCallable[Any, Reply]", request: Any) -> Iterator[Reply]:
         """The pages of a listing, each fetched when it is asked for, each within the total timeout."""

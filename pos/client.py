@@ -21,7 +21,8 @@ from google.type import date_pb2
 
 from chassis import wire
 from pos import errors
-from pos.calls import ATTEMPT_TIMEOUT_S, TOTAL_TIMEOUT_S, Calls, Pause, connect, sleep
+from pos.calls import ATTEMPT_TIMEOUT_S, Calls, Pause, connect, sleep
+from pos.service_config import TOTAL_TIMEOUT_S
 from pos.upload import Uploader
 from retail.analytics.v1 import analytics_service_pb2
 from retail.purchases.v1 import customers_service_pb2, purchase_pb2, purchases_service_pb2

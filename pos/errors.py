@@ -23,6 +23,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 
 from chassis.errors import Violation
+from pos import service_config
 from retail.purchases.v1 import error_reason_pb2 as reasons
 
 _named = reasons.ErrorReason.Name
@@ -102,15 +103,9 @@ class CallFailed(PosError):
     pass
 
 
-# Passing troubles. Trying again is safe whatever the call: sales carry their key, customers their id.
-RETRYABLE = frozenset(
-    {
-        StatusCode.UNAVAILABLE,
-        StatusCode.DEADLINE_EXCEEDED,
-        StatusCode.ABORTED,
-        StatusCode.RESOURCE_EXHAUSTED,
-    }
-)
+# Passing troubles. Trying again is safe whatever the call: sales carry their key, customers their id. Here each attempt
+# has a deadline of its own: that one of them passed it is no reason to give up.
+RETRYABLE = service_config.RETRYABLE | {StatusCode.DEADLINE_EXCEEDED}
 
 # After these, too, nobody knows whether the sale was committed before the trouble came.
 _UNCLEAR = RETRYABLE | {

@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import grpc
 
 from pos import errors
-from pos.calls import FIRST_BACKOFF_S, MOST_BACKOFF_S, Pause
+from pos.calls import Pause
 from pos.errors import PosError, Status
+from pos.service_config import BACKOFF_FACTOR, FIRST_BACKOFF_S, MOST_BACKOFF_S
 from retail.purchases.v1 import purchases_service_pb2 as pb2
 
 SALES_PER_MESSAGE = 500  # the most that the service takes
@@ -82,7 +83,7 @@ class Uploader(Generic[S, A]):
             if stream.trouble.code not in errors.RETRYABLE or time.monotonic() + pause_s >= give_up_at:
                 raise failure
             self._pause(pause_s, failure)
-            backoff_s = min(2 * backoff_s, MOST_BACKOFF_S)
+            backoff_s = min(BACKOFF_FACTOR * backoff_s, MOST_BACKOFF_S)
 
     def _outcome(self, result: pb2.PurchaseUploadResult | PosError) -> A | PosError:
         if isinstance(result, PosError):

@@ -18,7 +18,7 @@ from analytics_svc.proof.audit_server import AuditServicer
 from analytics_svc.proof.auditor import Auditor
 from analytics_svc.proof.keeper import KEEPER_SESSION, Keeper
 from analytics_svc.settings import ConsumeSettings
-from analytics_svc.upstream import source
+from analytics_svc.upstream import SERVICE_CONFIG, source
 from analytics_svc.upstream.outbox import Outbox
 from chassis import grpc_client, grpc_server, lifecycle, postgres
 from chassis.wire import PageTokens
@@ -44,8 +44,8 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
         _pool(config, "consume", CONSUMER_CONNECTIONS) as pool,
         _pool(config, "upkeep", UPKEEP_CONNECTIONS) as upkeep_pool,
         _pool(config, "audit", AUDIT_CONNECTIONS, AUDIT_STATEMENT_TIMEOUT_S) as audit_pool,
-        grpc_client.connect(config.purchases_target) as purchases,
-        grpc_client.connect(config.relay_target) as relay,
+        grpc_client.connect(config.purchases_target, SERVICE_CONFIG) as purchases,
+        grpc_client.connect(config.relay_target, SERVICE_CONFIG) as relay,
         source.connect(config.purchases_target, zone) as truth,
     ):
         outbox = Outbox(relay)

@@ -13,6 +13,7 @@ import grpc
 
 from analytics_svc.errors import PurchasesUnavailable, TimeZonesDiffer
 from analytics_svc.purchase import Item, PurchaseCreated
+from analytics_svc.upstream import SERVICE_CONFIG
 from chassis import grpc_client, wire
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
@@ -129,7 +130,7 @@ class Source:
 @asynccontextmanager
 async def connect(target: str, zone: ZoneInfo) -> AsyncIterator[Source]:
     """A source at `target`, which need not be up yet."""
-    async with grpc_client.connect(target) as channel:
+    async with grpc_client.connect(target, SERVICE_CONFIG) as channel:
         yield Source(channel, zone)
 
 

@@ -15,9 +15,9 @@ from google.type import date_pb2, decimal_pb2
 from grpc import StatusCode
 
 from pos import errors
-from pos.calls import MOST_BACKOFF_S
 from pos.client import BusinessDays, DayTotals, Item, PosClient, Sale, connect
 from pos.errors import PosError
+from pos.service_config import MOST_BACKOFF_S
 from retail.purchases.v1 import customers_service_pb2, purchase_pb2, purchases_service_pb2
 
 T = TypeVar("T")
