@@ -9,7 +9,7 @@ from psycopg import sql
 from psycopg_pool import PoolTimeout
 
 from chassis import grpc_server, lifecycle, logs, postgres, settings, wire
-from relay_svc import inspection, outbox, retention
+from relay_svc import inspection, lost, outbox, retention
 from relay_svc.commands import outbox as outbox_commands
 from relay_svc.commands import partitions
 from relay_svc.publisher import Publisher
@@ -76,6 +76,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             async with host.listening(config.listen, [service]), asyncio.TaskGroup() as tasks:
                 tasks.create_task(relay.run(stop))
                 tasks.create_task(inspection.measure(service_pool, stop))
+                tasks.create_task(lost.keep(service_pool, publisher, stop))
                 tasks.create_task(retention.keep(service_pool, stop, config.retention_days))
                 await host.set_serving(True)
                 log.info("serving", listen=config.listen, metrics=config.metrics_listen)

@@ -13,9 +13,9 @@ import pika
 from pika import frame, spec
 
 from relay_svc.outbox import OutboxEvent
+from relay_svc.topology import EXCHANGE, ROUTING_KEY
 
-EXCHANGE = "purchases"
-ROUTING_KEYS: Mapping[str, str] = {"PurchaseCreated": "purchases.created"}
+ROUTING_KEYS: Mapping[str, str] = {"PurchaseCreated": ROUTING_KEY}
 SCHEMA_VERSION = 1
 PERSISTENT = 2
 CHUNK_BYTES = 256 << 10  # handed to the socket at once; what it does not take is copied

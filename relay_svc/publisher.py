@@ -1,9 +1,9 @@
 """Publishing with confirms, windows of messages in flight on one channel. The only file that talks to the broker."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pika
 import structlog
@@ -11,7 +11,7 @@ from pika.channel import Channel
 from pika.exceptions import AMQPError, ChannelClosedByBroker, ConnectionClosedByBroker
 
 from chassis import amqp
-from relay_svc import encoding
+from relay_svc import encoding, topology
 from relay_svc.outbox import OutboxEvent
 
 PAYLOAD_BYTES_MAX = 1 << 20  # what the consumer takes; seven times the biggest purchase, of 2,000 items
@@ -19,6 +19,8 @@ PAYLOAD_BYTES_MAX = 1 << 20  # what the consumer takes; seven times the biggest 
 # With these codes the broker refuses what was sent, not us: one message of the window made it close the channel.
 # 311 too large, 406 precondition failed; 501, 502, 505: it cannot read the frame, and closes the connection.
 MESSAGE_REFUSED = (311, 406, 501, 502, 505)
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -64,19 +66,26 @@ class Publisher:
         self._blocked: str | None = None  # why the broker lets nobody publish
 
     async def connect(self) -> str | None:
-        """Connect, unless we are; returns why the broker takes no messages. The exchange is there from then on."""
+        """Connect, unless we are, and bind the consumer's queue; returns why the broker takes no messages."""
         try:
-            async with self._sending:
-                await self._open_channel()
+            await self._ask(topology.bind)
         except (amqp.BrokerUnavailable, AMQPError) as error:
             return amqp.describe(error)
         return self._blocked
 
+    async def queue(self) -> topology.Queue | None:
+        """The consumer's queue as it is now; None while nobody can tell."""
+        try:
+            return await self._ask(topology.look)
+        except (amqp.BrokerUnavailable, AMQPError):
+            return None
+
     async def publish(self, events: Sequence[OutboxEvent]) -> Outcome:
         """Publish a window and wait until the broker has spoken on every message, or the deadline passes.
 
-        "Confirmed" means routed and stored: RabbitMQ also acks what no queue takes, hence `mandatory`. Such a message
-        comes back first, without its delivery tag, and is told by its id.
+        "Confirmed" means that the consumer's queue has it. The queue is bound in front of each window, on the same
+        channel: without the queue the broker closes that, and confirms nothing. RabbitMQ also acks what no queue takes,
+        hence `mandatory`: such a message comes back first, without its delivery tag, and is told by its id.
 
         A message that the broker refuses takes the channel with it, and all that is in flight. Then the messages go
         one by one, which tells the one from its neighbours; and so do those that had a fault before. A refusal is an
@@ -101,6 +110,24 @@ class Publisher:
             elif sent.trouble:
                 return outcome
         return await self._one_by_one(suspects, outcome) if suspects else outcome
+
+    async def _ask(self, question: Callable[[Channel], Awaitable[T]]) -> T | None:
+        """Ask the broker something, on a new connection if need be. None while messages are on their way, whose failure
+        would be taken for the answer, and while the broker blocks publishers: then it answers nothing."""
+        async with self._sending:
+            channel = await self._open_channel()
+            if self._windows or self._blocked:
+                return None
+            try:
+                async with asyncio.timeout(self._confirm_timeout_s):
+                    return await question(channel)
+            except TimeoutError:
+                self.disconnect(self._silence())
+                raise amqp.BrokerUnavailable(self._silence()) from None
+            except BaseException as error:
+                # Unanswered, it would hold back what the channel is to send next.
+                self.disconnect(amqp.describe(error))
+                raise
 
     def disconnect(self, reason: str = "the relay closed the connection") -> None:
         """Close the connection; the next window opens a new one. What is in flight is given up."""
@@ -145,8 +172,7 @@ class Publisher:
         try:
             await asyncio.wait_for(window.settled.wait(), self._confirm_timeout_s)
         except TimeoutError:
-            why = f"it blocks publishers ({self._blocked})" if self._blocked else "it does not answer"
-            window.trouble = f"the broker did not confirm within {self._confirm_timeout_s:g} s: {why}"
+            window.trouble = self._silence()
         finally:
             self._windows.discard(window)
             window.settled.set()  # whatever came of it: `_one_by_one` may wait for that
@@ -155,6 +181,10 @@ class Publisher:
                 self.disconnect(window.trouble or "the relay is stopping")
         if window.returned and window.trouble is None:
             window.trouble = f"no queue takes the messages: {next(iter(window.returned.values()))}"
+
+    def _silence(self) -> str:
+        why = f"it blocks publishers ({self._blocked})" if self._blocked else "it does not answer"
+        return f"the broker did not confirm within {self._confirm_timeout_s:g} s: {why}"
 
     async def _sent(self, events: Sequence[OutboxEvent]) -> _Window:
         """A window that is on its way; or one that has failed already."""
@@ -173,13 +203,14 @@ class Publisher:
             self._in_flight[self._tag] = (window, event.event_id)
         window.waiting = len(events)
         try:
+            topology.bind_before(channel)
             _send(channel, events)
         except AMQPError as error:
             window.fail(amqp.describe(error))
         return window
 
     async def _open_channel(self) -> Channel:
-        """The channel in confirm mode, on a new connection if need be. The publisher owns the exchange."""
+        """The channel in confirm mode, on a new connection if need be, with all there that events need."""
         if self._connection is not None and self._channel is not None and self._channel.is_open:
             return self._channel
         self.disconnect()
@@ -188,11 +219,9 @@ class Publisher:
         # present one's: its tags would stand for other events.
         link = self._link = object()
         try:
+            await topology.make_sure(connection)
             channel = await amqp.open_channel(connection, on_close=lambda _: None)
             channel.add_on_close_callback(lambda _, error: self._on_loss(link, error))
-            await amqp.call(
-                channel, channel.exchange_declare, exchange=encoding.EXCHANGE, exchange_type="topic", durable=True
-            )
             on_confirm = partial(self._on_confirm, link)
             await amqp.call(channel, channel.confirm_delivery, ack_nack_callback=on_confirm)
         except BaseException:
@@ -274,7 +303,7 @@ def _send(channel: Channel, events: Sequence[OutboxEvent]) -> None:
     for event in events:
         key = encoding.ROUTING_KEYS[event.event_type]
         body, properties = event.payload.encode(), encoding.properties(event)
-        channel.basic_publish(encoding.EXCHANGE, key, body, properties, mandatory=True)
+        channel.basic_publish(topology.EXCHANGE, key, body, properties, mandatory=True)
 
 
 def _fault(event: OutboxEvent) -> str | None:

@@ -1,6 +1,7 @@
 """From the queue to the read models: deliveries gather, a batch is applied and committed, then acknowledged.
 
-The publisher owns the exchange; the queue and its binding are made here. The only file that knows the broker.
+The publisher owns the exchange; the queue and its binding are made here, and kept by the publisher, too. The only file
+that knows the broker.
 """
 
 import asyncio

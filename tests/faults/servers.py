@@ -6,17 +6,20 @@ Every method breaks something, waits, and mends it; True when it happened as it 
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import LiteralString
 
 import psycopg
+from pika.adapters.blocking_connection import BlockingChannel
 
 from deploy.local.machine import wait_until
 from tests.faults.proxy import Proxy
 from tests.faults.system import System
 
 EXCHANGE, QUEUE = "purchases", "purchases.created"
+TAP = "somebody.else"
 ANSWER_TIMEOUT_S = 20.0  # for a commit whose answer can be lost
 FRAME_TIMEOUT_S = 4.0
 READY_TIMEOUT_S = 60.0
@@ -48,6 +51,7 @@ class ServerFaults:
             "rabbitmq.restart": self._rabbitmq_restart,
             "rabbitmq.blocked": self._rabbitmq_blocked,
             "rabbitmq.unbound": self._rabbitmq_unbound,
+            "rabbitmq.tapped": self._rabbitmq_tapped,
             "rabbitmq.swallowed": self._rabbitmq_swallowed,
             "line.cut": self._line_cut,
             "line.deaf": self._line_deaf,
@@ -182,14 +186,28 @@ class ServerFaults:
             return True
 
     def _rabbitmq_unbound(self, chance: random.Random) -> bool:
-        """The binding is gone: no queue takes the events, though RabbitMQ still acknowledges each."""
-        with self._system.rabbitmq_lock:
-            with self._system.channel() as channel:
-                channel.queue_unbind(QUEUE, EXCHANGE, QUEUE)
-            self._system.pause(chance.uniform(0.5, 4))
-            with self._system.channel() as channel:
-                channel.queue_bind(QUEUE, EXCHANGE, QUEUE)
-            return True
+        """The binding is lost, again and again: no queue takes the events, though RabbitMQ acknowledges each."""
+        with self._system.rabbitmq_lock, self._system.channel() as channel:
+            self._unbind(channel, chance)
+        return True
+
+    def _rabbitmq_tapped(self, chance: random.Random) -> bool:
+        """The same, while somebody else's queue takes everything: to RabbitMQ each event is routed."""
+        with self._system.rabbitmq_lock, self._system.channel() as channel:
+            channel.queue_declare(TAP, auto_delete=True)
+            channel.queue_bind(TAP, EXCHANGE, "#")
+            try:
+                self._unbind(channel, chance)
+            finally:
+                channel.queue_delete(TAP)
+        return True
+
+    def _unbind(self, channel: BlockingChannel, chance: random.Random) -> None:
+        until = time.monotonic() + chance.uniform(0.5, 4)
+        while time.monotonic() < until:
+            channel.queue_unbind(QUEUE, EXCHANGE, QUEUE)
+            self._system.pause(chance.uniform(0, 0.1))
+        channel.queue_bind(QUEUE, EXCHANGE, QUEUE)
 
     def _rabbitmq_swallowed(self, chance: random.Random) -> bool:
         """What relays send gets lost on its way, and so do the broker's answers; then the connections break."""

@@ -91,31 +91,6 @@ def sent(url: str) -> set[str]:
     return {event_id for event_id, (status, _) in states(url).items() if status == "SENT"}
 
 
-async def test_queue_unbound_in_mid_run(outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel) -> None:
-    """Unbound while events flow, and bound again: none is lost, and none was called sent that no queue had."""
-    ids: list[str] = []
-    in_queue: Counter[str] = Counter()
-    async with relaying(outbox, amqp_url) as relay:
-        for bound in (True, False, True, False, True):
-            if bound:
-                queue.queue_bind(QUEUE, "purchases", "purchases.created")
-            for _ in range(10):
-                ids += write(purchases_db, 60)
-                await asyncio.sleep(0.01)
-            if bound:
-                await eventually(lambda: all_sent(purchases_db), "all is sent")
-                queue.queue_unbind(QUEUE, "purchases", "purchases.created")
-            else:
-                await eventually(lambda: breaker(relay), "the breaker opens")
-                assert "NO_ROUTE" in str(relay.breaker_reason)
-                marked = sent(purchases_db)
-                in_queue += drain(queue)
-                assert marked <= set(in_queue)
-    in_queue += drain(queue)
-    assert set(in_queue) == set(ids)
-    assert set(states(purchases_db).values()) == {("SENT", 0)}
-
-
 async def test_broker_down_for_long(outbox: Pool, purchases_db: str, tmp_path: Path) -> None:
     """Down for far longer than all attempts of an event would take: none is counted, and all is caught up."""
     broker = RabbitMQ(tmp_path / "rabbitmq")

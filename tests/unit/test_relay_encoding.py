@@ -4,7 +4,7 @@ import pytest
 from pika import channel, connection
 from uuid_utils import uuid7
 
-from relay_svc import encoding
+from relay_svc import encoding, topology
 from relay_svc.outbox import OutboxEvent
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -35,7 +35,7 @@ def test_same_bytes_as_pika(length: int) -> None:
     publisher.channel_number, publisher.connection, publisher._state = 7, pikas, channel.Channel.OPEN
     for event in events:
         publisher.basic_publish(
-            encoding.EXCHANGE,
+            topology.EXCHANGE,
             encoding.ROUTING_KEYS[event.event_type],
             event.payload.encode(),
             encoding.properties(event),

@@ -10,11 +10,11 @@ CAUGHT_AS = {"lost", "falsely_sent"}
 
 
 def plant() -> None:
-    from relay_svc import encoding, publisher
+    from relay_svc import encoding, publisher, topology
 
     def send(channel: Any, events: Sequence[Any]) -> None:
         for event in events:
             key = encoding.ROUTING_KEYS[event.event_type]
-            channel.basic_publish(encoding.EXCHANGE, key, event.payload.encode(), encoding.properties(event))
+            channel.basic_publish(topology.EXCHANGE, key, event.payload.encode(), encoding.properties(event))
 
     replace(publisher, "_send", send)
