@@ -1,9 +1,11 @@
 """Opening a RabbitMQ connection on the running asyncio loop; pika's callbacks end here as awaitables."""
 
 import asyncio
+import random
 import socket
 from collections.abc import Callable
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 import pika
 from pika.adapters.asyncio_connection import AsyncioConnection
@@ -11,6 +13,7 @@ from pika.channel import Channel
 from pika.exceptions import AMQPError
 
 CONNECT_TIMEOUT_S = 10.0
+NODE_TIMEOUT_S = 3.0  # instead, while there are others to try: a host that is off answers nothing at all
 HEARTBEAT_S = 20  # a dead peer is noticed within two of them
 BLOCKED_TIMEOUT_S = 60  # a broker out of memory or disk blocks its publishers; longer than this: reconnect
 
@@ -21,17 +24,52 @@ class BrokerUnavailable(Exception):
     """The broker cannot be reached, or closed the connection or channel; the text says why."""
 
 
-async def connect(url: str, name: str, on_close: Callable[[str], None]) -> Connection:
-    """An open connection; `name` is shown in the broker's management tools, `on_close` gets the reason of a loss.
+def nodes(url: str) -> list[pika.URLParameters]:
+    """One for each host of amqp://user:password@host:port,host:port/virtual-host?options.
 
     Raises:
-        BrokerUnavailable: it did not open in time.
+        ValueError: the URL or one of its options is wrong, or a file that it names cannot be read.
     """
-    parameters = pika.URLParameters(url)
+    parts = urlsplit(url)
+    user, at, hosts = parts.netloc.rpartition("@")
+    if "/" in parts.path[1:]:
+        raise ValueError("write / as %2F in the virtual host; several hosts are one list: host,host/%2F")
+    if at and ":" not in user:
+        raise ValueError("the user is without a password: user:password@host")
+    if "," in hosts and not all(hosts.split(",")):
+        raise ValueError("a host in the list is empty")
+    try:
+        return [pika.URLParameters(parts._replace(netloc=f"{user}{at}{host}").geturl()) for host in hosts.split(",")]
+    except Exception as error:  # whatever pika and ssl make of an option
+        raise ValueError(f"an option is wrong: {type(error).__name__}: {error}") from None
+
+
+async def connect(url: str, name: str, on_close: Callable[[str], None]) -> Connection:
+    """An open connection to any node that answers, tried in random order; `name` is shown in the broker's management
+    tools, `on_close` gets the reason of a loss.
+
+    Raises:
+        BrokerUnavailable: none opened in time.
+    """
+    left = nodes(url)
+    random.shuffle(left)
+    timeout_s = CONNECT_TIMEOUT_S if len(left) == 1 else NODE_TIMEOUT_S
+    reasons: list[str] = []
+    for node in left:
+        try:
+            return await _connect(node, timeout_s, name, on_close)
+        except BrokerUnavailable as error:
+            reasons.append(f"{node.host}:{node.port}: {error}" if len(left) > 1 else str(error))
+    raise BrokerUnavailable("; ".join(reasons))
+
+
+async def _connect(
+    parameters: pika.URLParameters, timeout_s: float, name: str, on_close: Callable[[str], None]
+) -> Connection:
     parameters.heartbeat = HEARTBEAT_S
     parameters.blocked_connection_timeout = BLOCKED_TIMEOUT_S
-    parameters.socket_timeout = CONNECT_TIMEOUT_S
-    parameters.stack_timeout = CONNECT_TIMEOUT_S
+    parameters.socket_timeout = timeout_s
+    parameters.stack_timeout = timeout_s
     parameters.client_properties = {"connection_name": name}
     # Without it a peer that vanished in mid-write is noticed only after the kernel's quarter of an hour.
     parameters.tcp_options = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -45,11 +83,11 @@ async def connect(url: str, name: str, on_close: Callable[[str], None]) -> Conne
         on_close_callback=lambda _, error: on_close(describe(error)),
     )
     try:
-        return await asyncio.wait_for(opened, CONNECT_TIMEOUT_S)
+        return await asyncio.wait_for(opened, timeout_s)
     except BaseException as error:
         close(connection)
         if isinstance(error, TimeoutError):
-            raise BrokerUnavailable(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
+            raise BrokerUnavailable(f"no connection within {timeout_s:g} s") from None
         raise
 
 

@@ -17,6 +17,13 @@ from zoneinfo import ZoneInfo
 
 T = TypeVar("T")
 
+# What libpq looks at only when it connects.
+POSTGRES_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "target_session_attrs": ("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
+    "load_balance_hosts": ("disable", "random"),
+}
+
 
 class SettingsError(Exception):
     """One line per wrong setting."""
@@ -100,22 +107,41 @@ def address(raw: str) -> str:
 
 
 def _url(raw: str, schemes: tuple[str, ...], example: str) -> str:
+    """A URL of one server, or of several of one cluster: user:password@host:port,host:port."""
     parts = urlsplit(raw)
     try:
-        whole = parts.scheme in schemes and bool(parts.netloc or parts.query) and parts.port != 0
+        ports = [urlsplit(f"//{host}").port for host in parts.netloc.rpartition("@")[2].split(",")]
     except ValueError:  # a port that is no number
-        whole = False
-    if not whole:
+        ports = [0]
+    if parts.scheme not in schemes or not (parts.netloc or parts.query) or 0 in ports:
         raise ValueError(f"must be a URL such as {example}")
     return raw
 
 
 def postgres_url(raw: str) -> str:
-    return _url(raw, ("postgresql", "postgres"), "postgresql://user:password@host:5432/database")
+    """A URL that libpq takes; several hosts are tried in turn, or as `load_balance_hosts` says."""
+    from psycopg import ProgrammingError, conninfo  # not there where only a till runs
+
+    example = "postgresql://user:password@host:5432,host:5432/database"
+    _url(raw, ("postgresql", "postgres"), example)
+    try:
+        options = conninfo.conninfo_to_dict(raw)
+    except ProgrammingError as error:
+        reason = str(error).strip()  # others may show a part of the password
+        raise ValueError(reason if "query parameter" in reason else f"must be a URL such as {example}") from None
+    for name, allowed in POSTGRES_CHOICES.items():
+        if (value := options.get(name)) is not None and value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}")
+    return raw
 
 
 def amqp_url(raw: str) -> str:
-    return _url(raw, ("amqp", "amqps"), "amqp://user:password@host:5672/%2F")
+    """A URL of a broker's node, or of several of one cluster; options after `?` are pika's."""
+    from chassis import amqp  # not there where only a till runs
+
+    _url(raw, ("amqp", "amqps"), "amqp://user:password@host:5672,host:5672/%2F")
+    amqp.nodes(raw)
+    return raw
 
 
 def time_zone(raw: str) -> str:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from chassis.settings import SettingsError, load
+from chassis import amqp
+from chassis.settings import SettingsError, amqp_url, load, postgres_url
 from purchases_svc.sale import ITEMS_MAX
 from purchases_svc.server import MESSAGE_BYTES_MAX
 from purchases_svc.settings import ServeSettings
@@ -55,3 +56,78 @@ def test_least_limits_let_in_the_fullest_message() -> None:
     for name, least in ("PURCHASES_WAITING_MAX", UPLOADS_PER_MESSAGE_MAX), ("PURCHASES_WAITING_ITEMS_MAX", items):
         with pytest.raises(SettingsError, match=name):
             load(ServeSettings, {**GOOD, name: str(least - 1)})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:p@h1:5432,h2:5433/d?target_session_attrs=read-write",
+        "postgresql://u:p@h1,h2/d",
+        "postgresql:///d?host=/run/postgresql&sslmode=verify-full",
+        "postgresql://u:p@[::1]:5432,[::2]/d",
+    ],
+)
+def test_postgres_urls(url: str) -> None:
+    assert postgres_url(url) == url
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("postgresql://u:secret@h1:5432,h2:port/d", "such as postgresql://"),
+        ("postgresql://u:secret@h1:0/d", "such as postgresql://"),
+        ("postgresql://u:secret%zz@h/d", "such as postgresql://"),
+        ("postgresql://u:secret@h/d?targets=1", "targets"),
+        ("postgresql://u:secret@h/d?sslmode=verify", "sslmode must be one of"),
+        ("postgresql://u:secret@h1,h2/d?target_session_attrs=rw", "target_session_attrs must be one of"),
+    ],
+)
+def test_wrong_postgres_urls(url: str, problem: str) -> None:
+    check_refusal("PURCHASES_DATABASE_URL", url, problem)
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "virtual_host"),
+    [
+        ("amqp://u:p@h/%2F", ["h:5672"], "/"),
+        ("amqp://u:p@h1:5671,h2,h3:5673/v%2Fw?heartbeat=5", ["h1:5671", "h2:5672", "h3:5673"], "v/w"),
+        ("amqps://u:p@h1,[::1]:5670/", ["h1:5671", "::1:5670"], "/"),
+    ],
+)
+def test_broker_urls(url: str, hosts: list[str], virtual_host: str) -> None:
+    assert amqp_url(url) == url
+    nodes = amqp.nodes(url)
+    assert [f"{node.host}:{node.port}" for node in nodes] == hosts
+    assert {node.virtual_host for node in nodes} == {virtual_host}
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("http://u:secret@h/", "such as amqp://"),
+        ("amqp://u:secret@h1:5672,h2:port/", "such as amqp://"),
+        ("amqp://u:secret@h1:5672,h2:70000/", "such as amqp://"),
+        ("amqp://u:secret@h1,,h2/", "a host in the list is empty"),
+        ("amqp://a/%2F,amqp://b/%2F", "several hosts are one list"),
+        ("amqp://u:secret@a/%2F,amqp://u:secret@b/%2F", "several hosts are one list"),
+        ("amqp://secret@h/", "without a password"),
+        ("amqp://u:secret@h/?heartbeat=often", "heartbeat"),
+        ("amqp://u:secret@h/?heartbeats=5", "heartbeats"),
+        ("amqps://u:secret@h/?ssl_options={'ca_certs':'/nowhere/ca.pem'}", "No such file"),
+        ("amqps://u:secret@h/?ssl_options=yes", "an option is wrong"),
+        ("amqps://u:secret@h/?ssl_options={", "an option is wrong"),
+    ],
+)
+def test_wrong_broker_urls(url: str, problem: str) -> None:
+    check_refusal("AMQP_URL", url, problem)
+
+
+def check_refusal(name: str, url: str, problem: str) -> None:
+    """The process does not start; it says which setting is wrong, and how, and no password."""
+    good = {"PURCHASES_DATABASE_URL": "postgresql://u:p@h/d", "AMQP_URL": "amqp://u:p@h/%2F"}
+    with pytest.raises(SettingsError) as caught:
+        load(RelaySettings, good | {name: url})
+    (said,) = caught.value.problems
+    assert said.startswith(f"{name}=(hidden): ")
+    assert problem in said
+    assert "secret" not in said
