@@ -1,17 +1,20 @@
-"""Connection pools with explicit limits, and what PostgreSQL's errors mean to a caller."""
+"""Connection pools with explicit limits, what their sessions rely on, and what PostgreSQL's errors mean to a caller."""
 
 import asyncio
 import os
 import select
 import socket
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import structlog
 from psycopg import AsyncConnection, sql
+from psycopg.abc import PQGen
+from psycopg.errors import Diagnostic
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
@@ -29,15 +32,82 @@ TCP_OPTIONS = {  # a peer that vanished is noticed within seconds, not after the
     "tcp_user_timeout": 20_000,
 }
 
-SESSION = {  # whatever the defaults of server, database and role
+SESSION = {  # what statements and their answers mean, whatever the defaults of server, database and role
     "search_path": "public",
-    "datestyle": "ISO",  # the only one in which psycopg reads times
+    "client_encoding": "UTF8",
     "timezone": "UTC",
+    "datestyle": "ISO, MDY",  # the only one in which psycopg reads times
+    "intervalstyle": "postgres",
+    "bytea_output": "hex",
+    "standard_conforming_strings": "on",
+    "transform_null_equals": "off",
+    "array_nulls": "on",
     "default_transaction_isolation": "read committed",  # who waited for a lock sees what it guarded
+    "default_transaction_deferrable": "off",
 }
+POOLER_TIMEOUT_S = 5.0  # for a notification from one session to another of the same server
 
 Connection = AsyncConnection[TupleRow]
+T = TypeVar("T")
 log = structlog.get_logger()
+
+
+class SharedSessions(psycopg.NotSupportedError):
+    """Between us and the server, a pooler gives one session to several clients in turn."""
+
+
+class _Connection(Connection):
+    """A connection that ends when it is of no use any more, although it lives.
+
+    - The server has taken back what it promised: a commit that waits for a standby and is cancelled ends in success,
+      with a warning. It is there on this server, but lost if that is. So that is TransactionResolutionUnknown, as
+      when the connection had been lost in mid-commit: whoever asked for it has to find out.
+    - The server takes no writes (any more), because it is a standby or was made read-only: a connection that is opened
+      in its place may lead to one that does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._taken_back = ""
+        self.add_notice_handler(self._hear)
+
+    async def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        """All that is sent and received goes through here."""
+        try:
+            result = await super().wait(gen, *args, **kwargs)
+        except psycopg.errors.ReadOnlySqlTransaction:
+            await self.close()
+            raise
+        except psycopg.errors.FeatureNotSupported as error:
+            if not on_standby(self):
+                raise
+            await self.close()
+            raise psycopg.errors.ReadOnlySqlTransaction(str(error)) from error
+        except psycopg.Error:
+            await self._end_if_taken_back()
+            raise
+        except BaseException:  # cancelled; and psycopg has cancelled the statement, perhaps in its wait for the standby
+            if self._taken_back:
+                await self.close()
+            raise
+        await self._end_if_taken_back()
+        return result
+
+    def _hear(self, warning: Diagnostic) -> None:
+        # The function is the same in every language that the server may speak.
+        if warning.source_function == "SyncRepWaitForLSN":
+            self._taken_back = str(warning.message_primary)
+
+    async def _end_if_taken_back(self) -> None:
+        if self._taken_back:
+            log.error("a commit may be lost with this server", warning=self._taken_back)
+            await self.close()
+            raise psycopg.errors.TransactionResolutionUnknown(self._taken_back)
+
+
+def on_standby(connection: Connection) -> bool:
+    """Whether the server is in recovery, as it has said last."""
+    return connection.pgconn.parameter_status(b"in_hot_standby") == b"on"
 
 
 class Pool(AsyncConnectionPool[Connection]):
@@ -117,13 +187,15 @@ async def open_pool(
     """A pool of `size` autocommit connections: a transaction is opened where it is visible, or there is none.
 
     Every connection takes on `role`, so that a process has no more rights than its job needs, whoever logs in.
-    `settings` are PostgreSQL's own, for each connection. Opening does not wait for the server; use `wait_until_up`.
+    `settings` are PostgreSQL's own, for each connection, beside and before SESSION. Opening does not wait for the
+    server; use `wait_until_up`.
     """
 
     wanted = {
         **SESSION,
         "role": role,
         "statement_timeout": str(int(statement_timeout_s * 1000)),
+        "lock_timeout": "0",  # a wait for a lock is bounded by the statement's time, or where it is set
         "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
         "synchronous_commit": "on",  # acknowledged means durable
         **(settings or {}),
@@ -140,6 +212,7 @@ async def open_pool(
     }
     pool = Pool(
         url,
+        connection_class=_Connection,
         min_size=size,
         max_size=size,
         kwargs=kwargs,
@@ -162,21 +235,70 @@ def set_all(settings: Mapping[str, str]) -> sql.Composed:
 
 
 async def wait_until_up(pool: Pool, stop: asyncio.Event, check: sql.SQL | None = None) -> bool:
-    """Wait until the database answers (to `check`, if given), or until `stop` is set; True when it answers."""
-    backoff = Backoff(0.1, 2.0)
+    """Wait until the database answers (to `check`, if given), or until `stop` is set; True when it answers.
+
+    Raises:
+        SharedSessions: it can be reached, but our connections are no sessions of it.
+    """
+    backoff, url = Backoff(0.1, 2.0), pool.conninfo
+    assert isinstance(url, str)
     while not stop.is_set():
         try:
             async with pool.connection() as connection:
                 await connection.execute(check or sql.SQL("SELECT 1"))
+                await _require_session(connection, url)
             return True
+        except SharedSessions:
+            raise
         except (psycopg.Error, PoolTimeout) as error:
             log.warning("database is not ready", error=error)
             await wait_set(stop, backoff.next_s())
     return False
 
 
+async def _require_session(connection: Connection, url: str) -> None:
+    """Settings, prepared statements, locks and LISTEN are a session's. Behind a pooler, see whether we have one.
+
+    A pooler is known by the process id that it makes up. In session mode, we hear what another client announces; in
+    transaction mode, whoever listens has given its session back by then.
+    """
+    cursor = await connection.execute("SELECT pg_backend_pid()")
+    if await cursor.fetchone() == (connection.info.backend_pid,):
+        return
+    channel = f"session_{uuid.uuid4().hex}"
+    if not on_standby(connection):  # which cannot listen
+        await connection.execute(f"LISTEN {channel}")
+        async with await AsyncConnection.connect(url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S) as other:
+            await other.execute(f"NOTIFY {channel}")
+        async for _ in connection.notifies(timeout=POOLER_TIMEOUT_S, stop_after=1):
+            await connection.execute(f"UNLISTEN {channel}")
+            return
+    raise SharedSessions(
+        "there is a pooler before PostgreSQL whose clients share sessions: connect directly, or let it pool sessions"
+    )
+
+
+async def make_durable(connection: Connection) -> None:
+    """Wait until what this connection has read is as durable as a commit of its own; in a transaction, its commit does.
+
+    What others committed may be seen before a standby has it: after a restart, or after their wait was cancelled. A
+    read waits for nobody, so who answers from one says what may be lost with this server. A commit waits for the
+    standby to have it, and with it all that came before. Where no commit waits for a standby, this does nothing: what
+    can be seen is on this server's disk.
+    """
+    await connection.execute(
+        "SELECT set_config('synchronous_commit', 'on', true), pg_logical_emit_message(true, 'durable', '')"
+        " WHERE current_setting('synchronous_standby_names') <> ''"
+    )
+
+
 # What a connection that breaks, or a server that starts, stops or runs out of room, raises. A retry may succeed.
-UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
+UNAVAILABLE = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    psycopg.errors.ReadOnlySqlTransaction,
+    PoolTimeout,
+)
 CONFLICT = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure, psycopg.errors.LockNotAvailable)
 
 

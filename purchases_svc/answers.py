@@ -1,11 +1,14 @@
-"""What becomes of a sale: the answer to each that was stored, was stored before, or cannot be."""
+"""What becomes of a sale: the answer to each that was stored, was stored before, or cannot be.
+
+What an answer says to be stored is as durable as what a flush stores.
+"""
 
 import datetime
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from chassis.errors import ServiceError
-from chassis.postgres import Connection
+from chassis.postgres import Connection, make_durable
 from purchases_svc import stored
 from purchases_svc.errors import CustomerUnknown, IdempotencyKeyReused, PurchaseTimeOutOfRange, ReceiptExists
 from purchases_svc.sale import FUTURE_MAX, Purchase, Sale, rfc3339
@@ -29,6 +32,8 @@ async def explain(connection: Connection, purchases: Sequence[Purchase], time_zo
     new = [purchase.sale for purchase in purchases if purchase.sale.idempotency_key not in holders]
     unknown = await stored.unknown_customers(connection, new)
     receipts = await stored.receipt_holders(connection, new, time_zone)
+    if holders or receipts:
+        await make_durable(connection)
 
     def answer(purchase: Purchase) -> Outcome | None:
         sale = purchase.sale
@@ -50,6 +55,8 @@ async def known_or_out_of_range(
 ) -> list[Outcome]:
     """A known key is answered before the time is checked: the clock may have been set back since."""
     holders = await stored.by_keys(connection, [sale.idempotency_key for sale in sales])
+    if holders:
+        await make_durable(connection)
     return [
         replay(sale, holder) if (holder := holders.get(sale.idempotency_key)) else _out_of_range(sale, earliest, now)
         for sale in sales

@@ -286,7 +286,7 @@ class Recorder:
                     return await self._flush_halves(batch, until)  # whatever one of them takes so long for
                 case psycopg.errors.QueryCanceled() | PoolTimeout():
                     break  # the time is used up
-                case psycopg.OperationalError() | psycopg.InterfaceError():
+                case psycopg.OperationalError() | psycopg.InterfaceError() | psycopg.errors.ReadOnlySqlTransaction():
                     pass  # a conflict; or a connection lost in mid-commit, of which the next attempt finds out
                 case _:
                     break  # a bug: the callers must hear of it, and we go on

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from chassis.migrate import MigrationError
-from chassis.postgres import Connection
+from chassis.postgres import Connection, make_durable
 from chassis.wire import parse_cents
 from purchases_svc.sale import Item, Purchase, Sale
 
@@ -281,10 +281,12 @@ async def customer(connection: Connection, customer_id: str) -> datetime.datetim
 
 
 async def register_customer(connection: Connection, customer_id: str) -> datetime.datetime:
-    """Register a customer, or find it registered; when."""
-    await connection.execute(
+    """Register a customer, or find it registered; when. Either is durable once the caller's transaction is."""
+    inserted = await connection.execute(
         "INSERT INTO customers (customer_id) VALUES (%s) ON CONFLICT DO NOTHING", [customer_id]
     )  # a concurrent one waits here and is visible to the next statement
+    if not inserted.rowcount:
+        await make_durable(connection)
     registered = await customer(connection, customer_id)
     assert registered is not None  # customers are never deleted
     return registered

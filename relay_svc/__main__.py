@@ -19,7 +19,7 @@ from relay_svc.settings import ClientSettings, PartitionsSettings, ServeSettings
 from relay_svc.wakeup import Wakeup
 from retail.relay.v1.outbox_service_pb2_grpc import add_OutboxServiceServicer_to_server
 
-CONNECTIONS = LANES + 1  # the third waits for notifications, and sweeps
+CONNECTIONS = LANES + 2  # one waits for notifications, and sweeps; one makes sure that what is claimed will last
 SERVICE_CONNECTIONS = 4  # of the OutboxService: its calls never wait for the relay's windows
 STATEMENT_TIMEOUT_S = 10.0
 

@@ -12,7 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import Backoff, wait_set
-from chassis.postgres import Connection, Pool
+from chassis.postgres import Connection, Pool, make_durable
 from relay_svc import outbox
 from relay_svc.outbox import OutboxEvent
 from relay_svc.publisher import Outcome, Publisher
@@ -26,6 +26,7 @@ SWEEP_EVERY_S = 30.0
 SWEEP_TIMEOUT_S = 300.0  # the first one after a start may pass a long day's events, if vacuum could not clean up
 RATE_OVER_S = 60.0
 WITNESSES = 3  # events that tell by going through whether a refused one is at fault, or the broker
+DURABLE_TIMEOUT_S = 10.0  # shorter than a claim may be idle
 
 SENT = Counter("relay_events_sent_total", "Events that the broker confirmed.")
 FAULTS = Counter("relay_event_faults_total", "Attempts that failed by the event's own fault.")
@@ -71,7 +72,7 @@ class Relay:
     """Publishes what is in the outbox. A crash anywhere means that events are claimed again: repeated, never lost."""
 
     def __init__(self, pool: Pool, publisher: Publisher, wakeup: Wakeup, *, window: int, attempts_max: int) -> None:
-        """`pool` has a connection for each lane, and one more. A mark that is lost in a crash means one more
+        """`pool` has a connection for each lane, and two more. A mark that is lost in a crash means one more
         publication, which consumers ignore: its connections need not wait for the disk."""
         self._pool, self._publisher, self._wakeup = pool, publisher, wakeup
         self._window, self._attempts_max = window, attempts_max
@@ -142,6 +143,7 @@ class Relay:
                 outage = await self._publisher.connect()  # it shows before the first event does
                 self._open_breaker(outage)
                 return Step(0, outage)
+            await self._make_durable()
             with CONFIRM_SECONDS.time():
                 outcome = await self._publish(connection, events)
             await outbox.mark_sent(connection, outcome.confirmed)
@@ -171,6 +173,14 @@ class Relay:
             return outcome._replace(faulty={**outcome.faulty, **outcome.refused})
         reason = next(iter(outcome.refused.values()))
         return outcome._replace(outage=f"the broker refuses every message: {reason}")
+
+    async def _make_durable(self) -> None:
+        """What the server may lose in a failover is not published: the till would sell it again, with another event."""
+        try:
+            async with asyncio.timeout(DURABLE_TIMEOUT_S), self._pool.connection() as connection:
+                await make_durable(connection)
+        except TimeoutError:
+            raise psycopg.OperationalError("no standby takes what is to be published") from None
 
     async def _claim(self, connection: Connection, limit: int) -> list[OutboxEvent]:
         """One lane claims at a time, from where the last ended."""

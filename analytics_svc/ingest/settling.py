@@ -28,7 +28,7 @@ from analytics_svc.ingest.events import ID_MAX
 from analytics_svc.ingest.messages import Event, Message
 from analytics_svc.ingest.quarantine import QuarantinedEvent
 from analytics_svc.purchase import Item, PurchaseCreated
-from chassis.postgres import Pool
+from chassis.postgres import Pool, make_durable
 
 CONNECTION_WAIT_S = 1.0  # the pool is all ours: it lacks a connection only while the database is down
 TRIAL_S = 1.0  # what kills does so in milliseconds
@@ -179,6 +179,8 @@ class Settler:
                 applied = applied._replace(quarantined=applied.quarantined + quarantined)
             if tried:
                 await trials.end(connection, [case.message.digest() for case in cases])
+            if not (applied.counted or applied.quarantined):
+                await make_durable(connection)  # all is known here, but a standby may not know it yet
         return applied
 
     async def redrive(self, quarantine_id: str) -> bool | None:

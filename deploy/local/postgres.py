@@ -156,7 +156,7 @@ class Postgres:
 
     def _launch(self, port: int) -> Process:
         options = [f"-c{name}={value}" for name, value in {**self._settings, "port": str(port)}.items()]
-        command = [*_as_ordinary_user(), str(binaries() / "postgres"), "-D", str(self._data), *options]
+        command = [*as_ordinary_user(), str(binaries() / "postgres"), "-D", str(self._data), *options]
         self._launched = spawn(command, {**os.environ, MARK: str(self.directory)}, self.directory, self.log)
         return self._launched
 
@@ -168,7 +168,7 @@ class Postgres:
         # The builtin locale sorts by code point and is the same on every machine, whatever its C library has.
         how = "--auth=scram-sha-256 --encoding=UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8"
         where = ["-D", str(fresh), "-U", SUPERUSER, f"--pwfile={password}"]
-        command = [*_as_ordinary_user(), str(binaries() / "initdb"), *where, *how.split()]
+        command = [*as_ordinary_user(), str(binaries() / "initdb"), *where, *how.split()]
         done = subprocess.run(command, capture_output=True, text=True, cwd=self.directory, check=False)
         password.unlink()
         if done.returncode:
@@ -212,7 +212,7 @@ def binaries() -> Path:
 
 
 @cache
-def _as_ordinary_user() -> list[str]:
+def as_ordinary_user() -> list[str]:
     """What to put before a command of PostgreSQL, which refuses to run as root: a way to be `nobody` instead.
 
     The checkout may lie where `nobody` cannot go, below /root for one, and those directories are not ours to open.

@@ -6,6 +6,7 @@ import random
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pika
@@ -18,6 +19,7 @@ from deploy.local.machine import PRIVATE_PORTS, port_is_free
 from purchases_svc.settings import ServeSettings
 from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.chain import Chain, open_chain
+from tests.replication import Replicated, replicated
 
 # A service that is not up when it is first tried is tried again after a tenth of a second, instead of a whole one.
 SOON_AGAIN = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000)]
@@ -96,3 +98,10 @@ async def chain(purchases_channel: grpc.aio.Channel, analytics_db: str) -> Async
     """A chain on a running purchases service, with empty read models."""
     async with pool(analytics_db, "analytics_consumer", size=3) as opened:
         yield open_chain(purchases_channel, opened, analytics_db)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Replicated]:
+    """A PostgreSQL server of the test's own, and its synchronous standby."""
+    with replicated(tmp_path / "replication") as started:
+        yield started
