@@ -1,12 +1,16 @@
-"""How a process of ours asks another one: a channel that notices when its peer is gone, and soon when it is back."""
+"""How anything of ours asks a process of ours: a channel that notices when its peer is gone, and soon when it is back.
+
+Nobody opens one in another way. It imports gRPC alone, so that commands and health checks start quickly.
+"""
 
 from typing import Any
 
 import grpc
 
-from chassis.grpc_server import REPLY_BYTES_MAX
+REPLY_BYTES_MAX = 16 << 20  # what our servers send at most; gRPC's own limit is 4 MiB
 
 OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.enable_http_proxy", 0),  # http_proxy is meant for the web, not for the chain's own network
     ("grpc.service_config_disable_resolution", 1),  # DNS must not replace what we are given
     ("grpc.max_receive_message_length", REPLY_BYTES_MAX),
     ("grpc.keepalive_time_ms", 30_000),  # servers allow a ping every 20 s; some calls have no deadline
@@ -23,3 +27,8 @@ def connect(target: str, service_config: str) -> grpc.aio.Channel:
     """A channel to `host:port`, which need not be up yet; `service_config` is the JSON that the contract has for every
     client: how long calls may take, which are tried again, and which servers are asked."""
     return grpc.aio.insecure_channel(target, options=[*OPTIONS, ("grpc.service_config", service_config)])
+
+
+def connect_blocking(target: str) -> grpc.Channel:
+    """For commands and checks, which ask once and want to know at once: a channel without asyncio and retries."""
+    return grpc.insecure_channel(target, options=OPTIONS)

@@ -21,13 +21,13 @@ from prometheus_client import Counter, Histogram, start_http_server
 
 from chassis import errors, postgres, reflection
 from chassis.errors import ServiceError
+from chassis.grpc_client import REPLY_BYTES_MAX
 from chassis.logs import Sampled
 
 MESSAGE_BYTES_MAX = 64 << 10  # received, unless a service says otherwise: a thousand ids have 38 KB
 # gRPC refuses what is larger than its own limit with a code that invites retries, and without a word to programs. So
 # its limit is higher, and ours is checked first: few mistakes are more than this many times too large.
 GRPC_LIMIT_FACTOR = 4
-REPLY_BYTES_MAX = 16 << 20
 CALL_TIMEOUT_S = 30.0  # for callers that set no deadline, or a later one
 DRAIN_TIMEOUT_S = 20.0  # how long a stopping server waits for the calls in flight
 SLOW_CALL_S = 1.0

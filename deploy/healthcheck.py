@@ -5,11 +5,13 @@ import sys
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from chassis import grpc_client
+
 TIMEOUT_S = 2.0
 
 
 def is_serving(target: str) -> bool:
-    with grpc.insecure_channel(target) as channel:
+    with grpc_client.connect_blocking(target) as channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)  # type: ignore[attr-defined]
         except grpc.RpcError:

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from analytics_svc.proof.verdicts import Verdict, worst
 from analytics_svc.settings import ConsumerClientSettings
 from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX
-from chassis import wire
+from chassis import grpc_client, wire
 from retail.analytics.v1 import audit_service_pb2 as pb
 from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub
 
@@ -34,7 +34,7 @@ def run(config: ConsumerClientSettings, arguments: Sequence[str], console: Conso
     """Compare, print, and return the exit code. A sum that differs is printed as `recorded → counted`."""
     args = _parser().parse_args(arguments)
     try:
-        with grpc.insecure_channel(config.consumer_target) as channel:
+        with grpc_client.connect_blocking(config.consumer_target) as channel:
             replies = _ask(AuditServiceStub(channel), args.first, args.last)
     except grpc.RpcError as error:
         console.print(f"no answer from {config.consumer_target}: {error.code().name}: {error.details()}", style="red")

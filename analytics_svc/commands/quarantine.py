@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from analytics_svc.settings import ConsumerClientSettings
+from chassis import grpc_client
 from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
 
@@ -23,7 +24,7 @@ BODY_SHOWN = 60  # bytes of a body in the table
 def run(config: ConsumerClientSettings, arguments: Sequence[str]) -> int:
     """Do what is asked; returns the exit code: 1 when something stays that was to go."""
     asked = _parser().parse_args(arguments)
-    with grpc.insecure_channel(config.consumer_target) as channel:
+    with grpc_client.connect_blocking(config.consumer_target) as channel:
         stub: Any = QuarantineServiceStub(channel)
         try:
             return int(asked.run(stub, asked))

@@ -2,14 +2,14 @@
 
 from zoneinfo import ZoneInfo
 
-import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from analytics_svc.proof import rebuild
 from analytics_svc.settings import RebuildSettings
-from analytics_svc.upstream import source
+from analytics_svc.upstream import SERVICE_CONFIG, source
 from analytics_svc.upstream.outbox import Outbox
+from chassis import grpc_client
 from chassis.errors import ServiceError
 
 
@@ -34,7 +34,7 @@ async def run(config: RebuildSettings, *, days_only: bool, console: Console) -> 
         try:
             async with (
                 source.connect(config.purchases_target, zone) as truth,
-                grpc.aio.insecure_channel(config.relay_target) as relay,
+                grpc_client.connect(config.relay_target, SERVICE_CONFIG) as relay,
             ):
                 rebuilt = await rebuild.rebuild_all(
                     config.database_url,

@@ -16,6 +16,7 @@ from rich.console import Console
 from analytics_svc.commands import report_page
 from analytics_svc.commands.figures import as_json, gather
 from analytics_svc.settings import ReportSettings
+from chassis import grpc_client
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 
 CALL_TIMEOUT_S = 30.0
@@ -37,7 +38,7 @@ def run(config: ReportSettings, arguments: Sequence[str]) -> int:
             print(message, file=sys.stderr)
             return 1
     try:
-        with grpc.insecure_channel(config.analytics_target) as channel:
+        with grpc_client.connect_blocking(config.analytics_target) as channel:
             found = gather(AnalyticsServiceStub(channel), options.days, options.branch)
     except grpc.RpcError as error:
         print(f"report: {config.analytics_target}: {error.code().name}: {error.details()}", file=sys.stderr)

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from chassis import grpc_client
 from deploy.local import machine, programs, terminal
 from deploy.local.machine import MARK, Notebook, Process, StackError
 from deploy.local.postgres import Postgres
@@ -348,7 +349,7 @@ def _in(name: str, names: Collection[str] | None) -> bool:
 
 
 def _serves(target: str) -> bool:
-    with grpc.insecure_channel(target) as channel:
+    with grpc_client.connect_blocking(target) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=HealthCheckRequest.SerializeToString,

@@ -13,6 +13,7 @@ from google.protobuf import json_format
 from rich.console import Console
 from rich.table import Column, Table
 
+from chassis import grpc_client
 from relay_svc.settings import ClientSettings
 from retail.relay.v1 import outbox_service_pb2 as pb
 from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceStub
@@ -29,7 +30,7 @@ errors = Console(stderr=True, highlight=False, markup=False, emoji=False)  # nev
 def run(config: ClientSettings, arguments: Sequence[str]) -> int:
     """Do what is asked; returns the exit code: 1 when something is wrong with the outbox, or with the call."""
     asked = parser().parse_args(arguments)
-    with grpc.insecure_channel(config.relay_target) as channel:
+    with grpc_client.connect_blocking(config.relay_target) as channel:
         stub: Any = OutboxServiceStub(channel)
         try:
             return int(asked.run(stub, asked))

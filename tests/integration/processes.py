@@ -30,7 +30,7 @@ class Processes:
     def __init__(self, purchases_url: str, analytics_url: str, amqp_url: str, logs: Path) -> None:
         self.address = {name: free_address() for name in COMMANDS}
         self._logs = logs
-        self._environ = {
+        self.environ = {
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}",
             "PURCHASES_DATABASE_URL": purchases_url,
@@ -47,7 +47,7 @@ class Processes:
     def start(self, name: str) -> None:
         with (self._logs / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", *COMMANDS[name]], cwd=ROOT, env=self._environ, stdout=log, stderr=log
+                [sys.executable, "-m", *COMMANDS[name]], cwd=ROOT, env=self.environ, stdout=log, stderr=log
             )
 
     def wait_ready(self, name: str) -> None:

@@ -38,7 +38,7 @@ class System(Processes):
     superuser_url: str
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environ = {**self._environ, "CONSUMER_TARGET": self.address["consumer"], "COLUMNS": "160"}
+        environ = {**self.environ, "CONSUMER_TARGET": self.address["consumer"], "COLUMNS": "160"}
         done = subprocess.run(
             [sys.executable, "-m", *arguments],
             cwd=ROOT,
