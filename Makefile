@@ -41,7 +41,7 @@ contract: ready # accept what proto/ says now, breaking changes included: lint c
 	@.venv/bin/buf build proto --exclude-source-info -o proto/accepted.binpb
 
 bench: ready ## measure; [ONLY=write|pipeline|analytics] [REPORT=out.json]
-	@PYTHONPATH=.:generated exec $(PYTHON) -m tests.bench
+	@exec $(PYTHON) -m tests.bench
 
 faults: ready ## break the running system and count every cent; [FAULTS=n] [SEED=n] [REPORT=out.json]
-	@PYTHONPATH=.:generated exec $(PYTHON) -m tests.faults
+	@exec $(PYTHON) -m tests.faults

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Brings to this checkout what the project needs and the machine lacks. It needs no root, and changes nothing outside.
 #
-#   deploy/bootstrap.sh                       .venv, holding exactly what requirements-dev.txt locks
+#   deploy/bootstrap.sh                       .venv: exactly what requirements-dev.txt locks, and the project, editable
 #   deploy/bootstrap.sh rabbitmq [DIRECTORY]  RabbitMQ and its Erlang, unpacked there; else in .local/rabbitmq-server
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd -P)
@@ -24,18 +24,32 @@ venv_identity() {
   cat requirements-dev.txt
   .venv/bin/python -V 2>/dev/null
   pwd -P
-  echo with generated.pth
 }
 
 venv_is_ready() {
   [ -x .venv/bin/python ] && [ "$(venv_identity | sha256sum)" = "$(cat .venv/installed 2>/dev/null)" ]
 }
 
-venv() {
-  venv_is_ready && return
-  one_at_a_time
-  venv_is_ready && return
+# The commands in .venv/bin are made from pyproject.toml.
+project_is_ready() {
+  [ "$(sha256sum <pyproject.toml)" = "$(cat .venv/project 2>/dev/null)" ]
+}
 
+venv() {
+  venv_is_ready && project_is_ready && return
+  one_at_a_time
+  venv_is_ready || packages
+  project_is_ready || project
+}
+
+project() {
+  # The lock file holds the build backend as well, so this fetches nothing.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+    --no-deps --no-index --no-build-isolation --editable . || fail "The project could not be installed into .venv."
+  sha256sum <pyproject.toml >.venv/project
+}
+
+packages() {
   python=${BOOTSTRAP_PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     fail "Python 3.11 or later is needed: install it, or name one with BOOTSTRAP_PYTHON=/path/to/python3."
@@ -53,8 +67,6 @@ venv() {
   fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
     --require-hashes -r requirements-dev.txt || fail "The packages could not be installed; run make again to retry."
-  # The generated code is found without PYTHONPATH: `.venv/bin/python -m relay_svc status` works as it stands.
-  echo "$root/generated" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/generated.pth"
   venv_identity | sha256sum >.venv/installed
 }
 

@@ -23,15 +23,18 @@ def locked(path: Path) -> set[str]:
 
 
 def main() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    runtime = project["dependencies"]
-    for lock, asked, extra in (
-        ("requirements.txt", runtime, ""),
-        ("requirements-dev.txt", [*runtime, *project["optional-dependencies"]["dev"]], " --extra dev"),
-        ("requirements-plots.txt", [*runtime, *project["optional-dependencies"]["plots"]], " --extra plots"),
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, extras = declared["project"], declared["project"]["optional-dependencies"]
+    run_time = [*project["dependencies"], *extras["server"]]
+    build, server = "--group build", "--extra server pyproject.toml"
+    for lock, asked, what in (
+        ("requirements.txt", run_time, server),
+        ("requirements-dev.txt", [*run_time, *extras["dev"]], f"--extra dev {server}"),
+        ("requirements-plots.txt", [*run_time, *extras["plots"]], f"-c requirements.txt --extra plots {server}"),
+        ("requirements-build.txt", declared["build-system"]["requires"], build),
     ):
         if missing := {name_of(entry) for entry in asked} - locked(ROOT / lock):
-            sys.exit(f"{lock} lacks {', '.join(sorted(missing))}; run: {COMMAND}{extra} pyproject.toml -o {lock}")
+            sys.exit(f"{lock} lacks {', '.join(sorted(missing))}; run: {COMMAND} {what} -o {lock}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ step 'mypy --strict: types'
 mypy .
 
 step 'import-linter: the direction of dependencies'
-PYTHONPATH=.:generated lint-imports --no-cache
+lint-imports --no-cache
 
 step 'what is made of proto/ is what proto/ makes'
 rm -rf build/fresh

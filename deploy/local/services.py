@@ -1,6 +1,5 @@
 """The processes of the system and what each of them is told: a table, and the environments made from it."""
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,10 +107,9 @@ def targets(services: Sequence[Service], settings: Mapping[str, str]) -> dict[st
     return {name: settings.get(name, target) for name, target in found.items()}
 
 
-def common_environ(root: Path, home: Path) -> dict[str, str]:
+def common_environ(home: Path) -> dict[str, str]:
     """What every process of the stack that lives in `home` gets."""
-    paths = [str(root), str(root / "generated"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {MARK: str(home), "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    return {MARK: str(home), "PYTHONUNBUFFERED": "1"}
 
 
 def service_environ(

@@ -219,13 +219,13 @@ class Stack:
 
     def _spawn(self, service: Service, settings: Mapping[str, str], urls: Mapping[str, str]) -> Process:
         environ = service_environ(service, self.services, settings, urls)
-        by_hand = export_lines(common_environ(self.root, self.home) | targets(self.services, settings) | environ)
+        by_hand = export_lines(common_environ(self.home) | targets(self.services, settings) | environ)
         machine.write_private(self.home / "run" / f"{service.name}.env", by_hand)
         return self._spawn_module(service.name, service.command, environ)
 
     def _spawn_module(self, name: str, command: Sequence[str], environ: dict[str, str]) -> Process:
         passed_on = {key: self._caller[key] for key in self._caller.keys() - settings_of(self._caller).keys()}
-        whole = passed_on | common_environ(self.root, self.home) | environ
+        whole = passed_on | common_environ(self.home) | environ
         return machine.spawn([sys.executable, "-m", *command], whole, self.root, self.log_of(name))
 
     def _wait_ready(self, service: Service, process: Process, settings: Mapping[str, str]) -> None:
@@ -326,7 +326,7 @@ class Stack:
 
     def client_environ(self) -> dict[str, str]:
         """For a program that talks to the services, and is none of the stack's own processes."""
-        environ = {**self._caller, **common_environ(self.root, self.home)}
+        environ = {**self._caller, **common_environ(self.home)}
         del environ[MARK]
         return environ | targets(self.services, self.settings)
 

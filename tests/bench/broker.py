@@ -12,7 +12,7 @@ import pika
 
 from analytics_svc.ingest.consumer import EXCHANGE, QUEUE, QUEUE_ARGUMENTS, ROUTING_KEY
 from deploy.local.machine import StackError
-from tests.bench.stage import ENVIRON, ROOT
+from tests.bench.stage import ROOT
 
 RAW_TIMEOUT_S = 60.0  # to start, read the messages and finish
 
@@ -57,7 +57,6 @@ def publish(url: str, how: str, bodies: Path, limit_s: float) -> Published:
             capture_output=True,
             text=True,
             cwd=ROOT,
-            env=ENVIRON,
             timeout=limit_s + RAW_TIMEOUT_S,
             check=False,
             start_new_session=True,  # Ctrl-C reaches us alone, and we end it

@@ -9,7 +9,7 @@ from subprocess import PIPE, Popen
 from typing import NamedTuple
 
 from deploy.local.machine import StackError, tail
-from tests.bench.stage import ENVIRON, ROOT
+from tests.bench.stage import ROOT
 
 STOP_TIMEOUT_S = 10.0
 
@@ -74,7 +74,6 @@ def load_client(address: str, directory: Path, analytics_address: str = "") -> I
         process = Popen(
             [sys.executable, "-m", "tests.bench.load_client", address, analytics_address],
             cwd=ROOT,
-            env=ENVIRON,
             stdin=PIPE,
             stdout=PIPE,
             stderr=errors,

@@ -20,8 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 
-ENVIRON = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "generated")])}
-
 
 @contextmanager
 def temporary_directory() -> Iterator[Path]:
@@ -61,7 +59,7 @@ def migrated(server: Postgres, name: str, package: str) -> str:
         connection.execute(f'CREATE DATABASE "{name}"')
     url = server.url(name)
     log = server.directory / f"{package}-migrate.log"
-    environ = {**ENVIRON, f"{package.removesuffix('_svc').upper()}_DATABASE_URL": url}
+    environ = {**os.environ, f"{package.removesuffix('_svc').upper()}_DATABASE_URL": url}
     process = spawn([sys.executable, "-m", package, "migrate"], environ, ROOT, log)
     if not process.ended(START_TIMEOUT_S) or process.exit_code():
         process.end()
@@ -82,7 +80,7 @@ def service(name: str, command: tuple[str, ...], settings: Mapping[str, str], di
     address = f"127.0.0.1:{pick_port()}"
     log = directory / f"{name}.log"
     listens = {f"{name.upper()}_LISTEN": address, f"{name.upper()}_METRICS_LISTEN": "127.0.0.1:0"}
-    process = spawn([sys.executable, "-m", *command], {**ENVIRON, **settings, **listens}, ROOT, log)
+    process = spawn([sys.executable, "-m", *command], {**os.environ, **settings, **listens}, ROOT, log)
     try:
         if not wait_until(lambda: is_serving(address) or not process.alive, START_TIMEOUT_S) or not process.alive:
             raise StackError(f"{name} did not start:\n{tail(log)}")

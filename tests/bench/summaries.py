@@ -53,7 +53,6 @@ def call(address: str, method: str, requests: Sequence[bytes], measure_s: int) -
         [sys.executable, "-m", "tests.bench.query_client", address, method, str(IN_FLIGHT), str(measure_s)],
         input="\n".join(base64.b64encode(request).decode() for request in requests),
         cwd=stage.ROOT,
-        env=stage.ENVIRON,
         capture_output=True,
         text=True,
         timeout=measure_s + START_TIMEOUT_S,
@@ -73,7 +72,6 @@ def feeding(url: str, directory: Path, fed: list[float]) -> Iterator[None]:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.bench.feeder", url, str(EVENTS_PER_S)],
             cwd=stage.ROOT,
-            env=stage.ENVIRON,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

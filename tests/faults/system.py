@@ -168,7 +168,7 @@ class System:
     def _migrate(self, setting: str, url: str, command: tuple[str, ...]) -> None:
         done = subprocess.run(
             [sys.executable, "-m", *command],
-            env={**_clean_environ(), **common_environ(ROOT, self.directory), **SETTINGS, setting: url},
+            env={**_clean_environ(), **common_environ(self.directory), **SETTINGS, setting: url},
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -197,7 +197,7 @@ class System:
                 BROKER_SETTING: self._through(own, "rabbitmq", self.rabbitmq.url),
                 name: self._through(own, "postgres", self.postgres.url(service.database.name, service.login)),
             }
-            environ = {**_clean_environ(), **common_environ(ROOT, self.directory)}
+            environ = {**_clean_environ(), **common_environ(self.directory)}
             environ |= environ_of(service, SERVICES, settings, urls)
             instance = Instance(own, service, environ, address, self.directory)
             instance.environ["FAULT_FILE"] = str(instance.arming)

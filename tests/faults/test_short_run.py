@@ -1,7 +1,6 @@
 """A short run under fire, as part of CI: every other kind of fault once. The long one is `make faults`."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +31,6 @@ def test_nothing_is_lost_under_fire(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "--report", str(report)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}"},
         capture_output=True,
         text=True,
         timeout=MOST_S,

@@ -15,7 +15,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from analytics_svc.commands.consume import consume
 from analytics_svc.ingest.consumer import QUEUE
 from analytics_svc.settings import ConsumeSettings
-from tests.conftest import ROOT, WAIT_S, eventually
+from tests.conftest import WAIT_S, eventually
 from tests.integration.conftest import free_address, is_serving, running
 from tests.integration.purchase_events import query
 
@@ -83,7 +83,6 @@ def start(command: str, *, bug: str | None = None, **settings: str) -> "subproce
     """A process of its own; `bug`: one of those of `poisoned_consumer`."""
     environ = {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "generated")]),
         "CONSUMER_METRICS_LISTEN": "127.0.0.1:0",
         "ANALYTICS_METRICS_LISTEN": "127.0.0.1:0",
         **settings,

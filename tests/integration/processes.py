@@ -32,7 +32,6 @@ class Processes:
         self._logs = logs
         self.environ = {
             **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}",
             "PURCHASES_DATABASE_URL": purchases_url,
             "ANALYTICS_DATABASE_URL": analytics_url,
             "AMQP_URL": amqp_url,

@@ -164,7 +164,6 @@ async def test_kill_9_in_the_middle_leaves_nothing_behind(
     wrong = read_models(chain.url)
     environ = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}",
         "ANALYTICS_DATABASE_URL": chain.url,
         "PURCHASES_TARGET": purchases_address,
     }

@@ -18,7 +18,7 @@ from purchases_svc.backlog import Backlog
 from purchases_svc.errors import OutboxFull, PurchaseTimeOutOfRange
 from purchases_svc.partitions import Partitions
 from purchases_svc.sale import Sale
-from tests.conftest import ROOT, WAIT_S, eventually, pool, today
+from tests.conftest import WAIT_S, eventually, pool, today
 from tests.integration.test_create_purchase import assert_whole, count, make_recorder, stored_sale
 
 pytestmark = pytest.mark.usefixtures("one_day")
@@ -207,7 +207,6 @@ async def test_operator_sees_the_months(opened: Pool, purchases_db: str) -> None
         return subprocess.run(
             [sys.executable, "-m", "purchases_svc", "partitions", *options],
             env={
-                "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}",
                 "PURCHASES_DATABASE_URL": purchases_db,
                 "PURCHASES_RETENTION_MONTHS": "3",
                 "COLUMNS": "120",

@@ -29,7 +29,6 @@ class Parent:
         self.address, self._log = free_address(), log
         self._environ = {
             **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}",
             "PURCHASES_DATABASE_URL": url,
             "PURCHASES_LISTEN": self.address,
             "PURCHASES_METRICS_LISTEN": "127.0.0.1:0",

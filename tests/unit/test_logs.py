@@ -98,12 +98,11 @@ asyncio.run(main())""",
 
 def run(way: str, *, person: bool = False) -> str:
     """What a process writes that fails in this way."""
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'generated'}"}
     command = [sys.executable, "-c", PRELUDE + WAYS[way]]
     if not person:
-        return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False).stderr
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stderr
     terminal, ours = pty.openpty()
-    with subprocess.Popen(command, env=environ, cwd=ROOT, stdout=ours, stderr=ours):
+    with subprocess.Popen(command, cwd=ROOT, stdout=ours, stderr=ours):
         os.close(ours)
         written = b""
         try:
