@@ -42,6 +42,22 @@ def sleep(pause_s: float, _: PosError) -> None:
     time.sleep(pause_s)
 
 
+def pause_before_retry(status: Status, backoff_s: float, room_s: float) -> float | None:
+    """How long to wait, within `room_s` seconds; None when a retry is of no use, or would come too late.
+
+    Full jitter, over at least the delay that the service asks for: tills that failed together must not come back
+    together.
+    """
+    if status.code not in errors.RETRYABLE:
+        return None
+    delay_s = status.retry_delay_s or 0.0
+    spread_s = max(delay_s, backoff_s)
+    if delay_s > MOST_BACKOFF_S:  # not a rush, but a time to wait for: it is not missed for the sake of the jitter
+        spread_s = min(spread_s, (room_s - delay_s) / 2)
+    pause_s = delay_s + random.uniform(0, spread_s)
+    return pause_s if pause_s < room_s else None
+
+
 class Calls:
     """Makes unary calls and repeats those that meet passing troubles."""
 
@@ -76,10 +92,11 @@ class Calls:
                 return method(request, timeout=min(self._attempt_timeout_s, timeout_s))
             except grpc.RpcError as error:
                 status = errors.read_status(error)
+            except ValueError as error:  # how gRPC says that the channel is closed, as by another thread
+                raise meaning(Status(grpc.StatusCode.CANCELLED, str(error))) from None
             failure = meaning(status)
-            # Full jitter: tills that failed together must not come back together.
-            pause_s = (status.retry_delay_s or 0.0) + random.uniform(0, backoff_s)
-            if status.code not in errors.RETRYABLE or time.monotonic() + pause_s >= deadline:
+            pause_s = pause_before_retry(status, backoff_s, deadline - time.monotonic())
+            if pause_s is None:
                 raise failure
             self._pause(pause_s, failure)
             timeout_s = deadline - time.monotonic()

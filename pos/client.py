@@ -11,8 +11,8 @@ Times are aware datetimes. Calls retry by themselves and raise `pos.errors.PosEr
 
 import datetime
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import grpc
@@ -22,6 +22,7 @@ from google.type import date_pb2
 from chassis import wire
 from pos import errors
 from pos.calls import ATTEMPT_TIMEOUT_S, Calls, Pause, connect, sleep
+from pos.sale import Item, Sale, create_request
 from pos.service_config import TOTAL_TIMEOUT_S
 from pos.upload import Uploader
 from retail.analytics.v1 import analytics_service_pb2
@@ -44,33 +45,6 @@ __all__ = [
 
 WINDOW_DAYS = 31  # ListControlTotals sums up at most this many days a call
 TOTALS_PAGE_ROWS = 1_000  # the most that the service gives
-# No sale that keeps the rules is so big. gRPC refuses what is far bigger in a way that looks like a busy service.
-SALE_BYTES_MAX = 100_000
-
-
-class Item(NamedTuple):
-    """One unit of a product; the chain sells at most one per sale. A tuple: big sales have a thousand."""
-
-    product_id: int
-    price_cents: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sale:
-    """A completed sale, ready to be sent. Its key is made once, here; every attempt to send it carries it."""
-
-    receipt_id: str
-    branch_id: int
-    cashier_id: int
-    pos_id: str
-    items: Sequence[Item]
-    customer_id: str | None = None
-    purchase_time: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
-    idempotency_key: str = field(default_factory=lambda: str(uuid.uuid4()))
-
-    @property
-    def total_cents(self) -> int:
-        return sum(item.price_cents for item in self.items)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,11 +126,13 @@ class PosClient:
 
         Raises:
             SaleRefused: it is not stored and never will be as it is; the subclass tells why.
-            OutcomeUnknown: no clear answer in time; send the same `Sale` again.
+            OutcomeUnknown: no clear answer in time; send the same `Sale` again. ClockAhead, when its time is to come.
             CallFailed: the service does not let this client send sales.
         """
-        request = _create_request(sale, register_customer)
-        return _recorded(self._call(self._purchases.CreatePurchase, request, errors.of_sale))
+        request = create_request(sale, register_customer)
+        reply = self._call(self._purchases.CreatePurchase, request, errors.of_sale)
+        with errors.reading(errors.OutcomeUnknown):
+            return _recorded(reply)
 
     def upload_purchases(self, sales: Iterable[Sale], *, register_customers: bool = False) -> Iterator[Uploaded]:
         """Send a backlog, such as that of a till that was offline: several times as fast as one by one.
@@ -171,7 +147,7 @@ class PosClient:
         """
         uploader: Uploader[Sale, Recorded] = Uploader(
             self._purchases.UploadPurchases,
-            lambda sale: _create_request(sale, register_customers),
+            lambda sale: create_request(sale, register_customers),
             _recorded,
             answer_timeout_s=self._timeouts_s[0],
             total_timeout_s=self._timeouts_s[1],
@@ -186,8 +162,11 @@ class PosClient:
         Raises:
             NotFound: there is none with this id.
         """
-        request = purchases_service_pb2.GetPurchaseRequest(purchase_id=purchase_id)
-        return _purchase(self._call(self._purchases.GetPurchase, request).purchase)
+        with errors.sending():
+            request = purchases_service_pb2.GetPurchaseRequest(purchase_id=purchase_id)
+        reply = self._call(self._purchases.GetPurchase, request)
+        with errors.reading(errors.CallFailed):
+            return _purchase(reply.purchase)
 
     def list_purchases(
         self,
@@ -198,14 +177,17 @@ class PosClient:
         end_time: datetime.datetime | None = None,
     ) -> Iterator[Purchase]:
         """Purchases from `start_time` until before `end_time`, the latest first; fetched page by page."""
-        request = purchases_service_pb2.ListPurchasesRequest(
-            customer_id=customer_id,
-            branch_id=branch_id,
-            start_time=wire.timestamp(start_time) if start_time else None,
-            end_time=wire.timestamp(end_time) if end_time else None,
-        )
+        with errors.sending():
+            request = purchases_service_pb2.ListPurchasesRequest(
+                customer_id=customer_id,
+                branch_id=branch_id,
+                start_time=wire.timestamp(start_time) if start_time is not None else None,
+                end_time=wire.timestamp(end_time) if end_time is not None else None,
+            )
         for page in self._call.pages(self._purchases.ListPurchases, request):
-            yield from map(_purchase, page.purchases)
+            with errors.reading(errors.CallFailed):
+                purchases = [_purchase(each) for each in page.purchases]
+            yield from purchases
 
     def list_control_totals(
         self,
@@ -223,34 +205,33 @@ class PosClient:
             first, last = first or stored.first, last or stored.last
             if first is None or last is None:
                 return
-        branch_ids = list(branch_ids)
-        while first <= last:
-            window_end = min(last, first + datetime.timedelta(days=WINDOW_DAYS - 1))
-            request = purchases_service_pb2.ListControlTotalsRequest(
-                page_size=TOTALS_PAGE_ROWS,
-                first_date=wire.date(first),
-                last_date=wire.date(window_end),
-                branch_ids=branch_ids,
-            )
+        with errors.sending():
+            requests = _control_totals_requests(first, last, list(branch_ids))
+        for request in requests:
             for page in self._call.pages(self._purchases.ListControlTotals, request):
-                yield from map(day_totals, page.control_totals)
-            first = window_end + datetime.timedelta(days=1)
+                with errors.reading(errors.CallFailed):
+                    totals = [day_totals(row) for row in page.control_totals]
+                yield from totals
 
     def business_days(self) -> BusinessDays:
         """The range of business days that have purchases, and the time zone that cuts them."""
         any_day = wire.date(datetime.date(2000, 1, 1))  # the range is told whatever day is asked for
         request = purchases_service_pb2.ListControlTotalsRequest(first_date=any_day, last_date=any_day)
         reply = self._call(self._purchases.ListControlTotals, request)
-        return BusinessDays(
-            _date(reply.earliest_sales_date) if reply.HasField("earliest_sales_date") else None,
-            _date(reply.latest_sales_date) if reply.HasField("latest_sales_date") else None,
-            reply.time_zone,
-        )
+        with errors.reading(errors.CallFailed):
+            return BusinessDays(
+                _date(reply.earliest_sales_date) if reply.HasField("earliest_sales_date") else None,
+                _date(reply.latest_sales_date) if reply.HasField("latest_sales_date") else None,
+                reply.time_zone,
+            )
 
     def create_customer(self, customer_id: str | None = None) -> Customer:
         """Register a customer; one that exists is returned as stored. Without an id, one is made here."""
-        request = customers_service_pb2.CreateCustomerRequest(customer_id=customer_id or str(uuid.uuid4()))
-        return _customer(self._call(self._customers.CreateCustomer, request).customer)
+        with errors.sending():
+            request = customers_service_pb2.CreateCustomerRequest(customer_id=customer_id or str(uuid.uuid4()))
+        reply = self._call(self._customers.CreateCustomer, request)
+        with errors.reading(errors.CallFailed):
+            return _customer(reply.customer)
 
     def get_customer(self, customer_id: str) -> Customer:
         """Read one customer.
@@ -258,38 +239,35 @@ class PosClient:
         Raises:
             NotFound: there is none with this id.
         """
-        request = customers_service_pb2.GetCustomerRequest(customer_id=customer_id)
-        return _customer(self._call(self._customers.GetCustomer, request).customer)
+        with errors.sending():
+            request = customers_service_pb2.GetCustomerRequest(customer_id=customer_id)
+        reply = self._call(self._customers.GetCustomer, request)
+        with errors.reading(errors.CallFailed):
+            return _customer(reply.customer)
 
     def list_customers(self) -> Iterator[Customer]:
         """All customers by id; fetched page by page."""
         request = customers_service_pb2.ListCustomersRequest()
         for page in self._call.pages(self._customers.ListCustomers, request):
-            yield from map(_customer, page.customers)
+            with errors.reading(errors.CallFailed):
+                customers = [_customer(each) for each in page.customers]
+            yield from customers
 
 
-def _create_request(sale: Sale, register_customer: bool) -> purchases_service_pb2.CreatePurchaseRequest:
-    request = purchases_service_pb2.CreatePurchaseRequest(
-        idempotency_key=sale.idempotency_key,
-        register_customer=register_customer,
-        purchase=purchase_pb2.Purchase(
-            receipt_id=sale.receipt_id,
-            branch_id=sale.branch_id,
-            cashier_id=sale.cashier_id,
-            pos_id=sale.pos_id,
-            customer_id=sale.customer_id,
-            purchase_time=wire.timestamp(sale.purchase_time),
-            # The total on the customer's receipt: the service refuses a sale whose items add up to another.
-            total_amount=wire.decimal(wire.cents_text(sale.total_cents)),
-        ),
-    )
-    add = request.purchase.items.add  # filling items in place takes half the time of building them apart
-    for product_id, price_cents in sale.items:
-        add(product_id=product_id, quantity=1).unit_price.value = wire.cents_text(price_cents)
-    if request.ByteSize() > SALE_BYTES_MAX:
-        rule = f"a sale must have at most {SALE_BYTES_MAX:,} bytes; this one has {request.ByteSize():,}"
-        raise errors.InvalidSale(errors.Status(grpc.StatusCode.INVALID_ARGUMENT, rule))
-    return request
+def _control_totals_requests(
+    first: datetime.date, last: datetime.date, branch_ids: list[int]
+) -> list[purchases_service_pb2.ListControlTotalsRequest]:
+    """One for each stretch of days that the service sums up in a call."""
+    requests = []
+    for skipped in range(0, (last - first).days + 1, WINDOW_DAYS):
+        request = purchases_service_pb2.ListControlTotalsRequest(
+            page_size=TOTALS_PAGE_ROWS,
+            first_date=wire.date(first + datetime.timedelta(days=skipped)),
+            last_date=wire.date(first + datetime.timedelta(days=min(skipped + WINDOW_DAYS - 1, (last - first).days))),
+            branch_ids=branch_ids,
+        )
+        requests.append(request)
+    return requests
 
 
 def _recorded(reply: purchases_service_pb2.CreatePurchaseResponse) -> Recorded:

@@ -6,15 +6,18 @@ PosError
 │   ├── ReceiptTaken           another sale of that till and day has the number: `purchase_id` names it
 │   ├── IdempotencyKeyReused   the key belongs to another sale: `purchase_id` names it
 │   ├── CustomerUnknown        register the customer first, or with the sale
-│   └── PurchaseTimeOutOfRange
+│   └── PurchaseTimeOutOfRange too long ago
 ├── OutcomeUnknown             the sale may or may not be stored: send it again with the same key
+│   └── ClockAhead             it is not stored yet: its time lies ahead of the service's clock, `ahead` tells how far
 ├── NotFound
 ├── InvalidRequest             fields of another call than a sale break the rules: `violations`
 ├── Unavailable                gave up on such a call: trying later may help
 └── CallFailed                 any other status: not allowed, not implemented, a fault inside the service
 """
 
-from collections.abc import Iterable, Mapping
+import datetime
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import grpc
@@ -87,6 +90,18 @@ class OutcomeUnknown(PosError):
     pass
 
 
+class ClockAhead(OutcomeUnknown):
+    """The service stores the sale as soon as its time has come. Somebody should look at the till's clock."""
+
+    @property
+    def ahead(self) -> datetime.timedelta:
+        """How far the sale's time was ahead of the service's clock; zero when the service did not say."""
+        try:
+            return datetime.timedelta(seconds=float(self.status.metadata.get("ahead_seconds", "0")))
+        except (ValueError, OverflowError):
+            return datetime.timedelta()
+
+
 class NotFound(PosError):
     pass
 
@@ -104,17 +119,18 @@ class CallFailed(PosError):
 
 
 # Passing troubles. Trying again is safe whatever the call: sales carry their key, customers their id. Here each attempt
-# has a deadline of its own: that one of them passed it is no reason to give up.
-RETRYABLE = service_config.RETRYABLE | {StatusCode.DEADLINE_EXCEEDED}
+# has a deadline of its own: that one of them passed it is no reason to give up. And nobody here cancels a call that
+# somebody waits for: a server cut it off, or gRPC threw it away before anybody saw it.
+RETRYABLE = service_config.RETRYABLE | {StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED}
 
 # After these, too, nobody knows whether the sale was committed before the trouble came.
 _UNCLEAR = RETRYABLE | {
-    StatusCode.CANCELLED,
     StatusCode.UNKNOWN,
     StatusCode.INTERNAL,
     StatusCode.DATA_LOSS,
 }
 
+TIME_AHEAD = "PURCHASE_TIME_AHEAD"
 _REFUSALS: Mapping[str, type[SaleRefused]] = {
     _named(reasons.INVALID_PURCHASE): InvalidSale,
     _named(reasons.RECEIPT_EXISTS): ReceiptTaken,
@@ -132,6 +148,8 @@ _REFUSING_CODES: Mapping[StatusCode, type[SaleRefused]] = {
 
 def of_sale(status: Status) -> PosError:
     """What a status means for a sale that was sent."""
+    if status.reason == TIME_AHEAD:
+        return ClockAhead(status)
     if status.code in _UNCLEAR:
         return OutcomeUnknown(status)
     refusal = _REFUSALS.get(status.reason) or _REFUSING_CODES.get(status.code)
@@ -149,29 +167,54 @@ def of_call(status: Status) -> PosError:
     return CallFailed(status)
 
 
+@contextmanager
+def sending() -> Iterator[None]:
+    """Turns whatever is raised by values that no request can hold into InvalidRequest; they may be anything."""
+    try:
+        yield
+    except Exception as error:
+        text = f"it cannot be sent: {type(error).__name__}: {error}"
+        raise InvalidRequest(Status(StatusCode.INVALID_ARGUMENT, text)) from None
+
+
+@contextmanager
+def reading(kind: type[PosError]) -> Iterator[None]:
+    """Turns whatever is raised by an answer that breaks its contract into an error of that kind."""
+    try:
+        yield
+    except Exception as error:
+        text = f"the answer cannot be read: {type(error).__name__}: {error}"
+        raise kind(Status(StatusCode.INTERNAL, text)) from error
+
+
 def read_status(error: grpc.RpcError) -> Status:
     """The status of a failed call. gRPC's own statuses have no details; broken details count as none."""
     status = Status(error.code(), error.details() or "")
     rich = status_pb2.Status()
     metadata: Iterable[Any] = error.trailing_metadata() or ()  # the stubs do not know that these are pairs
-    for key, value in metadata:
-        if key == "grpc-status-details-bin":
-            try:
+    try:
+        for key, value in metadata:
+            if key == "grpc-status-details-bin":
                 rich.ParseFromString(value)
-            except DecodeError:
-                return status
-    return _with_details(status, rich)
+        return _with_details(status, rich)
+    except DecodeError:
+        return status
 
 
 def parse_status(rich: status_pb2.Status) -> Status:
     """The status of one sale of an upload."""
-    return _with_details(Status(_CODES.get(rich.code, StatusCode.UNKNOWN), rich.message), rich)
+    status = Status(_CODES.get(rich.code, StatusCode.UNKNOWN), rich.message)
+    try:
+        return _with_details(status, rich)
+    except DecodeError:
+        return status
 
 
 _CODES: Mapping[int, StatusCode] = {code.value[0]: code for code in StatusCode}
 
 
 def _with_details(status: Status, rich: status_pb2.Status) -> Status:
+    """Raises DecodeError: a detail is not what it says."""
     for detail in rich.details:
         info = error_details_pb2.ErrorInfo()
         broken_fields = error_details_pb2.BadRequest()
@@ -182,5 +225,5 @@ def _with_details(status: Status, rich: status_pb2.Status) -> Status:
             named = tuple(Violation(v.field, v.description, v.reason) for v in broken_fields.field_violations)
             status = status._replace(violations=named)
         elif detail.Unpack(retry):
-            status = status._replace(retry_delay_s=retry.retry_delay.ToNanoseconds() / 1e9)
+            status = status._replace(retry_delay_s=max(retry.retry_delay.ToNanoseconds() / 1e9, 0.0))
     return status

@@ -1,17 +1,17 @@
 """Sending a backlog: hundreds of sales a message, a few messages on their way, and after any break on with the rest."""
 
 import queue
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import grpc
 
 from pos import errors
-from pos.calls import Pause
-from pos.errors import PosError, Status
+from pos.calls import Pause, pause_before_retry
+from pos.errors import ClockAhead, OutcomeUnknown, PosError, Status
 from pos.service_config import BACKOFF_FACTOR, FIRST_BACKOFF_S, MOST_BACKOFF_S
 from retail.purchases.v1 import purchases_service_pb2 as pb2
 
@@ -55,14 +55,30 @@ class Uploader(Generic[S, A]):
     def send(self, sales: Iterable[S]) -> Iterator[tuple[S, A | PosError]]:
         """Each sale with its answer, or with why it was refused, in any order. Sales are taken as they are needed.
 
+        A sale whose time is a little ahead of the service's clock is sent again when that time has come, at the end.
+
         Raises:
             PosError: no answer for too long, or the service does not let this client send sales. All sales that were
                 not yielded are to be sent again.
         """
-        source, again = iter(sales), deque[S]()
+        with errors.sending():
+            source = iter(sales)
+        early: list[tuple[S, ClockAhead]] = []
+        for sale, outcome in self._send(source):
+            if isinstance(outcome, ClockAhead) and _time_left_s(outcome) < self._total_timeout_s:
+                early.append((sale, outcome))
+            else:
+                yield sale, outcome
+        if early:
+            latest = max((outcome for _, outcome in early), key=_time_left_s)
+            self._pause(_time_left_s(latest), latest)
+            yield from self._send(sale for sale, _ in early)
 
-        def take() -> S | None:
-            return again.popleft() if again else next(source, None)
+    def _send(self, source: Iterator[S]) -> Iterator[tuple[S, A | PosError]]:
+        again = deque[S]()
+
+        def take() -> S | _End:
+            return again.popleft() if again else next(source, _End.END)
 
         backoff_s = FIRST_BACKOFF_S
         give_up_at = time.monotonic() + self._total_timeout_s
@@ -78,9 +94,8 @@ class Uploader(Generic[S, A]):
             if stream.trouble is None:
                 continue  # its time was up
             failure = errors.of_sale(stream.trouble)
-            # Full jitter: tills that failed together must not come back together.
-            pause_s = (stream.trouble.retry_delay_s or 0.0) + random.uniform(0, backoff_s)
-            if stream.trouble.code not in errors.RETRYABLE or time.monotonic() + pause_s >= give_up_at:
+            pause_s = pause_before_retry(stream.trouble, backoff_s, give_up_at - time.monotonic())
+            if pause_s is None:
                 raise failure
             self._pause(pause_s, failure)
             backoff_s = min(BACKOFF_FACTOR * backoff_s, MOST_BACKOFF_S)
@@ -88,15 +103,30 @@ class Uploader(Generic[S, A]):
     def _outcome(self, result: pb2.PurchaseUploadResult | PosError) -> A | PosError:
         if isinstance(result, PosError):
             return result
-        if result.WhichOneof("outcome") == "created":
-            return self._decode(result.created)
-        return errors.of_sale(errors.parse_status(result.error))
+        if result.WhichOneof("outcome") != "created":
+            return errors.of_sale(errors.parse_status(result.error))
+        try:
+            with errors.reading(OutcomeUnknown):
+                return self._decode(result.created)
+        except OutcomeUnknown as unreadable:
+            return unreadable
+
+
+def _time_left_s(outcome: ClockAhead) -> float:
+    """Until the service takes the sale."""
+    return outcome.status.retry_delay_s or 0.0
+
+
+class _End(Enum):
+    """What is taken when there is nothing left; a caller's sales may be anything, None among them."""
+
+    END = "no more sales"
 
 
 class _Stream(Generic[S]):
     """One stream over a backlog. When it has run, it tells what it took and left open, and why."""
 
-    def __init__(self, encode: Callable[[S], pb2.CreatePurchaseRequest], take: Callable[[], S | None]) -> None:
+    def __init__(self, encode: Callable[[S], pb2.CreatePurchaseRequest], take: Callable[[], S | _End]) -> None:
         self._encode, self._take = encode, take
         self._exhausted = False
         self._numbers = 0
@@ -112,7 +142,10 @@ class _Stream(Generic[S]):
     def run(self, method: Any, answer_timeout_s: float) -> Iterator[tuple[S, pb2.PurchaseUploadResult | PosError]]:
         """The results, but for sales that are told to come again."""
         requests: Requests = queue.SimpleQueue()
-        call = method(iter(requests.get, None), timeout=STREAM_S + answer_timeout_s)
+        try:
+            call = method(iter(requests.get, None), timeout=STREAM_S + answer_timeout_s)
+        except ValueError as error:  # how gRPC says that the channel is closed, as by another thread
+            raise errors.of_sale(Status(grpc.StatusCode.CANCELLED, str(error))) from None
         ends = time.monotonic() + STREAM_S
         try:
             while True:
@@ -129,8 +162,10 @@ class _Stream(Generic[S]):
                 if response is None:
                     break
                 for result in response.results:
+                    if result.sequence_number not in self.open:
+                        continue  # answered already
                     refusal = errors.parse_status(result.error) if result.HasField("error") else None
-                    if refusal and refusal.code in errors.RETRYABLE:
+                    if refusal and refusal.code in errors.RETRYABLE and refusal.reason != errors.TIME_AHEAD:
                         self._again += 1
                         self.trouble = refusal
                     else:
@@ -152,7 +187,7 @@ class _Stream(Generic[S]):
         message, size = pb2.UploadPurchasesRequest(), 0
         while len(message.uploads) < SALES_PER_MESSAGE and size < MESSAGE_BYTES:
             sale = self._take()
-            if sale is None:
+            if sale is _End.END:
                 self._exhausted = True
                 break
             try:

@@ -4,20 +4,23 @@ import dataclasses
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
+from typing import Any
 from unittest.mock import ANY
 
 import grpc
 import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pos.backlog import Backlog
-from pos.client import PosClient, Recorded, Sale, connect
-from pos.errors import InvalidSale, OutcomeUnknown, PosError, ReceiptTaken
+from pos.client import Item, PosClient, Recorded, Sale, connect
+from pos.errors import ClockAhead, InvalidSale, OutcomeUnknown, PosError, ReceiptTaken
 from pos.simulator import simulate
 from pos.tills import Repetition, SaleFailed, repeats
 from pos.upload import IN_FLIGHT, SALES_PER_MESSAGE
@@ -36,6 +39,7 @@ class Depot:
         self.breaks = 0  # streams that are still to break: all is stored, half of it is answered
         self.refused_receipt = ""
         self.busy_for = 0  # sales that are still to be told to come again
+        self.ahead: dict[str, int] = {}  # keys of sales whose time is so many seconds ahead, when they first come
         self.closed = threading.Event()
         self._stored: dict[str, str] = {}
 
@@ -60,6 +64,8 @@ class Depot:
         result = pb2.PurchaseUploadResult(sequence_number=upload.sequence_number)
         if sale.purchase.receipt_id == self.refused_receipt:
             result.error.CopyFrom(status(grpc.StatusCode.ALREADY_EXISTS, "RECEIPT_EXISTS", "taken"))
+        elif wait_s := self.ahead.get(sale.idempotency_key, 0) if self.attempts[sale.idempotency_key] == 1 else 0:
+            result.error.CopyFrom(status(grpc.StatusCode.UNAVAILABLE, "PURCHASE_TIME_AHEAD", "ahead", wait_s))
         elif self.busy_for:
             self.busy_for -= 1
             result.error.CopyFrom(status(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", "busy", retry_after_s=3))
@@ -103,6 +109,12 @@ def status(code: grpc.StatusCode, reason: str, text: str, retry_after_s: int = 0
 @pytest.fixture
 def depot() -> Depot:
     return Depot()
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[str]:
+    with Depot().open() as target:
+        yield target
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +212,108 @@ def test_a_refused_sale_spares_the_others(depot: Depot, sales: list[Sale]) -> No
     refused = [sale for sale in sales if sale.receipt_id == depot.refused_receipt]
     assert all(isinstance(outcomes.pop(sale.idempotency_key), ReceiptTaken) for sale in refused)
     assert all(isinstance(each, Recorded) for each in outcomes.values())
+
+
+def test_sales_that_cannot_be_sent_spare_their_neighbours(depot: Depot, sales: list[Sale]) -> None:
+    """Whatever is wrong with a sale is its own matter: it is refused by name, and all others are stored."""
+    spoilt: dict[str, Any] = {
+        "product": dataclasses.replace(sales[10], items=[Item(2**70, 100)]),
+        "branch": dataclasses.replace(sales[11], branch_id=-(2**40)),
+        "receipt": dataclasses.replace(sales[12], receipt_id="\ud800"),
+        "time": dataclasses.replace(sales[13], purchase_time=sales[13].purchase_time.replace(tzinfo=None)),
+        "price": dataclasses.replace(sales[14], items=[Item(1001, 8.9)]),  # type: ignore[arg-type]
+        "number": dataclasses.replace(sales[15], receipt_id=4711),  # type: ignore[arg-type]
+        "nothing": None,
+    }
+    backlog: list[Any] = list(sales[:700])
+    for place, sale in enumerate(spoilt.values()):
+        backlog.insert(100 * place, sale)
+    with depot.open() as target, connect(target) as channel:
+        outcomes = list(PosClient(channel).upload_purchases(backlog))
+        for sale in spoilt.values():
+            with pytest.raises(InvalidSale):
+                PosClient(channel).create_purchase(sale)
+    refused = [each for each in outcomes if not isinstance(each.outcome, Recorded)]
+    assert {id(each.sale) for each in refused} == {id(sale) for sale in spoilt.values()}
+    assert all(isinstance(each.outcome, InvalidSale) for each in refused)
+    assert len(outcomes) == 707 and len(depot.attempts) == 700
+    named = {name: each for name, sale in spoilt.items() for each in refused if each.sale is sale}
+    assert "purchase.branch_id" in str(named["branch"].outcome)
+    assert "purchase.items[0]" in str(named["price"].outcome)
+
+
+def test_a_sale_of_the_future_spares_its_neighbours(depot: Depot, sales: list[Sale]) -> None:
+    """One that is seconds ahead is sent again at the end; one that is hours ahead is told so at once."""
+    seconds, hours = sales[3].idempotency_key, sales[4].idempotency_key
+    depot.ahead = {seconds: 7, hours: 7_200}
+    with depot.open() as target:
+        outcomes, pauses = upload(target, sales)
+    assert pauses == [7.0]
+    assert isinstance(outcomes.pop(hours), ClockAhead)
+    assert all(isinstance(outcome, Recorded) for outcome in outcomes.values())
+    assert len(outcomes) == len(sales) - 1
+    assert depot.attempts[seconds] == 2
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(min_value=2**31),
+    st.floats(),
+    st.decimals(),
+    st.text(st.characters(codec=None)),
+    st.binary(),
+    st.datetimes(),
+    st.datetimes(timezones=st.timezones()),
+    st.lists(st.integers()),
+    st.dictionaries(st.text(), st.integers()),
+    st.just(object()),
+)
+AMOUNTS = st.one_of(st.integers(min_value=0, max_value=10**15), ANYTHING)
+ITEMS = st.one_of(ANYTHING, st.lists(st.one_of(ANYTHING, st.builds(Item, AMOUNTS, AMOUNTS)), max_size=4))
+SALES = st.one_of(
+    ANYTHING,
+    st.builds(
+        Sale,
+        receipt_id=ANYTHING,
+        branch_id=ANYTHING,
+        cashier_id=ANYTHING,
+        pos_id=ANYTHING,
+        items=ITEMS,
+        customer_id=ANYTHING,
+        purchase_time=ANYTHING,
+        idempotency_key=st.one_of(ANYTHING, st.uuids().map(str)),
+    ),
+)
+METHODS: dict[str, Callable[[PosClient, list[Any]], Any]] = {
+    "create": lambda client, values: client.create_purchase(values[0], register_customer=values[1]),
+    "upload": lambda client, values: list(client.upload_purchases(values[2], register_customers=values[1])),
+    "get": lambda client, values: client.get_purchase(values[1]),
+    "list": lambda client, values: list(
+        client.list_purchases(customer_id=values[1], branch_id=values[3], start_time=values[4], end_time=values[5])
+    ),
+    "totals": lambda client, values: list(client.list_control_totals(values[1], values[3], branch_ids=values[2])),
+    "customer": lambda client, values: client.create_customer(values[1]),
+    "known customer": lambda client, values: client.get_customer(values[1]),
+}
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_nothing_but_pos_errors_leaves_the_library(target: str, data: st.DataObject) -> None:
+    """Whatever is put in: each call returns, or raises an error of the documented tree; so do a sale's outcomes."""
+    method = data.draw(st.sampled_from(sorted(METHODS)))
+    values = [
+        data.draw(SALES),
+        data.draw(ANYTHING),
+        data.draw(st.one_of(ANYTHING, st.lists(SALES, max_size=5))),
+        *data.draw(st.tuples(ANYTHING, ANYTHING, ANYTHING)),
+    ]
+    with connect(target) as channel, suppress(PosError):
+        result = METHODS[method](PosClient(channel, total_timeout_s=0.5, attempt_timeout_s=0.5), values)
+        if method == "upload":
+            assert len(result) == len(values[2])
 
 
 def test_patience_ends(depot: Depot, sales: list[Sale]) -> None:
