@@ -9,6 +9,7 @@ Private: its ports, node name, cookie, data, configuration, plugins and Erlang p
 bound to 127.0.0.1. A system-wide broker is neither used nor disturbed, and any number of these may run at once.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -18,6 +19,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from deploy.broker import PROCESSES, Rights, definitions
 from deploy.local import programs
 from deploy.local.machine import (
     MARK,
@@ -35,7 +37,8 @@ from deploy.local.machine import (
 )
 from deploy.local.programs import Programs
 
-USER = "local"
+USER = "local"  # of a person, and of the tests
+USERS: Mapping[str, Rights] = {USER: Rights(configure=".*", write=".*", read=".*"), **PROCESSES}
 START_TIMEOUT_S = 90.0  # 4 s on an idle machine
 STOP_TIMEOUT_S = 30.0
 STARTING_STOP_TIMEOUT_S = 3.0
@@ -43,8 +46,8 @@ CTL_TIMEOUT_S = 60.0
 
 CONFIGURATION = """\
 listeners.tcp.1 = 127.0.0.1:{port}
-default_user = {user}
-default_pass = {password}
+# Beside this file. The only users are in there.
+load_definitions = definitions.json
 # Absolute, since the default (40 % of the machine) would be too much for a guest beside a database.
 vm_memory_high_watermark.absolute = 2GiB
 disk_free_limit.absolute = 256MiB
@@ -109,8 +112,9 @@ class RabbitMQ:
             return False
         if not self._complete.exists():  # a first start that was interrupted: half a database is no database
             shutil.rmtree(self.directory / "mnesia", ignore_errors=True)
-        port, password = self._port("amqp", False), self.notes.password(USER)
-        configuration = CONFIGURATION.format(port=port, user=USER, password=password)
+        passwords = {user: self.notes.password(user) for user in USERS}
+        write_private(self.directory / "definitions.json", json.dumps(definitions(passwords, USERS)))
+        configuration = CONFIGURATION.format(port=self._port("amqp", False))
         configuration += "".join(f"{name} = {value}\n" for name, value in self._settings.items())
         write_private(self.directory / "rabbitmq.conf", configuration)
         write_private(self.directory / "enabled_plugins", "[].\n")
@@ -149,7 +153,11 @@ class RabbitMQ:
 
     @property
     def url(self) -> str:
-        return f"amqp://{USER}:{self.notes.password(USER)}@{self.address}/%2F"
+        return self.url_of(USER)
+
+    def url_of(self, user: str) -> str:
+        """The URL with which one of USERS logs in: a service has its name for that."""
+        return f"amqp://{user}:{self.notes.password(user)}@{self.address}/%2F"
 
     def ctl(self, *arguments: str) -> str:
         """What `rabbitmqctl` answers: list_queues, close_all_connections, set_vm_memory_high_watermark, …"""

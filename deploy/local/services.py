@@ -115,11 +115,9 @@ def common_environ(home: Path) -> dict[str, str]:
 def service_environ(
     service: Service, services: Sequence[Service], settings: Mapping[str, str], urls: Mapping[str, str]
 ) -> dict[str, str]:
-    """The settings of one service: the caller's, and of URLs and targets only those that it needs."""
-    needed = {service.database.setting: urls[service.name]}
-    if service.uses_broker:
-        needed[BROKER_SETTING] = urls[BROKER_SETTING]
+    """The settings of one service: the caller's, its own URLs, and the targets that it needs."""
     found = targets(services, settings)
+    needed = dict(urls)
     needed |= {name: found[name] for name in (f"{called.upper()}_TARGET" for called in service.calls)}
     needed |= {name: str(address) for name, address in service.addresses(settings).items()}
     secrets = {BROKER_SETTING, *(other.database.setting for other in services)}

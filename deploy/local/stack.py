@@ -176,8 +176,7 @@ class Stack:
                 self._migrate(settings)
                 self._make_logins(settings)
         with terminal.step("services"):
-            urls = self._urls(settings)
-            started = {service.name: self._spawn(service, settings, urls) for service in missing}
+            started = {service.name: self._spawn(service, settings) for service in missing}
             running = {name: found[0] for name, found in self._instances().items() if found}
             for service in self.services:  # all: PostgreSQL may just have come back for those that ran
                 if process := (running | started).get(service.name):
@@ -209,16 +208,16 @@ class Stack:
             if service.database in local:
                 self.postgres.ensure_login(service.login, member_of=service.role)
 
-    def _urls(self, settings: Mapping[str, str]) -> dict[str, str]:
-        """Of the broker and, for each service, of its database with the service's own login."""
-        urls = {BROKER_SETTING: settings.get(BROKER_SETTING) or self.rabbitmq.url}
-        for service in self.services:
-            database = service.database
-            urls[service.name] = settings.get(database.setting) or self.postgres.url(database.name, service.login)
+    def _urls(self, service: Service, settings: Mapping[str, str]) -> dict[str, str]:
+        """Where the service finds its servers, with a login of its own in each."""
+        database = service.database
+        urls = {database.setting: settings.get(database.setting) or self.postgres.url(database.name, service.login)}
+        if service.uses_broker:
+            urls[BROKER_SETTING] = settings.get(BROKER_SETTING) or self.rabbitmq.url_of(service.name)
         return urls
 
-    def _spawn(self, service: Service, settings: Mapping[str, str], urls: Mapping[str, str]) -> Process:
-        environ = service_environ(service, self.services, settings, urls)
+    def _spawn(self, service: Service, settings: Mapping[str, str]) -> Process:
+        environ = service_environ(service, self.services, settings, self._urls(service, settings))
         by_hand = export_lines(common_environ(self.home) | targets(self.services, settings) | environ)
         machine.write_private(self.home / "run" / f"{service.name}.env", by_hand)
         return self._spawn_module(service.name, service.command, environ)

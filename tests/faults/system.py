@@ -193,10 +193,10 @@ class System:
                 callee = f"{called}-{min(number, self._copies[called])}"
                 proxy = self._proxy(own, callee, ("127.0.0.1", ports[callee]))
                 settings[f"{called.upper()}_TARGET"] = proxy.address
-            urls = {
-                BROKER_SETTING: self._through(own, "rabbitmq", self.rabbitmq.url),
-                name: self._through(own, "postgres", self.postgres.url(service.database.name, service.login)),
-            }
+            database = service.database
+            urls = {database.setting: self._through(own, "postgres", self.postgres.url(database.name, service.login))}
+            if service.uses_broker:
+                urls[BROKER_SETTING] = self._through(own, "rabbitmq", self.rabbitmq.url_of(name))
             environ = {**_clean_environ(), **common_environ(self.directory)}
             environ |= environ_of(service, SERVICES, settings, urls)
             instance = Instance(own, service, environ, address, self.directory)

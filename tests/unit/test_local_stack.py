@@ -95,11 +95,16 @@ def test_a_process_that_does_not_heed_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_service_gets_what_it_needs_and_no_more() -> None:
-    """Each has its own login; only those that use the broker know its URL; the caller's settings reach all."""
-    urls = {"AMQP_URL": "amqp://b", "purchases": "p", "relay": "r", "consumer": "c", "analytics": "a"}
-    settings = {"BUSINESS_TIME_ZONE": "UTC", "RELAY_LISTEN": "0.0.0.0:7000", "ANALYTICS_DATABASE_URL": "a"}
-    purchases, relay, consumer, _ = (services.service_environ(it, SERVICES, settings, urls) for it in SERVICES)
-    assert purchases["PURCHASES_DATABASE_URL"] == "p"
+    """Its own URLs and the targets that it needs; the caller's settings reach all, but nobody else's URLs."""
+    settings = {
+        "BUSINESS_TIME_ZONE": "UTC",
+        "RELAY_LISTEN": "0.0.0.0:7000",
+        "ANALYTICS_DATABASE_URL": "a",
+        "AMQP_URL": "b",
+    }
+    urls = {service.name: {service.database.setting: f"of {service.name}"} for service in SERVICES}
+    purchases, relay, consumer, _ = (services.service_environ(it, SERVICES, settings, urls[it.name]) for it in SERVICES)
+    assert purchases["PURCHASES_DATABASE_URL"] == "of purchases"
     assert not {"AMQP_URL", "ANALYTICS_DATABASE_URL", "RELAY_TARGET"} & purchases.keys()
     assert relay["RELAY_LISTEN"] == "0.0.0.0:7000"
     assert consumer["RELAY_TARGET"] == "127.0.0.1:7000"
