@@ -103,8 +103,8 @@ class InvalidRequest(ServiceError):
         )
 
 
-# Statuses travel in HTTP/2 trailers, which clients refuse above 8 KiB by default; details repeat the field names.
-VIOLATIONS_MAX = 40
+# Statuses travel in HTTP/2 trailers, of which Java's clients take 8 KiB at most, with the details in base64.
+VIOLATIONS_MAX = 30
 MESSAGE_VIOLATIONS_MAX = 5
 
 

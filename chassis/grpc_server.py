@@ -31,6 +31,7 @@ GRPC_LIMIT_FACTOR = 4
 CALL_TIMEOUT_S = 30.0  # for callers that set no deadline, or a later one
 DRAIN_TIMEOUT_S = 20.0  # how long a stopping server waits for the calls in flight
 SLOW_CALL_S = 1.0
+METHOD_LENGTH_MAX = 200  # of a method that is not there, as it is repeated to the caller
 # A stream whose reader takes nothing for so long is cut. Shorter than PostgreSQL's patience with an idle transaction.
 READER_TIMEOUT_S = 20.0
 
@@ -194,7 +195,7 @@ class _UnknownMethods(grpc.GenericRpcHandler):
         self._domain = domain
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler:
-        method = handler_call_details.method
+        method = handler_call_details.method[:METHOD_LENGTH_MAX]
 
         async def refuse(_: object, context: Any) -> None:
             error = errors.UnknownMethod(f"this server has no method {method}", metadata={"method": method})

@@ -1,8 +1,11 @@
 """The rules of a sale, without any server."""
 
+import base64
+
 import pytest
 
 from chassis.errors import VIOLATIONS_MAX
+from chassis.grpc_server import to_status
 from chassis.wire import parse_uuid
 from purchases_svc.answers import Recorded
 from purchases_svc.errors import InvalidPurchase
@@ -44,8 +47,12 @@ def test_number_of_items() -> None:
 
 
 def test_violations_are_bounded() -> None:
-    """A refusal fits into HTTP/2 trailers, however many items are wrong."""
-    assert len(fields(prices=("x",) * ITEMS_MAX)) == VIOLATIONS_MAX
+    """A refusal fits into the 8 KiB of trailers that every client takes, however many items are wrong."""
+    with pytest.raises(InvalidPurchase) as caught:
+        parse_sale(sale(("1.00",) * (ITEMS_MAX - 100) + ("x",) * 100))  # the later the item, the longer its path
+    assert len(caught.value.violations) == VIOLATIONS_MAX
+    details = base64.b64encode(to_status(caught.value, "purchases.retail.example").SerializeToString())
+    assert len(details) + len(caught.value.message) < 8_192 - 512  # which is for the names, and for other trailers
 
 
 def test_missing_price_and_third_duplicate() -> None:
