@@ -7,8 +7,8 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 import structlog
@@ -45,6 +45,7 @@ SESSION = {  # what statements and their answers mean, whatever the defaults of 
     "default_transaction_isolation": "read committed",  # who waited for a lock sees what it guarded
     "default_transaction_deferrable": "off",
 }
+CANCEL_TIMEOUT_S = 0.5  # for a statement to end that was cancelled, while the server runs
 POOLER_TIMEOUT_S = 5.0  # for a notification from one session to another of the same server
 
 Connection = AsyncConnection[TupleRow]
@@ -154,15 +155,26 @@ def patience(connection: Connection, seconds: float) -> Iterator[None]:
     PostgreSQL's own limits end a statement only while PostgreSQL runs: a process of it that is frozen, on a disk that
     hangs, say, keeps its connection alive and answers nothing, no cancellation either.
     """
-    timer = asyncio.get_running_loop().call_later(seconds, _cut, connection)
+    giving_up: list[asyncio.Task[None]] = []
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(seconds, lambda: giving_up.append(loop.create_task(_give_up(connection))))
     try:
         yield
     finally:
         timer.cancel()
+        for task in giving_up:
+            task.cancel()
 
 
-def _cut(connection: Connection) -> None:
-    log.warning("a connection was cut off: the database did not answer", backend=connection.info.backend_pid)
+async def _give_up(connection: Connection) -> None:
+    """Cancel, then cut off. A process that waits for a standby does not notice that its client is gone: without the
+    first, each attempt would leave one behind, until there is no connection left for anybody.
+    """
+    backend = connection.info.backend_pid
+    with suppress(psycopg.Error):
+        await connection.cancel_safe(timeout=CANCEL_TIMEOUT_S)
+    await asyncio.sleep(CANCEL_TIMEOUT_S)
+    log.warning("a connection was cut off: the database did not answer", backend=backend)
     with socket.socket(fileno=os.dup(connection.fileno())) as ours:
         ours.shutdown(socket.SHUT_RDWR)
 
@@ -270,12 +282,38 @@ async def _require_session(connection: Connection, url: str) -> None:
         await connection.execute(f"LISTEN {channel}")
         async with await AsyncConnection.connect(url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S) as other:
             await other.execute(f"NOTIFY {channel}")
-        async for _ in connection.notifies(timeout=POOLER_TIMEOUT_S, stop_after=1):
+        if [notify async for notify in connection.notifies(timeout=POOLER_TIMEOUT_S, stop_after=1)]:
             await connection.execute(f"UNLISTEN {channel}")
             return
     raise SharedSessions(
         "there is a pooler before PostgreSQL whose clients share sessions: connect directly, or let it pool sessions"
     )
+
+
+class Standing(NamedTuple):
+    """What a server is at the moment."""
+
+    takes_writes: bool  # neither a standby nor read-only
+    waits_for_standby: bool  # no commit is acknowledged before a standby has it
+    standbys: int  # that are connected, and others that stream its log
+
+    @property
+    def failover_loses(self) -> bool:
+        """Whether there is a standby that lacks what was acknowledged."""
+        return self.takes_writes and self.standbys > 0 and not self.waits_for_standby
+
+
+async def standing(connection: Connection) -> Standing:
+    """Needs no rights: who streams is told to those of pg_monitor only, how many do to everybody.
+
+    With `synchronous_standby_names` set, commits wait even while no standby is there.
+    """
+    cursor = await connection.execute(
+        "SELECT NOT current_setting('transaction_read_only')::bool, current_setting('synchronous_standby_names') <> '',"
+        " (SELECT count(*) FROM pg_stat_replication)"
+    )
+    ((takes_writes, waits, standbys),) = await cursor.fetchall()
+    return Standing(takes_writes, waits, standbys)
 
 
 async def make_durable(connection: Connection) -> None:

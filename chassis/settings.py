@@ -98,6 +98,12 @@ def choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def switch(raw: str) -> bool:
+    if raw not in ("0", "1"):
+        raise ValueError("must be 0 or 1")
+    return raw == "1"
+
+
 def address(raw: str) -> str:
     """`host:port`, as gRPC listens on or connects to it; port 0 lets the system choose."""
     host, _, port = raw.rpartition(":")

@@ -14,6 +14,7 @@ from purchases_svc import record, retention, server, stored, workers
 from purchases_svc.backlog import Backlog
 from purchases_svc.commands import partitions as partitions_command
 from purchases_svc.partitions import Partitions
+from purchases_svc.primary import Primary
 from purchases_svc.settings import MigrateSettings, ServeSettings
 from purchases_svc.upload import Uploads
 from retail.purchases.v1 import customers_service_pb2_grpc as customers_grpc
@@ -78,6 +79,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         partitions = Partitions(write_pool)
         await partitions.look_ahead()  # before the first sale has to wait for it
         backlog = Backlog(read_pool, config.outbox_max)
+        primary = Primary(read_pool, host.set_serving, standby_required=config.require_sync_standby)
         recorder = record.Recorder(
             write_pool,
             partitions,
@@ -88,6 +90,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             waiting_items_max=config.waiting_items_max,
             flush_timeout_s=config.flush_timeout_s,
             retention_months=config.retention_months,
+            standby_required=config.require_sync_standby,
         )
         tokens = PageTokens(page_token_key)
         services = [
@@ -109,9 +112,10 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
                 partitions.keep(),
                 retention.keep(retention_pool, config.retention_months),
                 backlog.watch(),
+                primary.watch(),
             ),
         ):
-            await host.set_serving(True)
+            await primary.look()
             log.info("serving", listen=config.listen, metrics=metrics_listen, time_zone=time_zone)
             await stop.wait()
             await host.set_serving(False)

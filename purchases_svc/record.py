@@ -21,7 +21,7 @@ from prometheus_client import Counter, Histogram
 from psycopg_pool import PoolTimeout
 from uuid_utils import uuid7
 
-from chassis.errors import TransactionConflict
+from chassis.errors import DatabaseUnavailable, TransactionConflict
 from chassis.postgres import Connection, Pool, patience
 from purchases_svc import answers
 from purchases_svc.admission import Admission, Turns
@@ -32,6 +32,7 @@ from purchases_svc.entry import Call, Entry
 from purchases_svc.errors import OutboxFull
 from purchases_svc.insert import insert
 from purchases_svc.partitions import Partitions
+from purchases_svc.primary import require_standby
 from purchases_svc.relay_bell import RelayBell
 from purchases_svc.retention import horizon
 from purchases_svc.sale import EARLIEST, FUTURE_MAX, Purchase, Sale, nanoseconds
@@ -67,12 +68,14 @@ class Recorder:
         waiting_items_max: int,
         flush_timeout_s: float,
         retention_months: int = 0,
+        standby_required: bool = False,
     ) -> None:
         """`pool` has CONNECTIONS connections; `batch_max` sales go in one flush, which has `flush_timeout_s` for all
         that may happen to it. `waiting_max` sales may be on their way, with `waiting_items_max` items in all.
         """
         self._pool, self._partitions, self._backlog = pool, partitions, backlog
         self._time_zone, self._retention_months = time_zone, retention_months
+        self._standby_required = standby_required
         self._batch_max, self._flush_timeout_s = batch_max, flush_timeout_s
         self._admission = Admission(waiting_max, waiting_items_max)
         self._waiting: Turns = Turns()
@@ -184,7 +187,8 @@ class Recorder:
                 now = datetime.datetime.now(datetime.UTC)
                 sales = [entry.sale for entry in entries]
                 outcomes = await answers.known_or_out_of_range(connection, sales, self._earliest(now), now)
-        except (psycopg.Error, PoolTimeout) as error:
+                await self._confirm(connection)
+        except (psycopg.Error, PoolTimeout, DatabaseUnavailable) as error:
             outcomes = [error] * len(entries)
         for entry, outcome in zip(entries, outcomes, strict=True):
             self._settle(entry, outcome)
@@ -326,6 +330,7 @@ class Recorder:
     async def _store(self, batch: list[Entry]) -> None:
         async with self._connection() as connection:
             inserted = await insert(connection, [entry.purchase for entry in batch], self._time_zone)  # commits
+            await self._confirm(connection)
             for index, entry in enumerate(batch):
                 if index not in inserted.refused:
                     self._settle(entry, Recorded(entry.purchase, replayed=False))
@@ -334,9 +339,15 @@ class Recorder:
             if inserted.refused:
                 refused = [batch[index] for index in inserted.refused]
                 outcomes = await answers.explain(connection, [entry.purchase for entry in refused], self._time_zone)
+                await self._confirm(connection)
                 for entry, outcome in zip(refused, outcomes, strict=True):
                     if outcome is not None:
                         self._settle(entry, outcome)
+
+    async def _confirm(self, connection: Connection) -> None:
+        """Nothing is acknowledged without a standby that is required: commits may have stopped waiting for one."""
+        if self._standby_required:
+            await require_standby(connection)
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:

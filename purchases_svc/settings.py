@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from chassis.settings import address, choice, integer, postgres_url, seconds, setting, time_zone
+from chassis.settings import address, choice, integer, postgres_url, seconds, setting, switch, time_zone
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class ServeSettings(MigrateSettings):
     waiting_items_max: int = setting("PURCHASES_WAITING_ITEMS_MAX", integer(100_000, 100_000_000), default=400_000)
     # A flush is everybody's: it has a time of its own, whatever its callers' deadlines are.
     flush_timeout_s: float = setting("PURCHASES_FLUSH_TIMEOUT_S", seconds(0.1, 300), default=10.0)
+    # 1: no sale is acknowledged while commits wait for no standby (an empty synchronous_standby_names).
+    require_sync_standby: bool = setting("PURCHASES_REQUIRE_SYNC_STANDBY", switch, default=False)
     # Events that may wait in the outbox; with more, sales are refused with OUTBOX_FULL. 0: no limit.
     outbox_max: int = setting("PURCHASES_OUTBOX_MAX", integer(0, 1_000_000_000), default=1_000_000)
     # Full months that are kept besides the current one; older ones are dropped once all their events are sent, and

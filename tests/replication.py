@@ -6,14 +6,16 @@ with replicated(directory) as pair:
     pair.promote()          # the primary dies; what the standby has is all that is left
 """
 
+import itertools
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psycopg
+from psycopg import sql
 
 from deploy.local.machine import StackError, wait_until
 from deploy.local.postgres import Postgres, as_ordinary_user, binaries
@@ -39,6 +41,8 @@ class Replicated:
     def __init__(self, primary: Postgres, standby: Postgres, loop: Loop) -> None:
         """`primary` runs; `standby` has no data yet."""
         self.primary, self.standby = primary, standby
+        self.promoted = False
+        self._databases = itertools.count(1)
         host, _, port = primary.address.partition(":")
         self.line = Proxy(loop, "standby>primary", (host, int(port)))
 
@@ -86,11 +90,34 @@ class Replicated:
 
     def promote(self) -> None:
         """The primary dies as if its machine had lost power; the standby takes over, and waits for nobody."""
+        self.promoted = True
         self.primary.kill()
         self.line.cut()
         with self.standby.connect() as connection:
             connection.execute("SELECT pg_promote(wait => false)")
         assert wait_until(lambda: not _in_recovery(self.standby), PROMOTED_TIMEOUT_S)
+
+    def database(self, kind: str, migrate: Callable[[str], None]) -> str:
+        """The URL of another database of that kind on the primary, migrated, a copy of the first one."""
+        name = f"{kind}_{next(self._databases)}"
+        with self.primary.connect() as connection:
+            if not connection.execute("SELECT FROM pg_database WHERE datname = %s", [kind]).rowcount:
+                connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(kind)))
+                migrate(self.primary.url(kind))
+            connection.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(kind))
+            )
+        return self.primary.url(name)
+
+    def on_standby(self, url: str) -> str:
+        """The URL of the same database there."""
+        return self.standby.url(urlsplit(url).path[1:])
+
+    def reset(self) -> None:
+        """As it was at the start."""
+        self.line.heal()
+        self.require_standby()
+        self._await_sync()
 
     def close(self) -> None:
         self.line.close()

@@ -10,7 +10,7 @@ from psycopg_pool import PoolTimeout
 
 from analytics_svc.ingest import event_log, quarantine, trials
 from analytics_svc.ingest.health import Health
-from chassis.postgres import Pool
+from chassis.postgres import Pool, standing
 
 EVERY_S = 5.0  # a lost database shows in the health within that time, also when nothing is to be applied
 FORGET_EVERY_S = 600.0  # applies stand still for some milliseconds while the floor moves
@@ -22,6 +22,10 @@ QUARANTINED = Gauge("analytics_quarantined_events", "Events in quarantine.", ["r
 FLOOR_HELD = Gauge(
     "analytics_event_log_held", "1 while an event in quarantine keeps the event log from forgetting what it may forget."
 )
+UNSAFE = Gauge(
+    "analytics_failover_unsafe",
+    "1 while the database has standbys and no commit waits for one: after a failover, a rebuild is needed.",
+)
 
 log = structlog.get_logger()
 
@@ -31,6 +35,7 @@ class Upkeep:
         """`log_retention_days`: how long event ids are kept at least; 0 keeps them for ever."""
         self._pool, self._health, self._log_retention_days = pool, health, log_retention_days
         self._forget_at = 0.0
+        self._failover_loses = False
 
     async def run(self) -> None:
         while True:
@@ -45,10 +50,15 @@ class Upkeep:
         try:
             async with self._pool.connection() as connection:
                 quarantined = await quarantine.count_by_reason(connection)
+                failover_loses = (await standing(connection)).failover_loses
         except Exception:
             await self._health.report("database", False)
             raise
         await self._health.report("database", True)
+        if failover_loses and not self._failover_loses:
+            log.error("the database has standbys, but no commit waits for one: a failover loses what was counted")
+        self._failover_loses = failover_loses
+        UNSAFE.set(failover_loses)
         QUARANTINED.clear()
         for reason, count in quarantined.items():
             QUARANTINED.labels(reason).set(count)

@@ -1,4 +1,8 @@
-"""The one connection on which a query server hears what the write half announces."""
+"""The one connection on which a query server hears what the write half announces.
+
+On a standby nothing can be heard. There it looks several times a second whether something was announced, and announces
+everything.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,7 +11,9 @@ import structlog
 
 from analytics_svc.ingest.announce import CHANNEL, EVERYTHING, Announcement, parse
 from chassis.lifecycle import Backoff
-from chassis.postgres import UNAVAILABLE, Connection, Pool
+from chassis.postgres import UNAVAILABLE, Connection, Pool, on_standby
+
+LOOK_EVERY_S = 0.25
 
 log = structlog.get_logger()
 
@@ -43,13 +49,17 @@ class Listener:
                 await asyncio.sleep(pause_s)
 
     async def _listen(self, connection: Connection, backoff: Backoff) -> None:
-        await connection.execute(f"LISTEN {CHANNEL}")
+        deaf = on_standby(connection)
+        if not deaf:
+            await connection.execute(f"LISTEN {CHANNEL}")
         # Listening first: what was announced before is in the count, what comes after is heard.
-        cursor = await connection.execute("SELECT announced_count FROM freshness")
-        ((self._heard,),) = await cursor.fetchall()
+        self._heard = await _announced_count(connection)
         self._tell(Announcement(self._heard, EVERYTHING))
         await self._set_listening(True)
         backoff.reset()
+        if deaf:
+            await self._look(connection)
+            return
         async for notify in connection.notifies():
             announcement = parse(notify.payload)
             if announcement.number <= self._heard:
@@ -58,3 +68,17 @@ class Listener:
                 announcement = announcement._replace(rows=EVERYTHING)
             self._heard = announcement.number
             self._tell(announcement)
+
+    async def _look(self, connection: Connection) -> None:
+        """Until the standby is promoted: then there is something to hear."""
+        while on_standby(connection):
+            await asyncio.sleep(LOOK_EVERY_S)
+            if (count := await _announced_count(connection)) != self._heard:
+                self._heard = count
+                self._tell(Announcement(count, EVERYTHING))
+
+
+async def _announced_count(connection: Connection) -> int:
+    cursor = await connection.execute("SELECT announced_count FROM freshness")
+    ((count,),) = await cursor.fetchall()
+    return int(count)

@@ -5,7 +5,7 @@ import itertools
 import random
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -15,8 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pika.adapters.blocking_connection import BlockingChannel
 
 import purchases_svc.__main__ as purchases
+from analytics_svc import database as analytics
+from analytics_svc.settings import MigrateSettings as AnalyticsMigrateSettings
 from deploy.local.machine import PRIVATE_PORTS, port_is_free
-from purchases_svc.settings import ServeSettings
+from purchases_svc.settings import MigrateSettings, ServeSettings
 from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.chain import Chain, open_chain
 from tests.replication import Replicated, replicated
@@ -100,8 +102,52 @@ async def chain(purchases_channel: grpc.aio.Channel, analytics_db: str) -> Async
         yield open_chain(purchases_channel, opened, analytics_db)
 
 
+class Pairs:
+    """The pair of servers of this run; another one once it was promoted. Tests make databases of their own on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._numbers = directory, itertools.count(1)
+        self._open = ExitStack()
+        self._pair: Replicated | None = None
+
+    def whole(self) -> Replicated:
+        if self._pair is None or self._pair.promoted:
+            self.close()
+            self._pair = self._open.enter_context(replicated(self._directory / str(next(self._numbers))))
+        return self._pair
+
+    def close(self) -> None:
+        self._open.close()
+        self._pair = None
+
+
+@pytest.fixture(scope="session")
+def _pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
+    pairs = Pairs(tmp_path_factory.mktemp("replication"))
+    yield pairs
+    pairs.close()
+
+
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Replicated]:
-    """A PostgreSQL server of the test's own, and its synchronous standby."""
-    with replicated(tmp_path / "replication") as started:
-        yield started
+def pair(_pairs: Pairs) -> Iterator[Replicated]:
+    """A PostgreSQL server, and its synchronous standby."""
+    pair = _pairs.whole()
+    yield pair
+    if not pair.promoted:
+        try:
+            pair.reset()
+        except Exception:
+            _pairs.close()  # the next test gets another
+            raise
+
+
+@pytest.fixture
+def purchases_url(pair: Replicated) -> str:
+    """An empty, migrated purchases database on the primary."""
+    return pair.database("purchases", lambda url: purchases.migrate_database(MigrateSettings(url)))
+
+
+@pytest.fixture
+def analytics_url(pair: Replicated) -> str:
+    """An empty, migrated analytics database on the primary."""
+    return pair.database("analytics", lambda url: analytics.migrate_database(AnalyticsMigrateSettings(url)))

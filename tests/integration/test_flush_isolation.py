@@ -45,7 +45,7 @@ async def recording(url: str, flush_timeout_s: float = 30.0, **limits: int) -> A
         await opened.wait(timeout=WAIT_S)
         partitions = Partitions(opened)
         await partitions.look_ahead()
-        most = {"waiting_max": 20_000, "waiting_items_max": 400_000, "batch_max": 500, **limits}
+        most: dict[str, Any] = {"waiting_max": 20_000, "waiting_items_max": 400_000, "batch_max": 500, **limits}
         recorder = Recorder(
             opened, partitions, Backlog(opened, 0), time_zone="UTC", flush_timeout_s=flush_timeout_s, **most
         )

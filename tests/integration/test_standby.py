@@ -11,11 +11,9 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 import purchases_svc.__main__ as purchases
-from analytics_svc import database as analytics
 from analytics_svc.ingest.messages import Message
 from analytics_svc.ingest.settling import Settler
-from analytics_svc.settings import MigrateSettings as AnalyticsMigrateSettings
-from purchases_svc.settings import MigrateSettings, ServeSettings
+from purchases_svc.settings import ServeSettings
 from relay_svc import committed
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
@@ -31,26 +29,6 @@ from tests.integration.sales import Refusal, copy, refusal, sale
 from tests.replication import Replicated
 
 LONG_S = 2 * WAIT_S  # of calls that outlast what is done to the servers
-
-
-@pytest.fixture
-def purchases_url(pair: Replicated) -> str:
-    """An empty, migrated purchases database on the primary."""
-    with pair.primary.connect() as connection:
-        connection.execute("CREATE DATABASE purchases")
-    url = pair.primary.url("purchases")
-    purchases.migrate_database(MigrateSettings(url))
-    return url
-
-
-@pytest.fixture
-def analytics_url(pair: Replicated) -> str:
-    """An empty, migrated analytics database on the primary."""
-    with pair.primary.connect() as connection:
-        connection.execute("CREATE DATABASE analytics")
-    url = pair.primary.url("analytics")
-    analytics.migrate_database(AnalyticsMigrateSettings(url))
-    return url
 
 
 @pytest.fixture
@@ -107,7 +85,7 @@ async def test_restart_in_mid_wait(pair: Replicated, till: grpc.aio.Channel, pur
     assert replay.replayed and replay.purchase == recorded
     assert (reused.reason, taken.reason) == ("IDEMPOTENCY_KEY_REUSED", "RECEIPT_EXISTS")
     pair.promote()
-    assert request.idempotency_key in held_keys(pair.standby.url("purchases"))
+    assert request.idempotency_key in held_keys(pair.on_standby(purchases_url))
 
 
 async def test_cancelled_wait(pair: Replicated, till: grpc.aio.Channel, purchases_url: str) -> None:
@@ -152,7 +130,7 @@ async def test_no_acknowledged_sale_is_lost_in_a_failover(
     answers = [answered for answered in await asyncio.gather(*calls) if not isinstance(answered, Refusal)]
     acknowledged = {answered.purchase.purchase_id for answered in answers}
     assert len(acknowledged) >= 20
-    left = query(pair.standby.url("purchases"), "SELECT purchase_id::text FROM purchases")
+    left = query(pair.on_standby(purchases_url), "SELECT purchase_id::text FROM purchases")
     assert acknowledged <= {purchase_id for (purchase_id,) in left}
 
 
