@@ -1,6 +1,6 @@
 """The broker's users: a user for each process, which may do what that process does and no more. None administers.
 
-    RELAY_PASSWORD=… CONSUMER_PASSWORD=… python deploy/broker.py >definitions.json
+    RELAY_BROKER_PASSWORD=… CONSUMER_BROKER_PASSWORD=… python3 deploy/broker.py >definitions.json
 
 prints the definitions that RabbitMQ loads at each start (`load_definitions` in rabbitmq.conf). They hold no password,
 only salted hashes. Needs nothing but Python.
@@ -63,9 +63,14 @@ def _hashed(password: str) -> str:
     return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
 
 
+def setting(user: str) -> str:
+    """The environment variable with the user's password."""
+    return f"{user.upper()}_BROKER_PASSWORD"
+
+
 def main() -> None:
-    passwords = {name: os.environ.get(f"{name.upper()}_PASSWORD", "") for name in PROCESSES}
-    if missing := [f"{name.upper()}_PASSWORD" for name, password in passwords.items() if not password]:
+    passwords = {user: os.environ.get(setting(user), "") for user in PROCESSES}
+    if missing := [setting(user) for user, password in passwords.items() if not password]:
         sys.exit(f"not set: {', '.join(missing)}")
     print(json.dumps(definitions(passwords), indent=2))
 

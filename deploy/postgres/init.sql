@@ -1,8 +1,15 @@
--- What an administrator does once on a PostgreSQL server, before the migrations run. Change the passwords.
+-- What an administrator does once on a PostgreSQL server, before the migrations run: with psql of PostgreSQL 14 or later,
+-- ON_ERROR_STOP=1, and the passwords in the environment.
+\getenv purchases_owner PURCHASES_OWNER_PASSWORD
+\getenv analytics_owner ANALYTICS_OWNER_PASSWORD
+\getenv purchases PURCHASES_PASSWORD
+\getenv relay RELAY_PASSWORD
+\getenv consumer CONSUMER_PASSWORD
+\getenv analytics ANALYTICS_PASSWORD
 
 -- The owners run the migrations (`migrate`), and nothing else needs their passwords.
-CREATE ROLE purchases_owner LOGIN PASSWORD 'local';
-CREATE ROLE analytics_owner LOGIN PASSWORD 'local';
+CREATE ROLE purchases_owner LOGIN PASSWORD :'purchases_owner';
+CREATE ROLE analytics_owner LOGIN PASSWORD :'analytics_owner';
 CREATE DATABASE purchases OWNER purchases_owner;
 CREATE DATABASE analytics OWNER analytics_owner;
 
@@ -13,10 +20,10 @@ CREATE ROLE analytics_consumer NOLOGIN ADMIN analytics_owner;
 CREATE ROLE analytics_server NOLOGIN ADMIN analytics_owner;
 
 -- A login for each process, in its one group.
-CREATE ROLE local_purchases LOGIN PASSWORD 'local' IN ROLE purchases_service;
-CREATE ROLE local_relay LOGIN PASSWORD 'local' IN ROLE purchases_relay;
-CREATE ROLE local_consumer LOGIN PASSWORD 'local' IN ROLE analytics_consumer;
-CREATE ROLE local_analytics LOGIN PASSWORD 'local' IN ROLE analytics_server;
+CREATE ROLE local_purchases LOGIN PASSWORD :'purchases' IN ROLE purchases_service;
+CREATE ROLE local_relay LOGIN PASSWORD :'relay' IN ROLE purchases_relay;
+CREATE ROLE local_consumer LOGIN PASSWORD :'consumer' IN ROLE analytics_consumer;
+CREATE ROLE local_analytics LOGIN PASSWORD :'analytics' IN ROLE analytics_server;
 
 -- Nobody else gets in, and no process into the other database.
 REVOKE CONNECT ON DATABASE purchases, analytics FROM PUBLIC;

@@ -1,5 +1,6 @@
 """The broker's users: relay and consumer can do their work, and are refused whatever else there is."""
 
+import re
 from collections.abc import Callable, Iterator
 
 import pika
@@ -12,6 +13,7 @@ from deploy.local.rabbitmq import USER, RabbitMQ
 from relay_svc import topology
 from relay_svc.outbox import OutboxEvent
 from relay_svc.publisher import Publisher
+from tests.conftest import ROOT
 from tests.integration.consumers import COUNTED, consuming, counts
 from tests.integration.purchase_events import sold
 
@@ -21,8 +23,11 @@ ACCESS_REFUSED = 403
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
-    """A node on which each may do what it may, and nobody has done anything."""
-    node = RabbitMQ(tmp_path_factory.mktemp("rights"))
+    """A node on which nobody has done anything, set up as the one of the compose file is."""
+    lines = (ROOT / "deploy" / "rabbitmq" / "retail.conf").read_text().splitlines()
+    settings = dict(line.split(" = ") for line in lines if not line.startswith("#"))
+    assert settings.pop("load_definitions")  # from another place; made in the same way
+    node = RabbitMQ(tmp_path_factory.mktemp("rights"), settings=settings)
     try:
         node.start()
         yield node
@@ -91,6 +96,13 @@ async def test_the_rest_is_refused(
     ):
         attempt(connection.channel())
     assert caught.value.reply_code == ACCESS_REFUSED
+
+
+def test_the_runbook_gives_the_same_rights() -> None:
+    runbook = (ROOT / "deploy" / "RUNBOOK.md").read_text()
+    for name, rights in PROCESSES.items():
+        line = rf"^rabbitmqctl set_permissions {name} +'{re.escape(rights.configure)}' '{re.escape(rights.write)}' "
+        assert re.search(line + rf"'{re.escape(rights.read)}'$", runbook, re.MULTILINE), name
 
 
 def test_nobody_administers_and_nobody_else_is_there(node: RabbitMQ) -> None:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pika
 import psycopg
@@ -21,6 +22,7 @@ from deploy.local import machine, programs
 from deploy.local.postgres import Postgres, binaries
 from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.services import SERVICES
+from deploy.passwords import PASSWORDS
 from purchases_svc.settings import MigrateSettings as PurchasesMigrateSettings
 from tests.conftest import ROOT
 
@@ -114,11 +116,13 @@ def test_logins_are_made_once_and_hold_one_role(postgres: Postgres) -> None:
 def test_an_administrators_file_is_enough(postgres: Postgres) -> None:
     """After deploy/postgres/init.sql, owners that may create no roles migrate, and each process has a login."""
     postgres.start()
+    environ = {**os.environ, **{name: f"the {name}" for name in PASSWORDS}}
     psql, file = binaries() / "psql", ROOT / "deploy" / "postgres" / "init.sql"
-    subprocess.run([psql, "--quiet", "--set=ON_ERROR_STOP=1", postgres.url(), "--file", file], check=True)
+    subprocess.run([psql, "--quiet", "--set=ON_ERROR_STOP=1", postgres.url(), "--file", file], check=True, env=environ)
 
     def url(login: str, database: str) -> str:
-        return f"postgresql://{login}:local@{postgres.address}/{database}"
+        password = quote(f"the {login.removeprefix('local_').upper()}_PASSWORD")
+        return f"postgresql://{login}:{password}@{postgres.address}/{database}"
 
     for _ in range(2):
         purchases.migrate_database(PurchasesMigrateSettings(url("purchases_owner", "purchases")))
@@ -187,6 +191,7 @@ def test_rabbitmq_keeps_what_was_confirmed(rabbitmq: RabbitMQ) -> None:
     assert ours == []
 
 
+@pytest.mark.timeout(900)  # packages are fetched
 @pytest.mark.skipif(not shutil.which("apt-get"), reason="only apt's packages can be unpacked")
 def test_rabbitmq_runs_from_packages_that_nobody_installed(tmp_path: Path) -> None:
     """Fetched and unpacked without root, also after that was interrupted, and where a path has a space in it."""

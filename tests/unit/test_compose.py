@@ -1,0 +1,103 @@
+"""The compose file holds its own rules: what each container may do, which passwords it knows, and whom it reaches."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+
+from deploy import broker, passwords
+from tests.conftest import ROOT
+
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+CONTAINERS: dict[str, dict[str, Any]] = COMPOSE["services"]
+PROCESSES = ("purchases", "relay", "consumer", "analytics")
+
+REQUIRED = re.compile(r"\$\{(\w+):\?[^}]+\}")  # compose refuses to start without it
+
+every_container = pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+
+
+def reached_from(name: str) -> set[str]:
+    networks = set(CONTAINERS[name]["networks"])
+    return {other for other, container in CONTAINERS.items() if networks & set(container["networks"])} - {name}
+
+
+@every_container
+def test_no_container_may_do_more_than_it_has_to(container: dict[str, Any]) -> None:
+    assert container["read_only"] is True
+    assert container["cap_drop"] == ["ALL"]
+    assert container["security_opt"] == ["no-new-privileges:true"]
+    assert container["user"] not in ("", "root", "0")
+    assert container["pids_limit"] <= 512
+    assert re.fullmatch(r"\d+[mg]", container["mem_limit"])
+    assert not container.keys() & {"cap_add", "privileged", "network_mode", "pid", "ipc", "devices"}
+    assert all(port.startswith("127.0.0.1:") for port in container.get("ports", ()))
+
+
+@every_container
+def test_images_are_exact(container: dict[str, Any]) -> None:
+    """Ours is built; others have a digest, or a tag down to the last number."""
+    if "build" not in container:
+        assert re.fullmatch(r"\w+:(\d+\.\d+(\.\d+)?(-\w+)?|[\w.-]+@sha256:[0-9a-f]{64})", container["image"])
+
+
+def test_no_password_has_a_default() -> None:
+    """Each is required, made by `deploy.passwords`, and none is written down."""
+    text = (ROOT / "deploy" / "compose.yaml").read_text()
+    assert {*REQUIRED.findall(text)} == {*passwords.PASSWORDS}
+    for name in passwords.PASSWORDS:
+        assert text.count("${" + name) == len(re.findall(r"\$\{" + name + r":\?", text))
+    for container in CONTAINERS.values():
+        for setting, value in container.get("environment", {}).items():
+            if "PASSWORD" in setting or setting.endswith("_URL"):
+                secret = urlsplit(REQUIRED.sub("REQUIRED", value)).password if setting.endswith("_URL") else value
+                assert secret == "REQUIRED" or REQUIRED.fullmatch(str(secret)), setting
+    assert not re.search(r"PASSWORD '", (ROOT / "deploy" / "postgres" / "init.sql").read_text())
+
+
+def test_each_process_has_its_own_logins_and_no_others() -> None:
+    for name in PROCESSES:
+        environment = CONTAINERS[name]["environment"]
+        urls = {
+            setting: urlsplit(REQUIRED.sub(r"\1", url)) for setting, url in environment.items() if "_URL" in setting
+        }
+        broker_url = urls.pop("AMQP_URL", None)
+        ((_, database_url),) = urls.items()
+        assert (database_url.username, database_url.password) == (f"local_{name}", f"{name.upper()}_PASSWORD")
+        assert (broker_url is not None) == (name in broker.PROCESSES)
+        if broker_url:
+            assert (broker_url.username, broker_url.password) == (name, broker.setting(name))
+
+
+def test_who_reaches_whom() -> None:
+    """The two servers know nothing of each other; the broker is reached by relay and consumer only, and from inside."""
+    assert reached_from("rabbitmq") == {"relay", "consumer"}
+    assert reached_from("postgres") == CONTAINERS.keys() - {"postgres", "rabbitmq"}
+    assert [name for name, network in COMPOSE["networks"].items() if not (network or {}).get("internal")] == [
+        "services"
+    ]
+    assert {name for name, container in CONTAINERS.items() if "services" in container["networks"]} == {*PROCESSES}
+    assert not any("ports" in CONTAINERS[server] for server in ("postgres", "rabbitmq"))
+
+
+def test_passwords_are_made_once(tmp_path: Path) -> None:
+    """They are all different, for their owner only, and stay; one that is missing is added."""
+    passwords.make(tmp_path)
+    env, definitions = tmp_path / ".env", tmp_path / "broker-definitions.json"
+    made = dict(line.split("=", 1) for line in env.read_text().splitlines())
+    assert made.keys() == {*passwords.PASSWORDS}
+    assert len(set(made.values())) == len(made)
+    assert env.stat().st_mode & 0o777 == 0o600
+    assert not any(password in definitions.read_text() for password in made.values())
+
+    first, *others = env.read_text().splitlines(keepends=True)
+    env.write_text("# mine\nLOG_LEVEL=DEBUG\n" + "".join(others))
+    passwords.make(tmp_path)
+    again = env.read_text()
+    assert again.startswith("# mine\nLOG_LEVEL=DEBUG\n" + "".join(others))
+    assert again.splitlines()[-1].split("=")[0] == first.split("=")[0]
+    assert {user["name"] for user in json.loads(definitions.read_text())["users"]} == {*broker.PROCESSES}
