@@ -4,6 +4,8 @@ import hashlib
 from datetime import date, datetime
 from typing import NamedTuple
 
+PRODUCT_ID_MAX = 10**14 - 1  # a GTIN has 14 digits at most
+
 
 class Item(NamedTuple):
     product_id: int

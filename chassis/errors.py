@@ -41,6 +41,7 @@ class FieldReason(StrEnum):
     UNKNOWN_VALUE = "UNKNOWN_VALUE"
     FIELDS_EXCLUDE_EACH_OTHER = "FIELDS_EXCLUDE_EACH_OTHER"
     NOT_COUNTED = "NOT_COUNTED"
+    TOO_LARGE = "TOO_LARGE"
 
 
 class Violation(NamedTuple):

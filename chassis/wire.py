@@ -95,6 +95,17 @@ def parse_uuid(text: str) -> str | None:
     return text.lower() if _UUID.fullmatch(text) else None
 
 
+ID_MAX = 2**31 - 1
+
+
+def check_id(field: str, number: int, violations: list[Violation], most: int = ID_MAX) -> None:
+    """Ids are whole numbers from 1 to `most`."""
+    if number <= 0:
+        violations.append(Violation(field, "must be positive", FieldReason.NOT_POSITIVE))
+    elif number > most:
+        violations.append(Violation(field, f"must be at most {most:,}", FieldReason.TOO_LARGE))
+
+
 def page_size(asked: int, default: int, most: int, violations: list[Violation]) -> int:
     """0 means the default and too much means the most, as AIP-158 has it; below 0 is an error."""
     if asked < 0:

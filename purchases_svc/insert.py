@@ -57,7 +57,7 @@ WITH input AS MATERIALIZED (
     INSERT INTO purchase_items (purchase_id, purchase_time, product_id, qty, unit_price, line_total)
     SELECT purchase_id, purchase_time, item.product_id, item.qty, item.unit_price, item.unit_price * item.qty
     FROM accepted
-    CROSS JOIN LATERAL jsonb_to_recordset(items) AS item(product_id int, qty int, unit_price numeric)
+    CROSS JOIN LATERAL jsonb_to_recordset(items) AS item(product_id bigint, qty int, unit_price numeric)
 ), new_event AS (
     INSERT INTO outbox_events (event_id, event_type, aggregate_id, occurred_at, payload_json)
     SELECT event_id, 'PurchaseCreated', purchase_id, occurred_at, event FROM accepted

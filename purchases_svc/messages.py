@@ -11,10 +11,8 @@ from chassis import wire
 from chassis.errors import FieldReason, Violation
 from purchases_svc.answers import Recorded
 from purchases_svc.errors import InvalidPurchase
-from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
+from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, PRODUCT_ID_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
-
-POSITIVE_RULE = "must be positive"
 
 
 def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
@@ -35,10 +33,8 @@ def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
 
     _check_text(purchase.receipt_id, RECEIPT_ID_LENGTH_MAX, "purchase.receipt_id", violations)
     _check_text(purchase.pos_id, POS_ID_LENGTH_MAX, "purchase.pos_id", violations)
-    if purchase.branch_id <= 0:
-        violations.append(Violation("purchase.branch_id", POSITIVE_RULE, FieldReason.NOT_POSITIVE))
-    if purchase.cashier_id <= 0:
-        violations.append(Violation("purchase.cashier_id", POSITIVE_RULE, FieldReason.NOT_POSITIVE))
+    wire.check_id("purchase.branch_id", purchase.branch_id, violations)
+    wire.check_id("purchase.cashier_id", purchase.cashier_id, violations)
 
     customer_id = None
     if purchase.HasField("customer_id"):
@@ -96,7 +92,7 @@ def _parse_items(purchase: purchase_pb2.Purchase, violations: list[Violation]) -
         product_id = item.product_id
         price = parse_cents(item.unit_price.value)
         # The common case, in as few steps as possible; a missing amount parses as None like any other broken one.
-        if price is not None and product_id > 0 and item.quantity == 1 and product_id not in seen:
+        if price is not None and 0 < product_id <= PRODUCT_ID_MAX and item.quantity == 1 and product_id not in seen:
             seen[product_id] = index
             if not item.HasField("line_total") or parse_cents(item.line_total.value) == price:
                 items.append(Item(product_id, price))
@@ -116,8 +112,8 @@ def _explain_item(
     index: int,
     violations: list[Violation],
 ) -> None:
-    if item.product_id <= 0:
-        violations.append(Violation(f"{path}.product_id", POSITIVE_RULE, FieldReason.NOT_POSITIVE))
+    if not 0 < item.product_id <= PRODUCT_ID_MAX:
+        wire.check_id(f"{path}.product_id", item.product_id, violations, PRODUCT_ID_MAX)
     elif first_index is not None and first_index != index:
         rule = f"must be unique in the purchase; items[{first_index}] has the same product"
         violations.append(Violation(f"{path}.product_id", rule, FieldReason.DUPLICATE))

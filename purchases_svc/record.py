@@ -164,9 +164,7 @@ class Recorder:
                 self._settle(repeat, outcome)
             else:
                 others.append(repeat)
-        if others:
-            others[0].repeats = others[1:]
-            self._wait(others[0])
+        self._pass_on(others)
 
     def _leave(self, entry: Entry) -> None:
         self._admission.leave(entry.caller, entry.sale)
@@ -255,8 +253,13 @@ class Recorder:
     def _drop(self, entry: Entry) -> None:
         """Forget a sale that was not sent; the next one with its key takes its place."""
         self._leave(entry)
-        if entry.repeats:
-            heir, *heir.repeats = entry.repeats
+        self._pass_on(entry.repeats)
+
+    def _pass_on(self, repeats: list[Entry]) -> None:
+        """The first of them gets its chance; the others wait for its outcome, besides those that do already."""
+        if repeats:
+            heir, *others = repeats
+            heir.repeats += others
             self._wait(heir)
 
     async def _flush(self, batch: list[Entry], until: float) -> None:

@@ -8,6 +8,7 @@ from chassis.wire import EPOCH
 ITEMS_MAX = 2_000
 RECEIPT_ID_LENGTH_MAX = 64
 POS_ID_LENGTH_MAX = 32
+PRODUCT_ID_MAX = 10**14 - 1  # a GTIN has 14 digits at most
 EARLIEST = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
 FUTURE_MAX = datetime.timedelta(minutes=5)  # how far a till's clock may be ahead of ours
 

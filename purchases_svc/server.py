@@ -73,8 +73,8 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         violations: list[Violation] = []
         limit = wire.page_size(request.page_size, *PURCHASES_PER_PAGE, violations)
         branch_id = request.branch_id if request.HasField("branch_id") else None
-        if branch_id is not None and branch_id <= 0:
-            violations.append(Violation("branch_id", messages.POSITIVE_RULE, FieldReason.NOT_POSITIVE))
+        if branch_id is not None:
+            wire.check_id("branch_id", branch_id, violations)
         customer_id = None
         if request.HasField("customer_id"):
             customer_id = wire.parse_uuid(request.customer_id)
@@ -114,6 +114,9 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         if len(request.branch_ids) > BRANCH_IDS_MAX:
             rule = f"must have at most {BRANCH_IDS_MAX:,} branches"
             violations.append(Violation("branch_ids", rule, FieldReason.TOO_MANY))
+        else:
+            for index, branch_id in enumerate(request.branch_ids):
+                wire.check_id(f"branch_ids[{index}]", branch_id, violations)
         _raise_if(violations)
         assert first and last
         position = self._tokens.read(request)

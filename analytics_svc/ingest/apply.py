@@ -123,7 +123,7 @@ async def _add_products(connection: Connection, lines: Sequence[str]) -> None:
         """
         INSERT INTO product_sales_daily AS stored (day, branch_id, product_id, qty_sum, revenue_sum)
         SELECT day, branch_id, product_id, sum(quantity), sum(cents) * 0.01
-        FROM unnest(%s::date[], %s::int[], %s::int[], %s::bigint[], %s::bigint[])
+        FROM unnest(%s::date[], %s::int[], %s::bigint[], %s::bigint[], %s::bigint[])
             AS line (day, branch_id, product_id, quantity, cents)
         GROUP BY day, branch_id, product_id
         ORDER BY day, branch_id, product_id
@@ -141,7 +141,8 @@ async def _roll_up_products(connection: Connection, lines: Sequence[str]) -> Non
         """
         INSERT INTO product_sales_totals AS stored (branch_id, product_id, qty_sum, revenue_sum)
         SELECT coalesce(branch_id, 0), product_id, sum(quantity), sum(cents) * 0.01
-        FROM unnest(%s::int[], %s::int[], %s::bigint[], %s::bigint[]) AS line (branch_id, product_id, quantity, cents)
+        FROM unnest(%s::int[], %s::bigint[], %s::bigint[], %s::bigint[])
+            AS line (branch_id, product_id, quantity, cents)
         GROUP BY GROUPING SETS ((branch_id, product_id), (product_id))
         ORDER BY grouping(branch_id), branch_id, product_id
         ON CONFLICT (branch_id, product_id) DO UPDATE SET
@@ -155,7 +156,7 @@ async def _roll_up_products(connection: Connection, lines: Sequence[str]) -> Non
         """
         INSERT INTO product_sales_monthly AS stored (month, product_id, qty_sum, revenue_sum)
         SELECT date_trunc('month', day::timestamp), product_id, sum(quantity), sum(cents) * 0.01
-        FROM unnest(%s::date[], %s::int[], %s::bigint[], %s::bigint[]) AS line (day, product_id, quantity, cents)
+        FROM unnest(%s::date[], %s::bigint[], %s::bigint[], %s::bigint[]) AS line (day, product_id, quantity, cents)
         GROUP BY 1, product_id
         ORDER BY 1, product_id
         ON CONFLICT (month, product_id) DO UPDATE SET

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from zoneinfo import ZoneInfo
 
 from analytics_svc.errors import Rejected, quoted
-from analytics_svc.purchase import Item, PurchaseCreated
+from analytics_svc.purchase import PRODUCT_ID_MAX, Item, PurchaseCreated
 from chassis.wire import parse_cents
 
 EVENT_TYPE = "PurchaseCreated"
@@ -116,7 +116,7 @@ def _items(items: Any) -> list[Item]:
         try:
             if type(item) is not dict:
                 _wrong("", "must be an object", item)
-            product_id = _whole(item.get("product_id"), ".product_id", ID_MAX)
+            product_id = _whole(item.get("product_id"), ".product_id", PRODUCT_ID_MAX)
             quantity = _whole(item.get("qty"), ".qty", QUANTITY_MAX)
             found.append(Item(product_id, quantity, quantity * _cents(item.get("unit_price"), ".unit_price")))
         except Rejected as rejected:

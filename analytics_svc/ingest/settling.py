@@ -27,7 +27,7 @@ from analytics_svc.ingest.apply import Applied, apply
 from analytics_svc.ingest.events import ID_MAX
 from analytics_svc.ingest.messages import Event, Message
 from analytics_svc.ingest.quarantine import QuarantinedEvent
-from analytics_svc.purchase import Item, PurchaseCreated
+from analytics_svc.purchase import PRODUCT_ID_MAX, Item, PurchaseCreated
 from chassis.postgres import Pool, make_durable
 
 CONNECTION_WAIT_S = 1.0  # the pool is all ours: it lacks a connection only while the database is down
@@ -267,7 +267,7 @@ def _said(error: Exception) -> str:
 
 
 def _made_up_sale() -> PurchaseCreated:
-    item = Item(product_id=ID_MAX, quantity=1, cents=1)
+    item = Item(product_id=PRODUCT_ID_MAX, quantity=1, cents=1)
     return PurchaseCreated(
         str(uuid.UUID(int=uuid.uuid4().int | 0xF << 124)),  # above any floor
         date(1970, 1, 1),

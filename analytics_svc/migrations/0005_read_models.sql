@@ -23,7 +23,7 @@ CREATE INDEX daily_sales_by_branch_branch ON daily_sales_by_branch (branch_id, d
 CREATE TABLE product_sales_daily (
     day date,
     branch_id int CHECK (branch_id > 0),
-    product_id int CHECK (product_id > 0),
+    product_id bigint CHECK (product_id > 0),
     qty_sum bigint NOT NULL CHECK (qty_sum >= 0),
     revenue_sum numeric(30, 2) NOT NULL CHECK (revenue_sum >= 0),
     PRIMARY KEY (day, branch_id, product_id)

@@ -31,7 +31,7 @@ COMMENT ON COLUMN monthly_sales_by_branch.month IS 'Its first day.';
 
 CREATE TABLE product_sales_monthly (
     month date,
-    product_id int CHECK (product_id > 0),
+    product_id bigint CHECK (product_id > 0),
     qty_sum bigint NOT NULL CHECK (qty_sum >= 0),
     revenue_sum numeric(30, 2) NOT NULL CHECK (revenue_sum >= 0),
     PRIMARY KEY (month, product_id)
@@ -41,7 +41,7 @@ COMMENT ON COLUMN product_sales_monthly.month IS 'Its first day.';
 
 CREATE TABLE product_sales_totals (
     branch_id int CHECK (branch_id >= 0),
-    product_id int CHECK (product_id > 0),
+    product_id bigint CHECK (product_id > 0),
     qty_sum bigint NOT NULL CHECK (qty_sum >= 0),
     revenue_sum numeric(30, 2) NOT NULL CHECK (revenue_sum >= 0),
     PRIMARY KEY (branch_id, product_id)

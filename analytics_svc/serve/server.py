@@ -8,6 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from analytics_svc.errors import CustomerNotFound, WatcherTooSlow
+from analytics_svc.purchase import PRODUCT_ID_MAX
 from analytics_svc.serve import queries
 from analytics_svc.serve.inclusion import Inclusion
 from analytics_svc.serve.queries import ALL_DAYS, Days, Freshness
@@ -60,7 +61,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         limit = wire.page_size(request.page_size, *SALES_PER_PAGE, violations)
         days = _days(request, violations) or ALL_DAYS
         _check_ids("branch_ids", request.branch_ids, violations)
-        _check_ids("product_ids", request.product_ids, violations)
+        _check_ids("product_ids", request.product_ids, violations, PRODUCT_ID_MAX)
         tokens = self._admit(request, violations)
         position = tokens.read(request)
         after = (datetime.date.fromisoformat(position[0]), position[1], position[2]) if position else None
@@ -276,17 +277,12 @@ def _days(request: Any, violations: list[Violation]) -> Days | None:
 def _branch_id(request: Any, violations: list[Violation]) -> int | None:
     if not request.HasField("branch_id"):
         return None
-    _check_id("branch_id", request.branch_id, violations)
+    wire.check_id("branch_id", request.branch_id, violations)
     return int(request.branch_id)
 
 
-def _check_ids(field: str, ids: Sequence[int], violations: list[Violation]) -> None:
+def _check_ids(field: str, ids: Sequence[int], violations: list[Violation], most: int = wire.ID_MAX) -> None:
     if len(ids) > IDS_MAX:
         violations.append(Violation(field, f"must have at most {IDS_MAX:,} ids", FieldReason.TOO_MANY))
     for index, number in enumerate(ids):
-        _check_id(f"{field}[{index}]", number, violations)
-
-
-def _check_id(field: str, number: int, violations: list[Violation]) -> None:
-    if number <= 0:
-        violations.append(Violation(field, "must be positive", FieldReason.NOT_POSITIVE))
+        wire.check_id(f"{field}[{index}]", number, violations, most)

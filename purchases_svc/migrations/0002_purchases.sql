@@ -48,7 +48,7 @@ CREATE TABLE purchase_items (
     purchase_item_id bigint GENERATED ALWAYS AS IDENTITY (CACHE 100),
     purchase_id uuid NOT NULL,
     purchase_time timestamptz NOT NULL,
-    product_id int NOT NULL CHECK (product_id > 0),
+    product_id bigint NOT NULL CHECK (product_id > 0), -- a GTIN has up to 14 digits
     qty int NOT NULL CHECK (qty = 1),
     unit_price numeric(14, 2) NOT NULL CHECK (unit_price >= 0),
     line_total numeric(14, 2) NOT NULL CHECK (line_total = unit_price * qty),

@@ -64,6 +64,15 @@ async def test_every_purchase_is_seen_by_the_query_after_it(processes: Processes
         waits.sort()
         print(f"{len(waits)} of {len(waits)} seen; waited p50 {waits[len(waits) // 2]:.3f} s, most {waits[-1]:.3f} s")
 
+        gtin = sale(branch_id=BRANCHES + 2)
+        gtin.purchase.items[0].product_id = 40_073_813_339_382  # through every part, as it was sent
+        token = (await tills.CreatePurchase(gtin, timeout=TIMEOUT_S)).consistency_token
+        product = pb.ListProductSalesRequest(product_ids=[40_073_813_339_382], consistency_token=token)
+        sold = await reports.ListProductSales(product, timeout=TIMEOUT_S)
+        assert [(row.product_id, row.branch_id, row.quantity) for row in sold.product_sales] == [
+            (40_073_813_339_382, BRANCHES + 2, 1)
+        ]
+
         assert await asyncio.to_thread(processes.stop, "relay") == 0
         reply = await tills.CreatePurchase(sale(branch_id=BRANCHES + 1), timeout=TIMEOUT_S)
         request = pb.GetSalesSummaryRequest(branch_id=BRANCHES + 1, consistency_token=reply.consistency_token)

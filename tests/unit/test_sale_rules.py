@@ -46,6 +46,32 @@ def test_number_of_items() -> None:
     assert len(parse_sale(sale(("999999999999.99",) * ITEMS_MAX)).items) == ITEMS_MAX
 
 
+GTIN = 99_999_999_999_999  # the largest, of 14 digits
+
+
+def test_products_have_numbers_of_up_to_fourteen_digits() -> None:
+    """And what any stub may send beyond is refused, not cut to the number of another product."""
+    request = sale()
+    request.purchase.items[0].product_id = GTIN
+    assert parse_sale(request).items[0].product_id == GTIN
+    for beyond in (GTIN + 1, 2**63 - 1, -1):
+        request.purchase.items[0].product_id = beyond
+        with pytest.raises(InvalidPurchase) as caught:
+            parse_sale(request)
+        assert [violation.field for violation in caught.value.violations] == ["purchase.items[0].product_id"]
+
+
+@pytest.mark.parametrize("number", [2**31, 2**32 + 1, 2**63 - 1])
+def test_number_out_of_range_is_refused(number: int) -> None:
+    """Whatever a till's stub declares: an int32 would arrive as another number, and without an error."""
+    assert fields(branch_id=number, cashier_id=number) == ["purchase.branch_id", "purchase.cashier_id"]
+    request = sale()
+    request.purchase.items[1].quantity = number
+    with pytest.raises(InvalidPurchase) as caught:
+        parse_sale(request)
+    assert [violation.field for violation in caught.value.violations] == ["purchase.items[1].quantity"]
+
+
 def test_violations_are_bounded() -> None:
     """A refusal fits into the 8 KiB of trailers that every client takes, however many items are wrong."""
     with pytest.raises(InvalidPurchase) as caught:

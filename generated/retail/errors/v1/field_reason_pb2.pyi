@@ -62,6 +62,8 @@ class _FieldReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FieldReas
     """The quarantined event's purchase is recorded and not counted: the event is
     needed.
     """
+    TOO_LARGE: _FieldReason.ValueType  # 18
+    """The number is larger than the field may hold."""
 
 class FieldReason(_FieldReason, metaclass=_FieldReasonEnumTypeWrapper):
     """Which rule a field breaks, for every service: the reason of a FieldViolation
@@ -109,4 +111,6 @@ NOT_COUNTED: FieldReason.ValueType  # 17
 """The quarantined event's purchase is recorded and not counted: the event is
 needed.
 """
+TOO_LARGE: FieldReason.ValueType  # 18
+"""The number is larger than the field may hold."""
 Global___FieldReason: _TypeAlias = FieldReason  # noqa: Y015

@@ -49,9 +49,9 @@ class Purchase(_message.Message):
     till and business day (the day of purchase_time in the chain's time zone).
     """
     branch_id: _builtins.int
-    """Branch that made the sale; positive."""
+    """Branch that made the sale: 1 to 2,147,483,647."""
     cashier_id: _builtins.int
-    """Cashier on duty; positive."""
+    """Cashier on duty: 1 to 2,147,483,647."""
     pos_id: _builtins.str
     """Till within the branch, such as "POS-3": 1 to 32 characters."""
     customer_id: _builtins.str
@@ -111,7 +111,10 @@ class PurchaseItem(_message.Message):
     UNIT_PRICE_FIELD_NUMBER: _builtins.int
     LINE_TOTAL_FIELD_NUMBER: _builtins.int
     product_id: _builtins.int
-    """Product sold; positive."""
+    """Product sold: 1 to 99,999,999,999,999, which holds a GTIN of 8 to 14
+    digits. Ids and quantities are int64 so that a value out of range is refused:
+    an int32 field would arrive cut to another value, without an error.
+    """
     quantity: _builtins.int
     """Units sold. The chain sells one unit of a product per purchase: must be 1."""
     @_builtins.property
