@@ -43,6 +43,7 @@ class _Window:
         self.returned: dict[str, str] = {}  # event id → why it could not be routed
         self.trouble: str | None = None
         self.refused = False  # one of the messages made the broker close the channel
+        self.nacked = False  # the broker could not store one
         self.settled = asyncio.Event()
 
     def fail(self, trouble: str, *, refused: bool = False) -> None:
@@ -179,6 +180,9 @@ class Publisher:
             if window.waiting and link is self._link:
                 # Late confirms must not be taken for those of the next window.
                 self.disconnect(window.trouble or "the relay is stopping")
+            elif window.nacked and link is self._link:
+                # In a cluster it may be this node alone that has lost the way to the queue's leader.
+                self.disconnect(str(window.trouble))
         if window.returned and window.trouble is None:
             window.trouble = f"no queue takes the messages: {next(iter(window.returned.values()))}"
 
@@ -253,7 +257,7 @@ class Publisher:
             window, event_id = entry
             window.waiting -= 1
             if not stored:
-                window.trouble = "the broker refused to store messages (nack)"
+                window.nacked, window.trouble = True, "the broker refused to store messages (nack)"
             elif event_id not in window.returned:
                 window.confirmed.append(event_id)
             if not window.waiting:

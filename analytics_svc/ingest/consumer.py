@@ -39,6 +39,7 @@ BATCH_BYTES_MAX = 4 << 20
 # Of bodies in hand, and one message more. A prefetch counts messages, whatever their size: 1,500 of the largest that
 # RabbitMQ lets through (16 MiB, 128 before version 4) would fill any memory before they are looked at.
 HELD_BYTES_MAX = 64 << 20
+SILENCE_S = 2.0  # without a delivery, while messages wait in the queue; twice that, and something is wrong
 CLOSE_TIMEOUT_S = 5.0  # for the broker to confirm the end of a connection, and with it the last acknowledgements
 
 REDELIVERED = Counter("analytics_redeliveries_total", "Deliveries of messages that were delivered before.")
@@ -94,9 +95,11 @@ class Inbox:
         self._largest_bytes = self._seen = 0  # lately
         self._deliveries: deque[Delivery] = deque()
         self._news = asyncio.Event()
+        self.silent = True  # since somebody last asked: nothing is in hand, and nothing came
 
     def put(self, delivery: Delivery) -> None:
         size = len(delivery.message.body)
+        self.silent = False
         self.redelivered += delivery.redelivered
         self._held, self._held_bytes = self._held + 1, self._held_bytes + size
         self._seen, self._largest_bytes = self._seen + 1, max(self._largest_bytes, size)
@@ -115,6 +118,11 @@ class Inbox:
             self.reason = reason
             self.closed.set()
             self._news.set()
+
+    def was_silent(self) -> bool:
+        """Whether nothing came since the last time that this was asked, and nothing is in hand."""
+        silent, self.silent = self.silent and not self._held, True
+        return silent
 
     async def take(self, most: int, redelivered_most: int) -> list[Delivery]:
         """The oldest deliveries, all redelivered or none of them, as soon as there is one; none when it is closed.
@@ -194,9 +202,11 @@ class Consumer:
         connection = await amqp.connect(self._url, "analytics consumer", on_connection_close)
         stopping = asyncio.create_task(stop.wait())
         stopping.add_done_callback(lambda _: inbox.close("stopping"))
+        watching: asyncio.Task[None] | None = None
         try:
             channel = await amqp.open_channel(connection, inbox.close)
             await self._subscribe(channel, inbox)
+            watching = asyncio.create_task(self._watch(channel, inbox))
             backoff.reset()
             log.info("consuming", queue=QUEUE, prefetch=prefetch)
             await self._health.report("deliveries", True)
@@ -207,6 +217,8 @@ class Consumer:
                     channel.basic_ack(batch[-1].tag, multiple=True)
         finally:
             stopping.cancel()
+            if watching:
+                watching.cancel()
             amqp.close(connection)
             await wait_set(gone, CLOSE_TIMEOUT_S)
         if inbox.fitting != prefetch:
@@ -233,6 +245,27 @@ class Consumer:
         await amqp.call(channel, channel.queue_bind, queue=QUEUE, exchange=EXCHANGE, routing_key=ROUTING_KEY)
         await amqp.call(channel, channel.basic_qos, prefetch_count=inbox.fitting)
         await amqp.call(channel, channel.basic_consume, queue=QUEUE, on_message_callback=on_message)
+
+    async def _watch(self, channel: Channel, inbox: Inbox) -> None:
+        """Close the inbox when the broker has forgotten us: messages wait, and it delivers none.
+
+        Seen in a cluster, after the node was lost that led the queue; a new connection is served again.
+        """
+        looks = 0  # one after the other with messages waiting, and none delivered in between
+        while not await wait_set(inbox.closed, SILENCE_S):
+            if not inbox.was_silent():
+                looks = 0
+                continue
+            try:
+                waiting = (
+                    await amqp.call(channel, channel.queue_declare, queue=QUEUE, passive=True)
+                ).method.message_count
+            except (BrokerUnavailable, AMQPError) as error:
+                inbox.close(amqp.describe(error))
+                return
+            looks = looks + 1 if waiting else 0
+            if looks == 2:
+                inbox.close(f"the broker delivers nothing, though {waiting} messages wait")
 
     async def _settle(self, batch: Sequence[Delivery], inbox: Inbox) -> bool:
         """Settle the batch, however often the database has to be asked; False when the inbox closed before it was."""

@@ -21,12 +21,14 @@ import psycopg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pika.adapters.blocking_connection import BlockingChannel
+from pika.channel import Channel
 
 from analytics_svc import database as analytics_database
 from analytics_svc.commands.consume import consume
+from analytics_svc.ingest import consumer as consumer_module
 from analytics_svc.ingest import upkeep
 from analytics_svc.ingest.apply import apply
-from analytics_svc.ingest.consumer import QUEUE, QUEUE_ARGUMENTS
+from analytics_svc.ingest.consumer import QUEUE, QUEUE_ARGUMENTS, Consumer, Inbox
 from analytics_svc.ingest.events import decode
 from analytics_svc.settings import MigrateSettings
 from chassis.migrate import MigrationError
@@ -537,3 +539,25 @@ def test_migrate_is_repeatable(analytics_db: str) -> None:
     analytics_database.migrate_database(MigrateSettings(analytics_db))
     assert query(analytics_db, "SELECT * FROM analytics_settings") == key
     assert len(key[0][2]) == 32
+
+
+async def test_subscription_that_the_broker_forgot(
+    analytics_db: str, amqp_url: str, channel: BlockingChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages wait, and none is delivered, on a connection that is well: another connection is served."""
+    subscribed = 0
+    subscribe = Consumer._subscribe
+
+    async def forgotten(self: Consumer, opened: Channel, inbox: Inbox) -> None:
+        nonlocal subscribed
+        subscribed += 1
+        if subscribed == 1:
+            opened.basic_consume = lambda callback, **_: callback(None)
+        await subscribe(self, opened, inbox)
+
+    monkeypatch.setattr(Consumer, "_subscribe", forgotten)
+    monkeypatch.setattr(consumer_module, "SILENCE_S", 0.2)
+    async with consuming(analytics_db, amqp_url):
+        publish(channel, GOLDEN)
+        await counts(analytics_db, COUNTED, 1)
+    assert subscribed == 2

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
+from structlog.testing import capture_logs
 
 from chassis.postgres import Pool
 from deploy.local.rabbitmq import RabbitMQ
@@ -163,6 +164,32 @@ async def test_what_is_missing_is_said(
         assert drain(tapped) == Counter(ids)
     finally:
         broker.ctl("delete_user", "relay-test")
+
+
+async def test_broker_that_stores_no_more(
+    outbox: Pool, purchases_db: str, amqp_url: str, tapped: BlockingChannel, broker: RabbitMQ
+) -> None:
+    """It says so for each message (nack). Nothing of that is sent, and the next try goes over another connection: in a
+    cluster it may be one node that has lost the way to the queue's leader."""
+    host = unquote(urlsplit(amqp_url).path[1:])
+    full = '{"max-length": 3, "overflow": "reject-publish"}'
+    broker.ctl("set_policy", "-p", host, "--apply-to", "queues", "full", f"^{QUEUE}$", full)
+    async with relaying(outbox, amqp_url) as (relay, _):
+        with capture_logs() as logs:
+
+            async def connected_again() -> bool:
+                return [entry["event"] for entry in logs].count("connected to the broker") > 1
+
+            try:
+                ids = write(purchases_db, 200)
+                assert "nack" in await eventually(lambda: breaker(relay), "the breaker opens")
+                await eventually(connected_again, "the relay tries another connection")
+                assert sum(status == "SENT" for status, _ in states(purchases_db).values()) < len(ids)
+            finally:
+                broker.ctl("clear_policy", "-p", host, "full")
+        await eventually(lambda: all_sent(purchases_db), "everything is sent")
+    assert set(drain(tapped)) == set(ids)
+    assert set(states(purchases_db).values()) == {("SENT", 0)}
 
 
 async def test_what_the_queue_lost_is_published_again(
