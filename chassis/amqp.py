@@ -5,12 +5,13 @@ import random
 import socket
 from collections.abc import Callable
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 import pika
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.channel import Channel
 from pika.exceptions import AMQPError
+
+from chassis.settings import pieces
 
 CONNECT_TIMEOUT_S = 10.0
 NODE_TIMEOUT_S = 3.0  # instead, while there are others to try: a host that is off answers nothing at all
@@ -30,16 +31,16 @@ def nodes(url: str) -> list[pika.URLParameters]:
     Raises:
         ValueError: the URL or one of its options is wrong, or a file that it names cannot be read.
     """
-    parts = urlsplit(url)
-    user, at, hosts = parts.netloc.rpartition("@")
-    if "/" in parts.path[1:]:
+    scheme, authority, rest = pieces(url)
+    user, at, hosts = authority.rpartition("@")
+    if "/" in rest.partition("?")[0][1:]:
         raise ValueError("write / as %2F in the virtual host; several hosts are one list: host,host/%2F")
     if at and ":" not in user:
         raise ValueError("the user is without a password: user:password@host")
     if "," in hosts and not all(hosts.split(",")):
         raise ValueError("a host in the list is empty")
     try:
-        return [pika.URLParameters(parts._replace(netloc=f"{user}{at}{host}").geturl()) for host in hosts.split(",")]
+        return [pika.URLParameters(f"{scheme}://{user}{at}{host}{rest}") for host in hosts.split(",")]
     except Exception as error:  # whatever pika and ssl make of an option
         raise ValueError(f"an option is wrong: {type(error).__name__}: {error}") from None
 

@@ -114,14 +114,21 @@ def address(raw: str) -> str:
 
 def _url(raw: str, schemes: tuple[str, ...], example: str) -> str:
     """A URL of one server, or of several of one cluster: user:password@host:port,host:port."""
-    parts = urlsplit(raw)
+    scheme, authority, rest = pieces(raw)
     try:
-        ports = [urlsplit(f"//{host}").port for host in parts.netloc.rpartition("@")[2].split(",")]
+        ports = [urlsplit(f"//{host}").port for host in authority.rpartition("@")[2].split(",")]
     except ValueError:  # a port that is no number
         ports = [0]
-    if parts.scheme not in schemes or not (parts.netloc or parts.query) or 0 in ports:
+    if scheme not in schemes or not (authority or "?" in rest) or 0 in ports:
         raise ValueError(f"must be a URL such as {example}")
     return raw
+
+
+def pieces(url: str) -> tuple[str, str, str]:
+    """The scheme, the authority and the rest. For urlsplit, in some versions of Python, a `[` opens the only host."""
+    scheme, _, after = url.partition("://")
+    end = min((after.index(sign) for sign in "/?#" if sign in after), default=len(after))
+    return scheme.lower(), after[:end], after[end:]
 
 
 def postgres_url(raw: str) -> str:

@@ -39,7 +39,7 @@ class Primary:
             try:
                 await self.look()
             except (psycopg.Error, PoolTimeout) as error:
-                log.warning("the database's standing is not known", error=str(error).strip())
+                log.warning("the database's standing is not known", error=error)
 
     async def look(self) -> None:
         async with self._pool.connection() as connection:

@@ -33,7 +33,7 @@ async def keep(pool: Pool, publisher: Publisher, stop: asyncio.Event) -> None:
         try:
             await run_once(pool, publisher, AFTER_S)
         except (psycopg.Error, PoolTimeout) as error:
-            log.warning("lost events are not looked for", error=str(error).strip())
+            log.warning("lost events are not looked for", error=error)
 
 
 async def run_once(pool: Pool, publisher: Publisher, after_s: float) -> int:

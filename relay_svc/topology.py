@@ -45,7 +45,7 @@ async def make_sure(connection: amqp.Connection) -> None:
             f"queue {QUEUE}",
             amqp.call(channel, channel.queue_declare, queue=QUEUE, durable=True, arguments=dict(QUEUE_ARGUMENTS)),
         )
-        log.warning("the consumer's queue was missing; made it", queue=QUEUE, reason=str(error))
+        log.warning("the consumer's queue was missing; made it", queue=QUEUE, error=error)
     await bind(channel)
     channel.close()
 
