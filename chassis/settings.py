@@ -13,7 +13,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
-from zoneinfo import ZoneInfo
+
+from chassis import zones
 
 T = TypeVar("T")
 
@@ -158,9 +159,9 @@ def amqp_url(raw: str) -> str:
 
 
 def time_zone(raw: str) -> str:
-    """An IANA time zone name that this machine knows."""
-    try:
-        ZoneInfo(raw)
-    except (KeyError, ValueError, OSError):
-        raise ValueError("must be an IANA time zone name, such as UTC or Europe/Berlin") from None
+    """The IANA name of a time zone, but none that SQL takes for an abbreviation."""
+    if instead := zones.ABBREVIATIONS.get(raw):
+        raise ValueError(f"{raw} has no summer time in SQL; write {instead}, which means the same and is not mistaken")
+    if raw not in zones.names():
+        raise ValueError("must be an IANA time zone name, such as UTC or Europe/Berlin")
     return raw

@@ -8,7 +8,7 @@ import psycopg
 import structlog
 from psycopg import sql
 
-from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings
+from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings, zones
 from chassis.wire import PageTokens
 from purchases_svc import record, retention, server, stored, workers
 from purchases_svc.backlog import Backlog
@@ -75,6 +75,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             await migrate.require_current(connection, MIGRATIONS)
             time_zone, page_token_key = await stored.settings(connection)
         require_time_zone(config.business_time_zone, time_zone)
+        zone = zones.load(time_zone)
 
         partitions = Partitions(write_pool)
         await partitions.look_ahead()  # before the first sale has to wait for it
@@ -84,7 +85,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             write_pool,
             partitions,
             backlog,
-            time_zone=time_zone,
+            zone=zone,
             batch_max=config.batch_max,
             waiting_max=config.waiting_max,
             waiting_items_max=config.waiting_items_max,
@@ -96,7 +97,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         services = [
             grpc_server.Service(
                 purchases_grpc.add_PurchasesServiceServicer_to_server,
-                server.PurchasesServicer(recorder, Uploads(recorder, host), read_pool, export_pool, tokens, time_zone),
+                server.PurchasesServicer(recorder, Uploads(recorder, host), read_pool, export_pool, tokens, zone),
                 "retail.purchases.v1.PurchasesService",
                 message_bytes_max=server.MESSAGE_BYTES_MAX,
             ),
@@ -116,7 +117,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             ),
         ):
             await primary.look()
-            log.info("serving", listen=config.listen, metrics=metrics_listen, time_zone=time_zone)
+            log.info("serving", listen=config.listen, metrics=metrics_listen, time_zone=time_zone, tzdata=zones.VERSION)
             await stop.wait()
             await host.set_serving(False)
         await recorder.close()
@@ -139,10 +140,6 @@ def migrate_database(config: MigrateSettings) -> None:
     """Bring the database up to date, and fix the chain's time zone the first time."""
     with migrate.connect(config.database_url) as connection:
         migrate.migrate(connection, MIGRATIONS)
-        try:
-            connection.execute("SELECT now() AT TIME ZONE %s", [config.business_time_zone])
-        except psycopg.errors.InvalidParameterValue:
-            raise migrate.MigrationError(f"PostgreSQL knows no time zone {config.business_time_zone}") from None
         connection.execute(
             "INSERT INTO chain_settings (time_zone) VALUES (%s) ON CONFLICT DO NOTHING", [config.business_time_zone]
         )

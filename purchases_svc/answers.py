@@ -24,14 +24,14 @@ class Recorded(NamedTuple):
 Outcome = Recorded | Exception
 
 
-async def explain(connection: Connection, purchases: Sequence[Purchase], time_zone: str) -> list[Outcome | None]:
+async def explain(connection: Connection, purchases: Sequence[Purchase]) -> list[Outcome | None]:
     """Why purchases were not stored, by what is stored: replays first, since a stored sale also holds its receipt
     number. None for one that nothing speaks against any more.
     """
     holders = await stored.by_keys(connection, [purchase.sale.idempotency_key for purchase in purchases])
-    new = [purchase.sale for purchase in purchases if purchase.sale.idempotency_key not in holders]
-    unknown = await stored.unknown_customers(connection, new)
-    receipts = await stored.receipt_holders(connection, new, time_zone)
+    new = [purchase for purchase in purchases if purchase.sale.idempotency_key not in holders]
+    unknown = await stored.unknown_customers(connection, [purchase.sale for purchase in new])
+    receipts = await stored.receipt_holders(connection, new)
     if holders or receipts:
         await make_durable(connection)
 

@@ -17,13 +17,12 @@ from purchases_svc.sale import Purchase, rfc3339
 # LIMIT 1 makes each look-up a probe of the index, whatever the statistics say; nothing looks into all partitions.
 _INSERT: LiteralString = """
 WITH input AS MATERIALIZED (
-    SELECT r.n, r.register_customer, r.event, e.event_id, e.occurred_at, p.*,
-           (p.purchase_time AT TIME ZONE %(time_zone)s)::date AS business_day
+    SELECT r.n, r.register_customer, r.event, e.event_id, e.occurred_at, p.*
     FROM jsonb_to_recordset(%(rows)s::jsonb) AS r(n int, register_customer boolean, event jsonb)
     CROSS JOIN LATERAL jsonb_to_record(r.event) AS e(event_id uuid, occurred_at timestamptz, purchase jsonb)
     CROSS JOIN LATERAL jsonb_to_record(e.purchase) AS p(
         purchase_id uuid, receipt_id text, idempotency_key uuid, branch_id int, cashier_id int, pos_id text,
-        customer_id uuid, purchase_time timestamptz, total_amount numeric, items jsonb)
+        customer_id uuid, purchase_time timestamptz, business_day date, total_amount numeric, items jsonb)
 ), new_receipt AS (
     INSERT INTO receipts (branch_id, pos_id, business_day, receipt_id, purchase_id, purchase_time)
     SELECT branch_id, pos_id, business_day, receipt_id, purchase_id, purchase_time
@@ -49,9 +48,9 @@ WITH input AS MATERIALIZED (
     ON CONFLICT DO NOTHING
 ), new_purchase AS (
     INSERT INTO purchases (purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id, customer_id,
-                           purchase_time, total_amount, item_count, event_id, created_at)
+                           purchase_time, business_day, total_amount, item_count, event_id, created_at)
     SELECT purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id, customer_id,
-           purchase_time, total_amount, jsonb_array_length(items), event_id, occurred_at
+           purchase_time, business_day, total_amount, jsonb_array_length(items), event_id, occurred_at
     FROM accepted
 ), new_item AS (
     INSERT INTO purchase_items (purchase_id, purchase_time, product_id, qty, unit_price, line_total)
@@ -75,10 +74,10 @@ class Inserted(NamedTuple):
     relay_waits: bool  # a relay has nothing to do and wants to be told of new events
 
 
-async def insert(connection: Connection, purchases: Sequence[Purchase], time_zone: str) -> Inserted:
+async def insert(connection: Connection, purchases: Sequence[Purchase]) -> Inserted:
     """Store purchases with their events."""
     rows = f"[{','.join(_row(n, purchase) for n, purchase in enumerate(purchases))}]"
-    cursor = await connection.execute(_INSERT, {"rows": rows, "time_zone": time_zone}, prepare=True)
+    cursor = await connection.execute(_INSERT, {"rows": rows}, prepare=True)
     positions = {n for (n,) in await cursor.fetchall()}
     return Inserted(positions - {-1}, -1 in positions)
 
@@ -104,6 +103,6 @@ def event_json(purchase: Purchase) -> str:
         f',"occurred_at":"{rfc3339(purchase.created_at)}","purchase":{{"purchase_id":"{purchase.purchase_id}"'
         f',"receipt_id":{json_text(sale.receipt_id)},"idempotency_key":"{sale.idempotency_key}"'
         f',"branch_id":{sale.branch_id},"cashier_id":{sale.cashier_id},"pos_id":{json_text(sale.pos_id)},{customer}'
-        f'"purchase_time":"{rfc3339(sale.purchase_time)}","total_amount":{cents_text(sale.total_cents)}'
+        f'"purchase_time":"{rfc3339(sale.purchase_time)}","business_day":"{purchase.business_day}","total_amount":{cents_text(sale.total_cents)}'
         f',"items":[{items}]}}}}'
     )

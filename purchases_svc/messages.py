@@ -163,6 +163,7 @@ def answer(
     purchase.total_amount.value = wire.cents_text(sale.total_cents)
     for item, (_, cents) in zip(purchase.items, sale.items, strict=True):
         item.unit_price.value = item.line_total.value = wire.cents_text(cents)
+    purchase.business_day.CopyFrom(wire.date(stored.business_day))
     response.consistency_token = stored.event_id
     return response
 
@@ -186,6 +187,7 @@ def to_purchase(stored: Purchase) -> purchase_pb2.Purchase:
         customer_id=sale.customer_id,
         purchase_time=wire.timestamp(sale.purchase_time),
         create_time=wire.timestamp(stored.created_at),
+        business_day=wire.date(stored.business_day),
         total_amount=decimal_pb2.Decimal(value=wire.cents_text(sale.total_cents)),
     )
     add = result.items.add

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import psycopg
 import structlog
@@ -23,6 +24,7 @@ from uuid_utils import uuid7
 
 from chassis.errors import DatabaseUnavailable, TransactionConflict
 from chassis.postgres import Connection, Pool, patience
+from chassis.zones import business_day
 from purchases_svc import answers
 from purchases_svc.admission import Admission, Turns
 from purchases_svc.answers import Outcome, Recorded
@@ -62,7 +64,7 @@ class Recorder:
         partitions: Partitions,
         backlog: Backlog,
         *,
-        time_zone: str,
+        zone: ZoneInfo,
         batch_max: int,
         waiting_max: int,
         waiting_items_max: int,
@@ -70,11 +72,12 @@ class Recorder:
         retention_months: int = 0,
         standby_required: bool = False,
     ) -> None:
-        """`pool` has CONNECTIONS connections; `batch_max` sales go in one flush, which has `flush_timeout_s` for all
-        that may happen to it. `waiting_max` sales may be on their way, with `waiting_items_max` items in all.
+        """`pool` has CONNECTIONS connections; `zone` cuts business days. `batch_max` sales go in one flush, which has
+        `flush_timeout_s` for all that may happen to it. `waiting_max` sales may be on their way, with
+        `waiting_items_max` items in all.
         """
         self._pool, self._partitions, self._backlog = pool, partitions, backlog
-        self._time_zone, self._retention_months = time_zone, retention_months
+        self._zone, self._retention_months = zone, retention_months
         self._standby_required = standby_required
         self._batch_max, self._flush_timeout_s = batch_max, flush_timeout_s
         self._admission = Admission(waiting_max, waiting_items_max)
@@ -112,8 +115,9 @@ class Recorder:
         out_of_range, early = [], []  # as a rule none
         for place, sale in enumerate(sales):
             in_range = earliest <= sale.purchase_time <= latest
-            purchase_id = _id(sale.purchase_time if in_range else now)
-            entry = Entry(Purchase(purchase_id, _id(now), now, sale), call, place)
+            time = sale.purchase_time if in_range else now
+            # The one place in which a business day is decided: whoever needs it later reads what is stored.
+            entry = Entry(Purchase(_id(time), _id(now), now, business_day(time, self._zone), sale), call, place)
             if not in_range:
                 out_of_range.append(entry)
             elif not self._partitions.has(sale.purchase_time, now):
@@ -332,7 +336,7 @@ class Recorder:
 
     async def _store(self, batch: list[Entry]) -> None:
         async with self._connection() as connection:
-            inserted = await insert(connection, [entry.purchase for entry in batch], self._time_zone)  # commits
+            inserted = await insert(connection, [entry.purchase for entry in batch])  # commits
             await self._confirm(connection)
             for index, entry in enumerate(batch):
                 if index not in inserted.refused:
@@ -341,7 +345,7 @@ class Recorder:
                 self._relay_bell.ring()
             if inserted.refused:
                 refused = [batch[index] for index in inserted.refused]
-                outcomes = await answers.explain(connection, [entry.purchase for entry in refused], self._time_zone)
+                outcomes = await answers.explain(connection, [entry.purchase for entry in refused])
                 await self._confirm(connection)
                 for entry, outcome in zip(refused, outcomes, strict=True):
                     if outcome is not None:

@@ -56,6 +56,7 @@ class Purchase(NamedTuple):
     purchase_id: str
     event_id: str
     created_at: datetime.datetime
+    business_day: datetime.date  # of the sale's time; decided once, when it is recorded
     sale: Sale
 
 

@@ -5,6 +5,7 @@ import datetime
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from google.protobuf import message
 from uuid_utils import uuid7
@@ -44,11 +45,11 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         pool: Pool,
         export_pool: Pool,
         tokens: wire.PageTokens,
-        time_zone: str,
+        zone: ZoneInfo,
     ) -> None:
         """`export_pool` has a connection for each export that may run at once."""
         self._recorder, self._uploads = recorder, uploads
-        self._pool, self._tokens, self._time_zone = pool, tokens, time_zone
+        self._pool, self._tokens, self._zone = pool, tokens, zone
         self._export_pool, self._exports = export_pool, asyncio.Semaphore(export_pool.max_size)
 
     async def CreatePurchase(
@@ -126,18 +127,17 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
                 raise DatabaseUnavailable("a standby cannot tell what is recorded by now; ask the primary")
             rows = await stored.control_totals(
                 connection,
-                time_zone=self._time_zone,
                 first=first,
                 last=last,
                 branch_ids=request.branch_ids,
                 after=after,
                 limit=limit + 1,
             )
-            stored_range = await stored.stored_range(connection, self._time_zone)
-            read_at, complete_from = await stored.read_marks(connection, self._time_zone)
+            stored_range = await stored.stored_range(connection)
+            read_at, complete_from = await stored.read_marks(connection, self._zone)
         page = rows[:limit]
         response = purchases_service_pb2.ListControlTotalsResponse(
-            control_totals=map(_control_totals, page), time_zone=self._time_zone, read_time=wire.timestamp(read_at)
+            control_totals=map(_control_totals, page), time_zone=self._zone.key, read_time=wire.timestamp(read_at)
         )
         if len(rows) > limit:
             response.next_page_token = self._tokens.issue(request, [page[-1].day.isoformat(), page[-1].branch_id])
@@ -173,12 +173,12 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         assert first and last
         asked = [customer_id for customer_id in customer_ids if customer_id]
         async with self._exporting() as connection:
-            bounds = await stored.stored_range(connection, self._time_zone)
+            bounds = await stored.stored_range(connection)
             if bounds is None:
                 return
             day = max(first, bounds[0])  # a range may be as long as the calendar; only what is stored takes time
             while day <= min(last, bounds[1]):
-                async with aclosing(stored.export_day(connection, day, self._time_zone, asked)) as purchases:
+                async with aclosing(stored.export_day(connection, day, asked)) as purchases:
                     async for purchase in purchases:
                         yield purchases_service_pb2.ExportPurchasesResponse(
                             event_id=purchase.event_id, purchase=messages.to_purchase(purchase)

@@ -2,11 +2,14 @@
 
 import datetime
 from collections.abc import AsyncGenerator, Sequence
+from functools import cache
 from typing import Any, LiteralString, NamedTuple
+from zoneinfo import ZoneInfo
 
 from chassis.migrate import MigrationError
 from chassis.postgres import Connection, make_durable
 from chassis.wire import parse_cents
+from chassis.zones import business_day
 from purchases_svc.sale import Item, Purchase, Sale
 
 ROLE = "purchases_service"  # that the service acts as; see the migrations
@@ -17,7 +20,7 @@ EXPORT_CHUNK = 200  # purchases fetched at a time; their items come with them
 
 _COLUMNS: LiteralString = """
     p.purchase_id::text, p.event_id::text, p.created_at, p.idempotency_key::text, p.receipt_id, p.branch_id,
-    p.cashier_id, p.pos_id, p.customer_id::text, p.purchase_time, p.total_amount::text, p.item_count
+    p.cashier_id, p.pos_id, p.customer_id::text, p.purchase_time, p.business_day, p.total_amount::text, p.item_count
 """
 
 
@@ -121,7 +124,7 @@ async def page(
 
 
 async def export_day(
-    connection: Connection, day: datetime.date, time_zone: str, customer_ids: Sequence[str]
+    connection: Connection, day: datetime.date, customer_ids: Sequence[str]
 ) -> AsyncGenerator[Purchase, None]:
     """The purchases of one business day by time, all from one snapshot; only those customers' if there are any."""
     async with connection.transaction():
@@ -129,13 +132,13 @@ async def export_day(
         async with connection.cursor(name="export") as cursor:
             await cursor.execute(
                 f"SELECT {_COLUMNS} FROM purchases p"
-                " WHERE p.purchase_time >= %(day)s::date::timestamp AT TIME ZONE %(zone)s"
-                "   AND p.purchase_time < (%(day)s::date + 1)::timestamp AT TIME ZONE %(zone)s"
+                " WHERE p.business_day = %(day)s"
+                "   AND p.purchase_time >= (%(day)s::date - 1)::timestamptz"  # prunes partitions
+                "   AND p.purchase_time < (%(day)s::date + 2)::timestamptz"
                 "   AND (%(everybody)s OR p.customer_id = ANY(%(customer_ids)s::uuid[]))"
                 " ORDER BY p.purchase_time, p.purchase_id",
                 {
                     "day": day,
-                    "zone": time_zone,
                     "everybody": not customer_ids,
                     "customer_ids": list(customer_ids),
                 },
@@ -162,11 +165,25 @@ async def _with_items(connection: Connection, rows: Sequence[tuple[Any, ...]]) -
 
 
 def _purchase(row: tuple[Any, ...], items: tuple[Item, ...]) -> Purchase:
-    purchase_id, event_id, created_at, key, receipt_id, branch_id, cashier_id, pos_id, customer_id, time, total, _ = row
+    (
+        purchase_id,
+        event_id,
+        created_at,
+        key,
+        receipt_id,
+        branch_id,
+        cashier_id,
+        pos_id,
+        customer_id,
+        time,
+        day,
+        total,
+        _,
+    ) = row
     sale = Sale(
         key, receipt_id, branch_id, cashier_id, pos_id, customer_id, time, _cents(total), items, register_customer=False
     )
-    return Purchase(purchase_id, event_id, created_at, sale)
+    return Purchase(purchase_id, event_id, created_at, day, sale)
 
 
 def _cents(amount: str) -> int:
@@ -186,25 +203,24 @@ async def unknown_customers(connection: Connection, sales: Sequence[Sale]) -> se
     return asked - {customer_id for (customer_id,) in await cursor.fetchall()}
 
 
-async def receipt_holders(connection: Connection, sales: Sequence[Sale], time_zone: str) -> dict[str, str]:
-    """Which purchases have the sales' receipt numbers on their branch, till and business day; by the sale's key."""
-    if not sales:
+async def receipt_holders(connection: Connection, purchases: Sequence[Purchase]) -> dict[str, str]:
+    """Which purchases have these ones' receipt numbers on their branch, till and business day; by the sale's key."""
+    if not purchases:
         return {}
+    sales = [purchase.sale for purchase in purchases]
     cursor = await connection.execute(
         """
         SELECT sale.key, r.purchase_id::text
         FROM unnest(%(keys)s::text[], %(branches)s::int[], %(tills)s::text[], %(receipts)s::text[],
-                    %(times)s::timestamptz[]) AS sale(key, branch_id, pos_id, receipt_id, purchase_time)
-        JOIN receipts r ON r.branch_id = sale.branch_id AND r.pos_id = sale.pos_id AND r.receipt_id = sale.receipt_id
-                       AND r.business_day = (sale.purchase_time AT TIME ZONE %(zone)s)::date
+                    %(days)s::date[]) AS sale(key, branch_id, pos_id, receipt_id, business_day)
+        JOIN receipts r USING (branch_id, pos_id, receipt_id, business_day)
         """,
         {
             "keys": [sale.idempotency_key for sale in sales],
             "branches": [sale.branch_id for sale in sales],
             "tills": [sale.pos_id for sale in sales],
             "receipts": [sale.receipt_id for sale in sales],
-            "times": [sale.purchase_time for sale in sales],
-            "zone": time_zone,
+            "days": [purchase.business_day for purchase in purchases],
         },
     )
     return dict(await cursor.fetchall())
@@ -213,7 +229,6 @@ async def receipt_holders(connection: Connection, sales: Sequence[Sale], time_zo
 async def control_totals(
     connection: Connection,
     *,
-    time_zone: str,
     first: datetime.date,
     last: datetime.date,
     branch_ids: Sequence[int],
@@ -223,19 +238,16 @@ async def control_totals(
     """Sums per business day and branch, from the purchases' own counts."""
     cursor = await connection.execute(
         """
-        SELECT day, branch_id, count(*), count(customer_id), sum(item_count), sum(total_amount)::text
-        FROM (
-            SELECT (purchase_time AT TIME ZONE %(zone)s)::date AS day, branch_id, customer_id, item_count, total_amount
-            FROM purchases
-            WHERE purchase_time >= %(start)s::date::timestamp AT TIME ZONE %(zone)s
-              AND purchase_time < (%(last)s::date + 1)::timestamp AT TIME ZONE %(zone)s
-              AND (%(all_branches)s OR branch_id = ANY(%(branch_ids)s))
-        ) AS purchase
-        WHERE (day, branch_id) > (%(after_day)s, %(after_branch)s)
-        GROUP BY day, branch_id ORDER BY day, branch_id LIMIT %(limit)s
+        SELECT business_day, branch_id, count(*), count(customer_id), sum(item_count), sum(total_amount)::text
+        FROM purchases
+        WHERE business_day BETWEEN %(start)s AND %(last)s
+          AND purchase_time >= (%(start)s::date - 1)::timestamptz -- prunes partitions
+          AND purchase_time < (%(last)s::date + 2)::timestamptz
+          AND (%(all_branches)s OR branch_id = ANY(%(branch_ids)s))
+          AND (business_day, branch_id) > (%(after_day)s, %(after_branch)s)
+        GROUP BY business_day, branch_id ORDER BY business_day, branch_id LIMIT %(limit)s
         """,
         {
-            "zone": time_zone,
             "start": max(first, after[0]) if after else first,
             "last": last,
             "all_branches": not branch_ids,
@@ -248,29 +260,33 @@ async def control_totals(
     return [ControlTotals(*row) for row in await cursor.fetchall()]
 
 
-async def stored_range(connection: Connection, time_zone: str) -> tuple[datetime.date, datetime.date] | None:
-    """The business days of the earliest and the latest purchase; None when there is none."""
-    cursor = await connection.execute(
-        "SELECT (min(purchase_time) AT TIME ZONE %(zone)s)::date, (max(purchase_time) AT TIME ZONE %(zone)s)::date"
-        " FROM purchases",
-        {"zone": time_zone},
-    )
+async def stored_range(connection: Connection) -> tuple[datetime.date, datetime.date] | None:
+    """The first and the last business day with a purchase; None when there is none."""
+    cursor = await connection.execute("SELECT min(business_day), max(business_day) FROM purchases")
     row = await cursor.fetchone()
     return (row[0], row[1]) if row and row[0] else None
 
 
-async def read_marks(connection: Connection, time_zone: str) -> tuple[datetime.datetime, datetime.date | None]:
+async def read_marks(connection: Connection, zone: ZoneInfo) -> tuple[datetime.datetime, datetime.date | None]:
     """The time by now, after whatever was read before; and the first business day of which nothing was dropped."""
     cursor = await connection.execute(
-        """
-        SELECT clock_timestamp(), cut::date + (cut > cut::date)::int
-        FROM chain_settings, nullif(dropped_before, '2000-01-01') AS dropped, -- its default: nothing was
-            timezone(%s, timezone('UTC', dropped::timestamp)) AS cut
-        """,
-        [time_zone],
+        # its default: nothing was
+        "SELECT clock_timestamp(), nullif(dropped_before, '2000-01-01') FROM chain_settings"
     )
-    ((read_at, complete_from),) = await cursor.fetchall()
-    return read_at, complete_from
+    ((read_at, dropped_before),) = await cursor.fetchall()
+    return read_at, first_day_from(dropped_before, zone) if dropped_before else None
+
+
+@cache
+def first_day_from(month: datetime.date, zone: ZoneInfo) -> datetime.date:
+    """The first business day of which no moment is before that month (UTC).
+
+    The last moment before need not lie on the last of these days: clocks may have been set back over midnight, which
+    they are at whole minutes.
+    """
+    start = datetime.datetime.combine(month, datetime.time(), datetime.UTC)
+    before = (start - n * datetime.timedelta(minutes=1) - datetime.timedelta.resolution for n in range(24 * 60))
+    return max(business_day(moment, zone) for moment in before) + datetime.timedelta(days=1)
 
 
 async def customer(connection: Connection, customer_id: str) -> datetime.datetime | None:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from zoneinfo import ZoneInfo
 
 import structlog
 
@@ -20,7 +19,7 @@ from analytics_svc.proof.keeper import KEEPER_SESSION, Keeper
 from analytics_svc.settings import ConsumeSettings
 from analytics_svc.upstream import SERVICE_CONFIG, source
 from analytics_svc.upstream.outbox import Outbox
-from chassis import grpc_client, grpc_server, lifecycle, postgres
+from chassis import grpc_client, grpc_server, lifecycle, postgres, zones
 from chassis.wire import PageTokens
 from retail.analytics.v1 import audit_service_pb2_grpc as audit_grpc
 from retail.analytics.v1 import quarantine_service_pb2_grpc as quarantine_grpc
@@ -39,7 +38,7 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
     """Keep the read models until `stop`, then finish the batch in flight."""
     host = grpc_server.Server(database.DOMAIN)
     health = Health(host.set_serving, {"deliveries", "database"})
-    zone = ZoneInfo(config.business_time_zone)
+    zone = zones.load(config.business_time_zone)
     async with (
         _pool(config, "consume", CONSUMER_CONNECTIONS) as pool,
         _pool(config, "upkeep", UPKEEP_CONNECTIONS) as upkeep_pool,

@@ -1,7 +1,5 @@
 """`python -m analytics_svc rebuild [--days-only]`: the read models from the recorded purchases, while all goes on."""
 
-from zoneinfo import ZoneInfo
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -9,13 +7,13 @@ from analytics_svc.proof import rebuild
 from analytics_svc.settings import RebuildSettings
 from analytics_svc.upstream import SERVICE_CONFIG, source
 from analytics_svc.upstream.outbox import Outbox
-from chassis import grpc_client
+from chassis import grpc_client, zones
 from chassis.errors import ServiceError
 
 
 async def run(config: RebuildSettings, *, days_only: bool, console: Console) -> int:
     """Rebuild and tell what was wrong; returns the exit code: 0 when it is done, 1 when nothing was changed."""
-    zone = ZoneInfo(config.business_time_zone)
+    zone = zones.load(config.business_time_zone)
     columns = (
         TextColumn("days"),
         BarColumn(),

@@ -8,7 +8,8 @@ floating point sees them.
 
 import json
 import re
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from datetime import UTC, date, datetime, timedelta
 from decimal import Context, Decimal, Inexact, InvalidOperation
 from typing import Any, NoReturn
 from zoneinfo import ZoneInfo
@@ -16,6 +17,7 @@ from zoneinfo import ZoneInfo
 from analytics_svc.errors import Rejected, quoted
 from analytics_svc.purchase import PRODUCT_ID_MAX, Item, PurchaseCreated
 from chassis.wire import parse_cents
+from chassis.zones import business_day
 
 EVENT_TYPE = "PurchaseCreated"
 SCHEMA_VERSION = 1
@@ -29,6 +31,7 @@ WHOLE_MAX = 10**16  # an amount stays below it
 # No purchase is of another time: the purchases service refuses it. The slack is for clocks that differ.
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 AHEAD_MAX = timedelta(days=367)
+ZONES_MAX = timedelta(days=1)  # between the days that two clocks show at one time
 
 # Reasons. Programs and people select by them, so they never change.
 TOO_LARGE = "TOO_LARGE"
@@ -104,8 +107,20 @@ def _purchase(event_id: str, purchase: Any, zone: ZoneInfo) -> PurchaseCreated:
     if not EARLIEST <= purchase_time <= datetime.now(UTC) + AHEAD_MAX:
         rule = f"must be from {EARLIEST.date()} to {AHEAD_MAX.days} days ahead"
         _wrong("purchase.purchase_time", rule, get("purchase_time"))
-    day = purchase_time.astimezone(zone).date()
+    day = _business_day(get("business_day"), purchase_time, zone)
     return PurchaseCreated(event_id, day, purchase_time, branch_id, customer_id, cents, items, purchase_id)
+
+
+def _business_day(value: Any, purchase_time: datetime, zone: ZoneInfo) -> date:
+    """The producer's word; without it (or with null), the day that we make of the time."""
+    if value is None:
+        return business_day(purchase_time, zone)
+    if type(value) is str and _DATE.fullmatch(value):
+        with suppress(ValueError):
+            day = date.fromisoformat(value)
+            if abs(day - purchase_time.date()) <= ZONES_MAX:
+                return day
+    _wrong("purchase.business_day", "must be a day such as 2026-01-06, at most one from purchase_time's", value)
 
 
 def _items(items: Any) -> list[Item]:
@@ -157,6 +172,7 @@ def _constant(name: str) -> NoReturn:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_Number, parse_constant=_constant)
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?(?:Z|[+-][0-9]{2}:[0-9]{2})")
 
 

@@ -33,7 +33,7 @@ async def prove_day(pool: Pool, source: Source, day: date) -> Comparison | None:
     before = await source.control_totals(day, day)
     if sum(row.purchases for row in before.totals.values()) > PURCHASES_MAX:
         return None
-    snapshot = await _read_day(pool, day, all_logged=bool(await logged_days(pool, [day])))
+    snapshot = await _read_day(pool, source, day, all_logged=bool(await logged_days(pool, [day])))
     truth = _Truth(snapshot)
     async with aclosing(source.export(day, day)) as chunks:  # type: ignore[type-var]
         async for chunk in chunks:
@@ -114,7 +114,7 @@ def _of_branch(sums: Counter[tuple[int, int]], branch_id: int) -> Totals:
     return Totals(*(sums[branch_id, column] for column in range(len(Totals._fields))))
 
 
-async def _read_day(pool: Pool, day: date, *, all_logged: bool) -> _Day:
+async def _read_day(pool: Pool, source: Source, day: date, *, all_logged: bool) -> _Day:
     async with pool.connection() as connection, connection.transaction():
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         totals = await read_totals(connection, day, day)
@@ -123,9 +123,8 @@ async def _read_day(pool: Pool, day: date, *, all_logged: bool) -> _Day:
         )
         last_visits = await connection.execute(
             """
-            SELECT customer_id::text, branch_id, last_purchase_at FROM analytics_settings, customer_loyalty
-            WHERE last_purchase_at >= timezone(time_zone, %(day)s::date::timestamp)
-                AND last_purchase_at < timezone(time_zone, (%(day)s::date + 1)::timestamp)
+            SELECT customer_id::text, branch_id, last_purchase_at FROM customer_loyalty
+            WHERE last_purchase_at >= %(day)s::date - 1 AND last_purchase_at < %(day)s::date + 2 -- it lies in there
             """,
             {"day": day},
         )
@@ -142,7 +141,11 @@ async def _read_day(pool: Pool, day: date, *, all_logged: bool) -> _Day:
         return _Day(
             totals,
             {(branch, product): (qty, _cents(revenue)) for branch, product, qty, revenue in await products.fetchall()},
-            {(customer, branch): last for customer, branch, last in await last_visits.fetchall()},
+            {
+                (customer, branch): last
+                for customer, branch, last in await last_visits.fetchall()
+                if source.day_of(last) == day
+            },
             {event_id for (event_id,) in await logged.fetchall()} if all_logged else None,
             {event_id for (event_id,) in await quarantined.fetchall()},
             await complete_through(connection),

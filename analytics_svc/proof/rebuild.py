@@ -89,7 +89,7 @@ async def rebuild_day(url: str, source: Source, day: date) -> DayRebuilt:
             await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             while events := await tail.take(connection, TAIL_CHUNK):
                 await count(connection, [event for event in events if event.day == day])
-            wrong = await repair.wrong_customers(connection, day)
+            wrong = await repair.wrong_customers(connection, day, source.day_of)
         # Asked only now: what left the tail above was recorded before, on whatever day, and so is in this export.
         recorded = await source.control_totals(day, day)
         customers = wrong if len(wrong) <= CUSTOMERS_MAX and not complete_from else []

@@ -3,8 +3,8 @@
 Every function takes the rebuild's connection and commits nothing.
 """
 
-from collections.abc import Sequence
-from datetime import date
+from collections.abc import Callable, Sequence
+from datetime import date, datetime
 from typing import LiteralString, NamedTuple
 
 from analytics_svc.proof import read_models
@@ -21,7 +21,7 @@ class Foreign(NamedTuple):
     event_ids: list[str]  # some of them
 
 
-async def wrong_customers(connection: Connection, day: date) -> list[str]:
+async def wrong_customers(connection: Connection, day: date, day_of: Callable[[datetime], date]) -> list[str]:
     """Customers whose rows contradict each other, or what they bought on that day."""
     cursor = await connection.execute(
         """
@@ -37,18 +37,22 @@ async def wrong_customers(connection: Connection, day: date) -> list[str]:
         LEFT JOIN public.customer_loyalty AS stored USING (customer_id, branch_id)
         WHERE stored.last_purchase_at IS NULL OR stored.last_purchase_at < fresh.last_purchase_at
             OR stored.purchases_count < fresh.purchases_count
-        UNION
-        -- Who came last on that day came then as often as the day says, and at no other time.
-        SELECT customer_id::text
-        FROM analytics_settings, public.customer_loyalty AS stored
+        """
+    )
+    wrong = {customer_id for (customer_id,) in await cursor.fetchall()}
+    # Who came last on that day came then as often as the day says, and at no other time.
+    cursor = await connection.execute(
+        """
+        SELECT customer_id::text, stored.last_purchase_at
+        FROM public.customer_loyalty AS stored
         LEFT JOIN pg_temp.customer_loyalty AS fresh USING (customer_id, branch_id)
-        WHERE stored.last_purchase_at >= timezone(time_zone, %(day)s::date::timestamp)
-            AND stored.last_purchase_at < timezone(time_zone, (%(day)s::date + 1)::timestamp)
+        WHERE stored.last_purchase_at >= %(day)s::date - 1 AND stored.last_purchase_at < %(day)s::date + 2
             AND stored.last_purchase_at IS DISTINCT FROM fresh.last_purchase_at
         """,
         {"day": day},
     )
-    return [customer_id for (customer_id,) in await cursor.fetchall()]
+    wrong |= {customer_id for customer_id, last in await cursor.fetchall() if day_of(last) == day}
+    return sorted(wrong)
 
 
 async def _wrong_products(connection: Connection) -> set[int]:

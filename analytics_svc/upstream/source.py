@@ -15,6 +15,7 @@ from analytics_svc.errors import PurchasesUnavailable, TimeZonesDiffer
 from analytics_svc.purchase import Item, PurchaseCreated
 from analytics_svc.upstream import SERVICE_CONFIG
 from chassis import grpc_client, wire
+from chassis.zones import business_day
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 
@@ -53,7 +54,11 @@ class Source:
 
     def today(self) -> date:
         """The business day that it is now."""
-        return datetime.now(self._zone).date()
+        return self.day_of(datetime.now(UTC))
+
+    def day_of(self, moment: datetime) -> date:
+        """The business day on which a purchase of that moment was recorded."""
+        return business_day(moment, self._zone)
 
     async def control_totals(self, first: date, last: date) -> Recorded:
         """Sums by business day and branch, of 31 days at most.
@@ -102,7 +107,7 @@ class Source:
         chunk: list[PurchaseCreated] = []
         try:
             async for reply in call:
-                chunk.append(self._event(reply.event_id, reply.purchase))
+                chunk.append(_event(reply.event_id, reply.purchase))
                 if len(chunk) == CHUNK:
                     yield chunk
                     chunk = []
@@ -113,25 +118,26 @@ class Source:
         if chunk:
             yield chunk
 
-    def _event(self, event_id: str, purchase: purchase_pb2.Purchase) -> PurchaseCreated:
-        purchase_time = purchase.purchase_time.ToDatetime(UTC)
-        return PurchaseCreated(
-            event_id,
-            purchase_time.astimezone(self._zone).date(),
-            purchase_time,
-            purchase.branch_id,
-            purchase.customer_id or None,
-            _cents(purchase.total_amount.value),
-            [Item(item.product_id, item.quantity, _cents(item.line_total.value)) for item in purchase.items],
-            purchase.purchase_id,
-        )
-
 
 @asynccontextmanager
 async def connect(target: str, zone: ZoneInfo) -> AsyncIterator[Source]:
     """A source at `target`, which need not be up yet."""
     async with grpc_client.connect(target, SERVICE_CONFIG) as channel:
         yield Source(channel, zone)
+
+
+def _event(event_id: str, purchase: purchase_pb2.Purchase) -> PurchaseCreated:
+    purchase_time = purchase.purchase_time.ToDatetime(UTC)
+    return PurchaseCreated(
+        event_id,
+        _day(purchase.business_day),
+        purchase_time,
+        purchase.branch_id,
+        purchase.customer_id or None,
+        _cents(purchase.total_amount.value),
+        [Item(item.product_id, item.quantity, _cents(item.line_total.value)) for item in purchase.items],
+        purchase.purchase_id,
+    )
 
 
 def _unavailable(error: grpc.aio.AioRpcError) -> PurchasesUnavailable:

@@ -51,8 +51,9 @@ WITH sale AS MATERIALIZED (
     FROM sale
 ), new_purchase AS (
     INSERT INTO purchases (purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id, purchase_time,
-                           total_amount, item_count, event_id, created_at)
-    SELECT purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, 'POS-3', purchase_time, 142.50, 3,
+                           business_day, total_amount, item_count, event_id, created_at)
+    SELECT purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, 'POS-3', purchase_time,
+           (purchase_time AT TIME ZONE 'UTC')::date, 142.50, 3,
            event_id, purchase_time
     FROM sale
 ), new_item AS (

@@ -9,7 +9,7 @@ select uuidv7() as pid, gen_random_uuid() as ik, uuidv7() as ev, cast(gen_random
 begin;
 insert into idempotency_keys values (:ik, :pid, :t, :ev);
 insert into receipts values (:b, 'POS-3', 'DAY', :rid, :pid, :t);
-insert into purchases (purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id, customer_id, purchase_time, total_amount, item_count, event_id) values (:pid, :rid, :ik, :b, :c, 'POS-3', null, :t, 142.50, 3, :ev);
+insert into purchases (purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id, customer_id, purchase_time, business_day, total_amount, item_count, event_id) values (:pid, :rid, :ik, :b, :c, 'POS-3', null, :t, 'DAY', 142.50, 3, :ev);
 insert into purchase_items (purchase_id, purchase_time, product_id, qty, unit_price, line_total) values (:pid, :t, :p, 1, 8.9, 8.9), (:pid, :t, :p + 1, 1, 8.9, 8.9), (:pid, :t, :p + 2, 1, 124.7, 124.7);
 insert into outbox_events (event_id, event_type, aggregate_id, occurred_at, payload_json) values (:ev, 'PurchaseCreated', :pid, now(), '{"event_id":"x","event_type":"PurchaseCreated","occurred_at":"2026-01-06T10:15:00Z","purchase":{"purchase_id":"u","receipt_id":"123456","idempotency_key":"u","branch_id":1,"cashier_id":17,"pos_id":"POS-3","purchase_time":"2026-01-06T10:14:59Z","total_amount":142.50,"items":[{"product_id":1001,"qty":1,"unit_price":8.9},{"product_id":2007,"qty":1,"unit_price":124.7}]}}');
 commit;

@@ -52,7 +52,7 @@ def questions(last: datetime.date, customers: list[str]) -> list[Question]:
             "ListDailySales",
             lambda: pb.ListDailySalesRequest(**days),
             f"""
-            SELECT (purchase_time AT TIME ZONE 'UTC')::date, branch_id, sum(total_amount), sum(item_count), count(*),
+            SELECT business_day, branch_id, sum(total_amount), sum(item_count), count(*),
                 count(customer_id)
             FROM purchases WHERE {in_days} GROUP BY 1, 2 ORDER BY 1, 2 LIMIT 500
             """,
@@ -63,7 +63,7 @@ def questions(last: datetime.date, customers: list[str]) -> list[Question]:
             "ListProductSales",
             lambda: pb.ListProductSalesRequest(branch_ids=[branch()], **days),
             f"""
-            SELECT (purchase_time AT TIME ZONE 'UTC')::date, branch_id, product_id, sum(qty), sum(line_total)
+            SELECT business_day, branch_id, product_id, sum(qty), sum(line_total)
             FROM purchases JOIN purchase_items USING (purchase_id, purchase_time)
             WHERE {in_days} AND branch_id = %(branch_id)s GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 LIMIT 500
             """,

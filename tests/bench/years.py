@@ -37,9 +37,9 @@ WITH sale AS MATERIALIZED (
     CROSS JOIN LATERAL (SELECT n * {ITEMS} + item + 0 * branch_id AS place) AS p
 ), new_purchase AS (
     INSERT INTO purchases (purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id, customer_id,
-        purchase_time, total_amount, item_count, event_id, created_at)
-    SELECT purchase_id, n, gen_random_uuid(), branch_id, 17, 'POS-3', customer_id, purchase_time, sum(price),
-        count(*), purchase_id, purchase_time
+        purchase_time, business_day, total_amount, item_count, event_id, created_at)
+    SELECT purchase_id, n, gen_random_uuid(), branch_id, 17, 'POS-3', customer_id, purchase_time,
+        (purchase_time AT TIME ZONE 'UTC')::date, sum(price), count(*), purchase_id, purchase_time
     FROM line GROUP BY purchase_id, n, branch_id, customer_id, purchase_time
 )
 INSERT INTO purchase_items (purchase_id, purchase_time, product_id, qty, unit_price, line_total)
@@ -49,13 +49,13 @@ SELECT purchase_id, purchase_time, product_id, 1, price, price FROM line
 # What the read models by day hold, and the customers; in the order of their keys.
 _COPIES = {
     "product_sales_daily (day, branch_id, product_id, qty_sum, revenue_sum)": """
-        SELECT (purchase_time AT TIME ZONE 'UTC')::date, branch_id, product_id, sum(qty), sum(line_total)
+        SELECT business_day, branch_id, product_id, sum(qty), sum(line_total)
         FROM purchases JOIN purchase_items USING (purchase_id, purchase_time)
         WHERE purchase_time >= %(first)s AND purchase_time < %(next)s GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
         """,
     "daily_sales_by_branch"
     " (day, branch_id, revenue_sum, items_sum, purchases_count, purchases_with_customer_count)": """
-        SELECT (purchase_time AT TIME ZONE 'UTC')::date, branch_id, sum(total_amount), sum(item_count), count(*),
+        SELECT business_day, branch_id, sum(total_amount), sum(item_count), count(*),
             count(customer_id)
         FROM purchases WHERE purchase_time >= %(first)s AND purchase_time < %(next)s GROUP BY 1, 2 ORDER BY 1, 2
         """,

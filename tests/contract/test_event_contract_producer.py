@@ -28,7 +28,9 @@ def purchase(**changes: object) -> Purchase:
         items=(Item(1001, 890), Item(2007, 12_470)),
         register_customer=False,
     )._replace(**changes)  # type: ignore[arg-type]
-    return Purchase("019b92cd-7cb8-7a11-9c44-5e8f00d2b3a6", "019b92cd-80a0-7c3e-8f5a-2b6d1c0e4f77", MOMENT, sale)
+    return Purchase(
+        "019b92cd-7cb8-7a11-9c44-5e8f00d2b3a6", "019b92cd-80a0-7c3e-8f5a-2b6d1c0e4f77", MOMENT, MOMENT.date(), sale
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,4 @@ def test_event_keeps_the_schema(changes: dict[str, object]) -> None:
     assert event["purchase"]["total_amount"] * 100 == stored.sale.total_cents
     assert [(i["product_id"], i["unit_price"] * 100) for i in event["purchase"]["items"]] == list(stored.sale.items)
     assert event["purchase"].get("customer_id") == stored.sale.customer_id
+    assert event["purchase"]["business_day"] == stored.business_day.isoformat()

@@ -11,6 +11,7 @@ import grpc
 import psycopg
 import pytest
 
+from chassis import zones
 from chassis.postgres import Pool
 from purchases_svc import record
 from purchases_svc.backlog import Backlog
@@ -279,7 +280,7 @@ async def _answer(call: Any) -> None:
 def make_recorder(opened: Pool, partitions: Partitions, batch_max: int = 500, **more: Any) -> Recorder:
     backlog = more.pop("backlog", Backlog(opened, 0))
     limits = {"batch_max": batch_max, "waiting_max": 10_000, "waiting_items_max": 100_000, "flush_timeout_s": 10.0}
-    return Recorder(opened, partitions, backlog, time_zone="UTC", **{**limits, **more})
+    return Recorder(opened, partitions, backlog, zone=zones.load("UTC"), **{**limits, **more})
 
 
 def stored_sale(**changes: Any) -> Sale:
@@ -334,9 +335,9 @@ async def test_known_key_is_answered_before_the_time_is_checked(purchases_db: st
         partitions = Partitions(opened)
         await partitions.ensure([future.date()], [EARLIEST.replace(year=2026).date()])
         created = EARLIEST.replace(year=2026)
-        purchase = Purchase(record._id(future), record._id(created), created, late)
+        purchase = Purchase(record._id(future), record._id(created), created, future.date(), late)
         async with opened.connection() as connection:
-            assert (await insert(connection, [purchase], "UTC")).refused == set()
+            assert (await insert(connection, [purchase])).refused == set()
         recorder = make_recorder(opened, partitions, batch_max=10)
         assert (await recorder.record(late)).purchase.purchase_id == purchase.purchase_id
         with pytest.raises(IdempotencyKeyReused):

@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from chassis import postgres
+from chassis import postgres, zones
 from chassis.errors import Overloaded, TransactionConflict
 from purchases_svc import record
 from purchases_svc.admission import SHARE_SALES_MIN, Turns
@@ -47,7 +47,7 @@ async def recording(url: str, flush_timeout_s: float = 30.0, **limits: int) -> A
         await partitions.look_ahead()
         most: dict[str, Any] = {"waiting_max": 20_000, "waiting_items_max": 400_000, "batch_max": 500, **limits}
         recorder = Recorder(
-            opened, partitions, Backlog(opened, 0), time_zone="UTC", flush_timeout_s=flush_timeout_s, **most
+            opened, partitions, Backlog(opened, 0), zone=zones.load("UTC"), flush_timeout_s=flush_timeout_s, **most
         )
         yield recorder
         await recorder.close()
@@ -236,7 +236,7 @@ def test_callers_take_turns() -> None:
 
 def _entry(call: Call, place: int) -> Entry:
     now = datetime.now(UTC)
-    return Entry(Purchase(str(uuid.uuid4()), str(uuid.uuid4()), now, sale()), call, place)
+    return Entry(Purchase(str(uuid.uuid4()), str(uuid.uuid4()), now, now.date(), sale()), call, place)
 
 
 def test_share_holds_what_an_upload_has_in_flight() -> None:

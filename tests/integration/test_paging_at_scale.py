@@ -36,11 +36,11 @@ async def reading(purchases_db: str) -> AsyncIterator[Pool]:
                 FROM generate_series(0, %(rows)s - 1) AS n
             ), purchase AS (
                 INSERT INTO purchases (purchase_id, receipt_id, idempotency_key, branch_id, cashier_id, pos_id,
-                                       customer_id, purchase_time, total_amount, item_count, event_id)
+                                       customer_id, purchase_time, business_day, total_amount, item_count, event_id)
                 SELECT overlay(uuid7_floor(t)::text PLACING right(md5(n::text), 12) FROM 25)::uuid, n::text,
                        gen_random_uuid(), 1 + n %% %(branches)s, 1, 'POS-1',
                        CASE WHEN n %% (%(rows)s / %(loyal)s) = 0 THEN %(customer)s::uuid END,
-                       t, 1, 1, gen_random_uuid()
+                       t, t::date, 1, 1, gen_random_uuid()
                 FROM sold RETURNING purchase_id, purchase_time
             )
             INSERT INTO purchase_items (purchase_id, purchase_time, product_id, qty, unit_price, line_total)

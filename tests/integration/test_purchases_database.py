@@ -101,9 +101,9 @@ async def test_items_and_purchases_are_bound(purchases_db: str) -> None:
         with pytest.raises(psycopg.errors.ForeignKeyViolation):
             await connection.execute(f"{insert} VALUES ({purchase}, 1, 1, 5, 5)")
         await connection.execute(
-            "INSERT INTO purchases (purchase_id, purchase_time, receipt_id, idempotency_key, branch_id, cashier_id,"
-            f" pos_id, total_amount, item_count, event_id) VALUES ({purchase}, 'R', gen_random_uuid(), 1, 1, 'P', 5, 1,"
-            " gen_random_uuid())"
+            "INSERT INTO purchases (purchase_id, purchase_time, business_day, receipt_id, idempotency_key, branch_id,"
+            f" cashier_id, pos_id, total_amount, item_count, event_id) VALUES ({purchase}, '2026-03-01', 'R',"
+            " gen_random_uuid(), 1, 1, 'P', 5, 1, gen_random_uuid())"
         )
         await connection.execute(f"{insert} VALUES ({purchase}, 1, 1, 5, 5)")
         with pytest.raises(psycopg.errors.UniqueViolation):

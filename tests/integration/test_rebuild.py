@@ -66,6 +66,8 @@ class Meanwhile:
     def __init__(self, source: Source, number: int, happen: Callable[[], Awaitable[None]]) -> None:
         self.export, self._source, self._left, self._happen = source.export, source, number, happen
 
+        self.day_of = source.day_of
+
     async def control_totals(self, first: date, last: date) -> Recorded:
         recorded = await self._source.control_totals(first, last)
         self._left -= 1

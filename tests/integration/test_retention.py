@@ -106,10 +106,10 @@ async def test_sale_that_commits_while_retention_looks(opened: Pool, purchases_d
     old = month_ago(5)
     with psycopg.connect(purchases_db) as writer:
         writer.execute(
-            "INSERT INTO purchases (purchase_id, purchase_time, receipt_id, idempotency_key, branch_id, cashier_id,"
-            " pos_id, total_amount, item_count, event_id)"
-            " VALUES (gen_random_uuid(), %s, 'R', gen_random_uuid(), 1, 1, 'P', 5, 1, gen_random_uuid())",
-            [old],
+            "INSERT INTO purchases (purchase_id, purchase_time, business_day, receipt_id, idempotency_key,"
+            " branch_id, cashier_id, pos_id, total_amount, item_count, event_id)"
+            " VALUES (gen_random_uuid(), %s, %s, 'R', gen_random_uuid(), 1, 1, 'P', 5, 1, gen_random_uuid())",
+            [old, old.date()],
         )
         assert await drop(opened, 3) == []  # it waits a second for the lock, not longer
         writer.commit()

@@ -4,7 +4,6 @@ import json
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -13,16 +12,22 @@ from hypothesis import strategies as st
 from analytics_svc.errors import Rejected
 from analytics_svc.ingest.events import BODY_BYTES_MAX, decode, uuid7_time
 from analytics_svc.purchase import Item, PurchaseCreated
+from chassis import zones
 
 GOLDEN = (Path(__file__).parent.parent.parent / "proto" / "events" / "purchase_created.v1.example.json").read_bytes()
 EVENT_ID = "019b92cd-80a0-7c3e-8f5a-2b6d1c0e4f77"
 OTHER_ID = "4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
-UTC_ZONE = ZoneInfo("UTC")
+UTC_ZONE = zones.load("UTC")
 
 
 def golden(**changes: Any) -> bytes:
-    """The golden event with other fields of the event or the purchase; amounts as text are written as they are."""
+    """The golden event with other fields of the event or the purchase; amounts as text are written as they are.
+
+    At another time, it is one without a business day.
+    """
     event = json.loads(GOLDEN, parse_float=Raw)
+    if "purchase_time" in changes:
+        del event["purchase"]["business_day"]
     for name, value in changes.items():
         (event if name in event else event["purchase"])[name] = value
     return dumps(event)
@@ -128,16 +133,16 @@ def test_amounts_that_are_none(number: str) -> None:
 
 @pytest.mark.parametrize("field", ["event_id", "event_type", "occurred_at", "purchase"])
 def test_field_of_the_event_is_missing(field: str) -> None:
-    """Every field of the contract must be there."""
+    """Every field of the contract but the business day must be there."""
     event = json.loads(GOLDEN)
     del event[field]
     rejected = refusal(json.dumps(event).encode())
     assert (rejected.reason, rejected.detail.split()[0]) == ("BROKEN_CONTRACT", field)
 
 
-@pytest.mark.parametrize("field", list(json.loads(GOLDEN)["purchase"]))
+@pytest.mark.parametrize("field", sorted(json.loads(GOLDEN)["purchase"].keys() - {"business_day"}))
 def test_field_of_the_purchase_is_missing(field: str) -> None:
-    """Every field of the contract must be there, and the refusal tells the event's id."""
+    """Every field of the contract but the business day must be there, and the refusal tells the event's id."""
     event = json.loads(GOLDEN)
     del event["purchase"][field]
     rejected = refusal(json.dumps(event).encode())
@@ -334,7 +339,20 @@ def test_ids_are_compared_in_one_spelling() -> None:
 )
 def test_business_day(zone: str, moment: str, day: date) -> None:
     """The day is the one that the chain's clocks showed."""
-    assert decode(golden(purchase_time=moment), ZoneInfo(zone)).day == day
+    assert decode(golden(purchase_time=moment), zones.load(zone)).day == day
+
+
+@pytest.mark.parametrize("day", ["2026-01-05", "2026-01-06", "2026-01-07"])
+def test_business_day_of_the_producer(day: str) -> None:
+    """Where the event says the day, it decides, whatever we would make of the time."""
+    assert decode(golden(business_day=day), UTC_ZONE).day == date.fromisoformat(day)
+
+
+@pytest.mark.parametrize("day", ["2026-01-04", "2026-01-08", "2026-02-30", "2026-1-6", "20260106", 20260106, "", []])
+def test_no_such_business_day(day: Any) -> None:
+    """A day that is none, or that no clock can show at that time, breaks the contract."""
+    refused = refusal(golden(business_day=day))
+    assert (refused.reason, refused.detail.split()[0]) == ("BROKEN_CONTRACT", "purchase.business_day")
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Pacific/Kiritimati", "Etc/GMT+12"])
@@ -343,7 +361,7 @@ def test_times_that_no_purchase_has(zone: str) -> None:
     now = datetime.now(UTC)
     ahead = [(now + timedelta(days=days)).isoformat(timespec="seconds") for days in (366, 368)]
     for moment in ("2000-01-01T00:00:00Z", "2000-01-01T01:00:00+01:00", ahead[0]):
-        assert decode(golden(purchase_time=moment), ZoneInfo(zone)).cents == 14_250
+        assert decode(golden(purchase_time=moment), zones.load(zone)).cents == 14_250
     for moment in ("0001-01-01T00:00:00Z", "1999-12-31T23:59:59.999999Z", ahead[1], "9999-12-31T23:00:00Z"):
         rejected = refusal(golden(purchase_time=moment))
         assert (rejected.reason, rejected.detail.split()[0]) == ("BROKEN_CONTRACT", "purchase.purchase_time")

@@ -107,7 +107,7 @@ def test_only_the_usual_form_of_a_uuid(text: str) -> None:
 def test_reply_says_what_was_understood() -> None:
     """Amounts are printed with two digits, and each line has its total."""
     parsed = parse_sale(sale(("8.9",)))
-    reply = to_purchase(Purchase("p", "e", parsed.purchase_time, parsed))
+    reply = to_purchase(Purchase("p", "e", parsed.purchase_time, parsed.purchase_time.date(), parsed))
     assert (reply.total_amount.value, reply.items[0].unit_price.value, reply.items[0].line_total.value) == (
         "8.90",
         "8.90",
@@ -120,9 +120,10 @@ def test_both_ways_to_answer_are_one() -> None:
     request = sale(("008.9", "124"), customer_id="4F7C2D1E-9B3A-4C58-8E6F-0A1B2C3D4E5F", total="132.9")
     request.purchase.purchase_time.nanos = 1_999
     request.purchase.purchase_id = "ignored"
+    request.purchase.business_day.year = 1999  # as well
     request.purchase.items[0].line_total.value = "8.90"
     request.MergeFromString(b"\x12\x05\xfa\x06\x02hi")  # a field that this version does not know
     parsed = parse_sale(request)
-    recorded = Recorded(Purchase("p", "e", parsed.purchase_time, parsed), replayed=False)
+    recorded = Recorded(Purchase("p", "e", parsed.purchase_time, parsed.purchase_time.date(), parsed), replayed=False)
     assert answer(request, recorded) == to_response(recorded)
     assert answer(request, recorded).SerializeToString() == to_response(recorded).SerializeToString()

@@ -11,8 +11,8 @@ CAUGHT_AS = {"leftover", "refused", "wrong_answer"}
 def plant() -> None:
     from purchases_svc import record
 
-    async def insert(connection: Any, purchases: Any, time_zone: str) -> Any:
-        refused = await original(connection, purchases, time_zone)
+    async def insert(connection: Any, purchases: Any) -> Any:
+        refused = await original(connection, purchases)
         for purchase in (purchases[n] for n in refused):
             await connection.execute(
                 "INSERT INTO idempotency_keys VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING",

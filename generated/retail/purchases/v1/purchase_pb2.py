@@ -24,10 +24,11 @@ _sym_db = _symbol_database.Default()
 
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from google.type import date_pb2 as google_dot_type_dot_date__pb2
 from google.type import decimal_pb2 as google_dot_type_dot_decimal__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"retail/purchases/v1/purchase.proto\x12\x13retail.purchases.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19google/type/decimal.proto\"\x92\x03\n\x08Purchase\x12\x19\n\x0bpurchase_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nreceipt_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x17\n\tbranch_id\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x18\n\ncashier_id\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x14\n\x06pos_id\x18\x05 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1e\n\x0b\x63ustomer_id\x18\x06 \x01(\tB\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x37\n\rpurchase_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x02\x12\x35\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x30\n\x0ctotal_amount\x18\t \x01(\x0b\x32\x14.google.type.DecimalB\x04\xe2\x41\x01\x01\x12\x36\n\x05items\x18\n \x03(\x0b\x32!.retail.purchases.v1.PurchaseItemB\x04\xe2\x41\x01\x02\x42\x0e\n\x0c_customer_id\"\xa0\x01\n\x0cPurchaseItem\x12\x18\n\nproduct_id\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x16\n\x08quantity\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12.\n\nunit_price\x18\x03 \x01(\x0b\x32\x14.google.type.DecimalB\x04\xe2\x41\x01\x02\x12.\n\nline_total\x18\x04 \x01(\x0b\x32\x14.google.type.DecimalB\x04\xe2\x41\x01\x01\x42g\n\x1b\x65xample.retail.purchases.v1P\x01Z0retail.example/backbone/purchases/v1;purchasesv1\xaa\x02\x13Retail.Purchases.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"retail/purchases/v1/purchase.proto\x12\x13retail.purchases.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\x1a\x19google/type/decimal.proto\"\xc1\x03\n\x08Purchase\x12\x19\n\x0bpurchase_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nreceipt_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x17\n\tbranch_id\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x18\n\ncashier_id\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x14\n\x06pos_id\x18\x05 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1e\n\x0b\x63ustomer_id\x18\x06 \x01(\tB\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x37\n\rpurchase_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x02\x12\x35\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x30\n\x0ctotal_amount\x18\t \x01(\x0b\x32\x14.google.type.DecimalB\x04\xe2\x41\x01\x01\x12-\n\x0c\x62usiness_day\x18\x0b \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x03\x12\x36\n\x05items\x18\n \x03(\x0b\x32!.retail.purchases.v1.PurchaseItemB\x04\xe2\x41\x01\x02\x42\x0e\n\x0c_customer_id\"\xa0\x01\n\x0cPurchaseItem\x12\x18\n\nproduct_id\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x16\n\x08quantity\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12.\n\nunit_price\x18\x03 \x01(\x0b\x32\x14.google.type.DecimalB\x04\xe2\x41\x01\x02\x12.\n\nline_total\x18\x04 \x01(\x0b\x32\x14.google.type.DecimalB\x04\xe2\x41\x01\x01\x42g\n\x1b\x65xample.retail.purchases.v1P\x01Z0retail.example/backbone/purchases/v1;purchasesv1\xaa\x02\x13Retail.Purchases.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,6 +54,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PURCHASE'].fields_by_name['create_time']._serialized_options = b'\342A\001\003'
   _globals['_PURCHASE'].fields_by_name['total_amount']._loaded_options = None
   _globals['_PURCHASE'].fields_by_name['total_amount']._serialized_options = b'\342A\001\001'
+  _globals['_PURCHASE'].fields_by_name['business_day']._loaded_options = None
+  _globals['_PURCHASE'].fields_by_name['business_day']._serialized_options = b'\342A\001\003'
   _globals['_PURCHASE'].fields_by_name['items']._loaded_options = None
   _globals['_PURCHASE'].fields_by_name['items']._serialized_options = b'\342A\001\002'
   _globals['_PURCHASEITEM'].fields_by_name['product_id']._loaded_options = None
@@ -63,8 +66,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PURCHASEITEM'].fields_by_name['unit_price']._serialized_options = b'\342A\001\002'
   _globals['_PURCHASEITEM'].fields_by_name['line_total']._loaded_options = None
   _globals['_PURCHASEITEM'].fields_by_name['line_total']._serialized_options = b'\342A\001\001'
-  _globals['_PURCHASE']._serialized_start=153
-  _globals['_PURCHASE']._serialized_end=555
-  _globals['_PURCHASEITEM']._serialized_start=558
-  _globals['_PURCHASEITEM']._serialized_end=718
+  _globals['_PURCHASE']._serialized_start=177
+  _globals['_PURCHASE']._serialized_end=626
+  _globals['_PURCHASEITEM']._serialized_start=629
+  _globals['_PURCHASEITEM']._serialized_end=789
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.type import date_pb2 as _date_pb2
 from google.type import decimal_pb2 as _decimal_pb2
 import builtins as _builtins
 import sys
@@ -41,12 +42,13 @@ class Purchase(_message.Message):
     PURCHASE_TIME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     TOTAL_AMOUNT_FIELD_NUMBER: _builtins.int
+    BUSINESS_DAY_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
     purchase_id: _builtins.str
     """UUID assigned by the server."""
     receipt_id: _builtins.str
     """Receipt number printed by the till: 1 to 64 characters, unique per branch,
-    till and business day (the day of purchase_time in the chain's time zone).
+    till and business day.
     """
     branch_id: _builtins.int
     """Branch that made the sale: 1 to 2,147,483,647."""
@@ -73,6 +75,12 @@ class Purchase(_message.Message):
         """
 
     @_builtins.property
+    def business_day(self) -> _date_pb2.Date:
+        """The day of purchase_time in the chain's time zone, decided when the sale was
+        recorded. All sums and exports by day mean this day.
+        """
+
+    @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___PurchaseItem]:
         """1 to 2,000 items, each product at most once."""
 
@@ -88,11 +96,12 @@ class Purchase(_message.Message):
         purchase_time: _timestamp_pb2.Timestamp | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         total_amount: _decimal_pb2.Decimal | None = ...,
+        business_day: _date_pb2.Date | None = ...,
         items: _abc.Iterable[Global___PurchaseItem] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_customer_id", b"_customer_id", "create_time", b"create_time", "customer_id", b"customer_id", "purchase_time", b"purchase_time", "total_amount", b"total_amount"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_customer_id", b"_customer_id", "business_day", b"business_day", "create_time", b"create_time", "customer_id", b"customer_id", "purchase_time", b"purchase_time", "total_amount", b"total_amount"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_customer_id", b"_customer_id", "branch_id", b"branch_id", "cashier_id", b"cashier_id", "create_time", b"create_time", "customer_id", b"customer_id", "items", b"items", "pos_id", b"pos_id", "purchase_id", b"purchase_id", "purchase_time", b"purchase_time", "receipt_id", b"receipt_id", "total_amount", b"total_amount"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_customer_id", b"_customer_id", "branch_id", b"branch_id", "business_day", b"business_day", "cashier_id", b"cashier_id", "create_time", b"create_time", "customer_id", b"customer_id", "items", b"items", "pos_id", b"pos_id", "purchase_id", b"purchase_id", "purchase_time", b"purchase_time", "receipt_id", b"receipt_id", "total_amount", b"total_amount"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__customer_id: _TypeAlias = _typing.Literal["customer_id"]  # noqa: Y015
     _WhichOneofArgType__customer_id: _TypeAlias = _typing.Literal["_customer_id", b"_customer_id"]  # noqa: Y015
