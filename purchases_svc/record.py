@@ -154,7 +154,7 @@ class Recorder:
             self._flusher = self._start(self._flush_all())
 
     def _settle(self, entry: Entry, outcome: Outcome) -> None:
-        """Answer a sale, and those that repeat its key: they share its outcome, unless they have other content and
+        """Answer a sale, and those that repeat its key: they share its outcome, unless they ask for something else and
         it was refused; then one of them gets its own chance.
         """
         entry.settle(outcome)
@@ -164,7 +164,7 @@ class Recorder:
         for repeat in repeats:
             if isinstance(outcome, Recorded):
                 self._settle(repeat, answers.replay(repeat.sale, outcome.purchase))
-            elif repeat.sale.content() == entry.sale.content():
+            elif _asks_for(repeat) == _asks_for(entry):
                 self._settle(repeat, outcome)
             else:
                 others.append(repeat)
@@ -362,6 +362,10 @@ class Recorder:
         async with self._pool.connection() as connection:
             with patience(connection, self._flush_timeout_s):
                 yield connection
+
+
+def _asks_for(entry: Entry) -> tuple[object, ...]:
+    return entry.sale.content(), entry.sale.register_customer
 
 
 def _month(entry: Entry) -> datetime.date:

@@ -25,10 +25,7 @@ STANDBY = "standby"  # as which it is known to synchronous_standby_names
 COPY_TIMEOUT_S = 120.0
 CAUGHT_UP_TIMEOUT_S = 60.0
 PROMOTED_TIMEOUT_S = 60.0
-SETTINGS: Mapping[str, str] = {
-    "shared_buffers": "64MB",
-    "max_wal_size": "1GB",
-    # After a cut, both ends find each other again at once.
+SETTINGS: Mapping[str, str] = {  # after a cut, both ends find each other again at once
     "wal_sender_timeout": "5s",
     "wal_receiver_timeout": "5s",
     "wal_retrieve_retry_interval": "100ms",
@@ -168,7 +165,8 @@ def _copy(primary: Postgres, standby: Postgres, through: str) -> None:
 def replicated(directory: Path) -> Iterator[Replicated]:
     """A primary and its synchronous standby, each in a directory of its own, from their start to their end."""
     loop = Loop()
-    primary, standby = (Postgres(directory / name, settings=SETTINGS) for name in ("primary", "standby"))
+    settings = {**SETTINGS, "shared_buffers": "64MB", "max_wal_size": "1GB"}
+    primary, standby = (Postgres(directory / name, settings=settings) for name in ("primary", "standby"))
     pair: Replicated | None = None
     try:
         primary.start()

@@ -13,6 +13,7 @@ from tests.faults.months import Months
 from tests.faults.processes import ProcessFaults
 from tests.faults.repairs import Repairs
 from tests.faults.servers import ServerFaults
+from tests.faults.standby import StandbyFaults
 from tests.faults.system import System
 from tests.faults.tills import DAY_US, HOUR_US, Tills
 
@@ -32,6 +33,7 @@ class Faults:
         self.kinds: Mapping[str, Callable[[random.Random], bool]] = {
             **ProcessFaults(system, self._months, Repairs(system, ledger), long_s).kinds,
             **ServerFaults(system, long_s).kinds,
+            **StandbyFaults(system).kinds,
             "till.clock": self._till_clock,
             "retention": self._retention(),
             **{f"retention.{step}": self._retention(f"retention.{step}") for step in STEPS["retention"]},

@@ -68,6 +68,11 @@ class Proxy:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    def lead_to(self, target: tuple[str, int]) -> None:
+        """From now on new connections go there; those that are open are reset."""
+        self._target = target
+        self.cut()
+
     # --- faults ---
 
     def cut(self) -> None:

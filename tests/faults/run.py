@@ -112,7 +112,9 @@ class Run:
         self._missed: list[str] = []  # since the last deal
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self.sampler = Sampler(system.url("analytics"), self.ledger, self.result.findings)
+        self.sampler = Sampler(
+            lambda: system.url("analytics"), lambda: system.set_back, self.ledger, self.result.findings
+        )
 
     def _present_tills(self) -> Tills:
         assert self._tills is not None  # there are tills while there are faults

@@ -1,6 +1,7 @@
 """Looks at the running system all the time, faults or not: what it claims must be true at that very moment."""
 
 import threading
+from collections.abc import Callable
 from datetime import datetime
 
 import psycopg
@@ -14,8 +15,10 @@ EVERY_S = 0.25
 class Sampler:
     """`complete_through_time` never goes back and never claims what it lacks; read models agree with each other."""
 
-    def __init__(self, url: str, ledger: Ledger, findings: Findings) -> None:
-        self._url, self._ledger, self._findings = url, ledger, findings
+    def __init__(self, url: Callable[[], str], set_back: Callable[[], int], ledger: Ledger, findings: Findings) -> None:
+        """`url` is where the primary is now; `set_back`, how often a failover may have taken back what was read."""
+        self._url, self._set_back, self._ledger, self._findings = url, set_back, ledger, findings
+        self._set_back_before = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler")
         self._awaited: list[tuple[float, str]] = []  # acknowledged, and not seen in the read models so far
@@ -41,7 +44,7 @@ class Sampler:
         while not self._stop.wait(EVERY_S):
             try:
                 if connection is None or connection.closed:
-                    connection = psycopg.connect(self._url, connect_timeout=2)
+                    connection = psycopg.connect(self._url(), connect_timeout=2)
                 with connection.transaction():
                     connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
                     self._sample(connection)
@@ -61,6 +64,8 @@ class Sampler:
 
     def _check_claim(self, connection: "psycopg.Connection[tuple[object, ...]]", claim: datetime) -> None:
         self.claims += 1
+        if self._set_back_before != (set_back := self._set_back()):
+            self._set_back_before, self._newest = set_back, None
         if self._newest is not None and claim < self._newest:
             self._findings.add(WENT_BACK, f"complete_through_time went from {self._newest} to {claim}")
         self._newest = claim

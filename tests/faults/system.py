@@ -6,6 +6,7 @@ stack: ports, data and processes are this run's own, below `.local/faults`, and 
 
 import fcntl
 import importlib
+import itertools
 import os
 import random
 import shutil
@@ -32,6 +33,8 @@ from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.services import ANALYTICS, BROKER_SETTING, PURCHASES, SERVICES, Service, common_environ
 from deploy.local.services import service_environ as environ_of
 from tests.faults.proxy import Loop, Proxy
+from tests.replication import SETTINGS as REPLICATION_SETTINGS
+from tests.replication import Replicated
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".local" / "faults"
@@ -50,7 +53,7 @@ SETTINGS = {
     "RELAY_CONFIRM_TIMEOUT_S": "3",  # sooner than by default, so that a fault need not last as long
     "PURCHASES_FLUSH_TIMEOUT_S": "5",
 }
-POSTGRES_SETTINGS = {"shared_buffers": "128MB", "max_wal_size": "1GB"}
+POSTGRES_SETTINGS = {**REPLICATION_SETTINGS, "shared_buffers": "128MB", "max_wal_size": "1GB"}
 
 
 @dataclass(eq=False)
@@ -108,17 +111,24 @@ class System:
         for name in ("log", "armed"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         log = directory / "log"
-        self.postgres = Postgres(directory / "postgres", log=log / "postgres.log", settings=POSTGRES_SETTINGS)
+        self._servers = itertools.count(1)
+        self.postgres = self._server()  # the primary
+        self.pair: Replicated | None = None  # of which it is one
         self.rabbitmq = RabbitMQ(directory / "rabbitmq", log=log / "rabbitmq.log")
         self.postgres_lock, self.rabbitmq_lock = threading.Lock(), threading.Lock()
         self.loop = Loop()
         self.proxies: dict[str, Proxy] = {}  # "relay-1>rabbitmq"
         self.instances: dict[str, Instance] = {}
+        self.set_back = 0  # how often a failover may have taken back what could be read
         self._stop = threading.Event()
         self.ending = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self.keep = False
         self.trouble: list[str] = []  # what nobody ordered: a process that ended by itself
+
+    def _server(self) -> Postgres:
+        name = f"postgres-{next(self._servers)}"
+        return Postgres(self.directory / name, log=self.directory / "log" / f"{name}.log", settings=POSTGRES_SETTINGS)
 
     # --- where everything is ---
 
@@ -158,6 +168,7 @@ class System:
                     prepare(purchases, analytics)
         for service in SERVICES:
             self.postgres.ensure_login(service.login, member_of=service.role)
+        self.pair_up()
         self.rabbitmq.wait()
         self._make_instances()
         say("starting the services")
@@ -220,6 +231,25 @@ class System:
         proxy = self._proxy(client, server, (parts.hostname, parts.port))
         return parts._replace(netloc=f"{parts.netloc.rpartition('@')[0]}@{proxy.address}").geturl()
 
+    # --- the primary and its standby ---
+
+    def pair_up(self) -> None:
+        """Give the primary a standby, for which its commits wait."""
+        self.pair = Replicated(self.postgres, self._server(), self.loop)
+        self.pair.start()
+
+    def fail_over(self) -> None:
+        """The primary is dead for good; its standby takes over, clients find it, and it gets a standby of its own."""
+        assert self.pair is not None
+        self.pair.promote()
+        dead, self.postgres = self.postgres, self.pair.standby
+        self.pair.line.close()
+        host, _, port = self.postgres.address.partition(":")
+        for proxy in self.proxies_to("postgres"):
+            proxy.lead_to((host, int(port)))
+        shutil.rmtree(dead.directory, ignore_errors=True)
+        self.pair_up()
+
     # --- life ---
 
     def _supervise(self) -> None:
@@ -261,6 +291,8 @@ class System:
         """End every fault that has not ended by itself."""
         for proxy in self.proxies.values():
             proxy.heal()
+        if self.pair is not None:
+            self.pair.line.heal()
         for instance in self.instances.values():
             instance.arming.unlink(missing_ok=True)
             instance.wanted, instance.not_before = True, 0.0
@@ -295,6 +327,8 @@ class System:
                 instance.process.wait(10)
         for proxy in self.proxies.values():
             proxy.close()
+        if self.pair is not None:
+            self.pair.close()
         self.loop.close()
         self.rabbitmq.kill()
         self.postgres.kill()
@@ -337,8 +371,13 @@ def running(
 
 
 def _throw_away(system: System) -> None:
-    for name in ("postgres", "rabbitmq") if system.keep else ("",):
-        shutil.rmtree(system.directory / name, ignore_errors=True)
+    data = [*_postgres_of(system.directory), system.directory / "rabbitmq"]
+    for directory in data if system.keep else [system.directory]:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _postgres_of(directory: Path) -> list[Path]:
+    return list(directory.glob("postgres-*"))
 
 
 def _clean_up_after_the_dead() -> None:
@@ -349,8 +388,10 @@ def _clean_up_after_the_dead() -> None:
             continue
         with lock.open("w") as file:
             if machine.try_lock(file.fileno(), fcntl.LOCK_EX):
+                servers = _postgres_of(directory)
                 with suppress(OSError, StackError):
-                    Postgres(directory / "postgres").kill()
+                    for server in servers:
+                        Postgres(server).kill()
                     RabbitMQ(directory / "rabbitmq").kill()
-                if (directory / "postgres").exists():  # else it was kept on purpose
+                if servers:  # else it was kept on purpose
                     shutil.rmtree(directory, ignore_errors=True)

@@ -13,6 +13,8 @@ from pika.adapters.blocking_connection import BlockingChannel
 import purchases_svc.__main__ as purchases
 from analytics_svc.ingest.messages import Message
 from analytics_svc.ingest.settling import Settler
+from purchases_svc.answers import Recorded
+from purchases_svc.errors import CustomerUnknown
 from purchases_svc.settings import ServeSettings
 from relay_svc import committed
 from relay_svc.publisher import Publisher
@@ -26,6 +28,8 @@ from tests.integration.conftest import free_address, running
 from tests.integration.outbox_events import make_days, states, write
 from tests.integration.purchase_events import query, sold
 from tests.integration.sales import Refusal, copy, refusal, sale
+from tests.integration.test_flush_isolation import recording
+from tests.integration.test_flush_isolation import sale as a_sale
 from tests.replication import Replicated
 
 LONG_S = 2 * WAIT_S  # of calls that outlast what is done to the servers
@@ -132,6 +136,23 @@ async def test_no_acknowledged_sale_is_lost_in_a_failover(
     assert len(acknowledged) >= 20
     left = query(pair.on_standby(purchases_url), "SELECT purchase_id::text FROM purchases")
     assert acknowledged <= {purchase_id for (purchase_id,) in left}
+
+
+async def test_repeat_that_registers(pair: Replicated, purchases_url: str) -> None:
+    """A sale of an unknown customer, and the same one that registers them, while the first still waits: the refusal
+    of the first is not the second's."""
+    async with recording(purchases_url, flush_timeout_s=LONG_S) as recorder:
+        customer_id = "7b0d3a52-56c4-4d0f-9d0e-3f1a2b4c5d6e"
+        first = a_sale(customer_id=customer_id, register_customer=False)
+        pair.cut()
+        waiting = asyncio.create_task(recorder.record_all([a_sale(), first]))
+        await waits(pair)
+        repeat = asyncio.create_task(recorder.record(first._replace(register_customer=True)))
+        await asyncio.sleep(0)  # it finds the first on its way
+        pair.mend()
+        recorded, refused = await waiting
+        assert isinstance(recorded, Recorded) and isinstance(refused, CustomerUnknown)
+        assert (await repeat).purchase.sale.customer_id == customer_id
 
 
 async def test_known_customer(pair: Replicated, till: grpc.aio.Channel, purchases_url: str) -> None:
