@@ -18,7 +18,8 @@ from analytics_svc.settings import (
     ReportSettings,
     ServeSettings,
 )
-from chassis import grpc_server, lifecycle, logs, migrate, settings
+from chassis import lifecycle, logs, migrate, settings
+from chassis.errors import PortTaken
 
 USAGE = "consume | serve | migrate | audit … | rebuild [--days-only] | report … | quarantine …"
 
@@ -56,7 +57,7 @@ def main() -> None:
                 raise SystemExit(2)
     except settings.SettingsError as error:
         lifecycle.exit_with_settings_problems(f"analytics {command}", error)
-    except (migrate.MigrationError, grpc_server.PortTaken, psycopg.Error) as error:
+    except (migrate.MigrationError, PortTaken, psycopg.Error) as error:
         raise SystemExit(f"analytics {command}: {logs.text_of(error)}") from error
 
 

@@ -148,3 +148,7 @@ class Internal(ServiceError):
 
     code = StatusCode.INTERNAL
     reason = "INTERNAL"
+
+
+class PortTaken(Exception):
+    """Another process listens there. No answer to a caller: the process cannot start."""

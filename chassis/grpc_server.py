@@ -9,7 +9,7 @@ import inspect
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import grpc
@@ -17,11 +17,12 @@ import structlog
 from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import Counter, Histogram, start_http_server
+from prometheus_client import Counter, Histogram
 
 from chassis import errors, postgres, reflection
-from chassis.errors import ServiceError
+from chassis.errors import PortTaken, ServiceError
 from chassis.grpc_client import REPLY_BYTES_MAX
+from chassis.in_flight import CALLS_MAX, InFlight, Stream
 from chassis.logs import Sampled
 
 MESSAGE_BYTES_MAX = 64 << 10  # received, unless a service says otherwise: a thousand ids have 38 KB
@@ -31,6 +32,7 @@ GRPC_LIMIT_FACTOR = 4
 CALL_TIMEOUT_S = 30.0  # for callers that set no deadline, or a later one
 DRAIN_TIMEOUT_S = 20.0  # how long a stopping server waits for the calls in flight
 SLOW_CALL_S = 1.0
+IDLE_TIMEOUT_S = 300.0  # of a stream that its caller neither feeds nor ends
 METHOD_LENGTH_MAX = 200  # of a method that is not there, as it is repeated to the caller
 # A stream whose reader takes nothing for so long is cut. Shorter than PostgreSQL's patience with an idle transaction.
 READER_TIMEOUT_S = 20.0
@@ -42,6 +44,7 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),  # clients may ping every 30 s
+    ("grpc.max_connection_idle_ms", 30 * 60_000),  # a client that calls again connects again
 ]
 
 HANDLED = Counter("grpc_server_handled_total", "Calls answered.", ["grpc_method", "grpc_code"])
@@ -72,17 +75,13 @@ class Service(NamedTuple):
     message_bytes_max: int = MESSAGE_BYTES_MAX
 
 
-class PortTaken(Exception):
-    """Another process listens there."""
-
-
 class Server:
     """State that the process shares with its handlers: whether it drains, and what is in flight."""
 
     def __init__(self, domain: str) -> None:
         self.domain = domain
-        self.draining = asyncio.Event()
-        self.in_flight = _InFlight(self.draining)
+        self.in_flight = InFlight()
+        self.draining = self.in_flight.draining
         self._health = health.aio.HealthServicer()
 
     async def set_serving(self, serving: bool) -> None:
@@ -109,12 +108,13 @@ class Server:
             # Shared by default on Linux: then two servers would have one port without noticing.
             ("grpc.so_reuseport", int(share_port)),
         ]
-        server = grpc.aio.server(options=options)
+        # The last of all limits, without a word to programs; ours come first.
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * CALLS_MAX)
         for service in services:
             shell = _WrappingServer(server, self.domain, self.in_flight, service.timeout_s, service.message_bytes_max)
             service.add(service.servicer, shell)
-        # Health and reflection answer while draining and count as nothing in flight: a health watch never ends.
-        shell = _WrappingServer(server, self.domain, nullcontext(), None, MESSAGE_BYTES_MAX)
+        # Health and reflection answer while draining, so they are counted apart: a health watch never ends.
+        shell = _WrappingServer(server, self.domain, InFlight(), None, MESSAGE_BYTES_MAX)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, shell)  # type: ignore[arg-type]
         reflection.add_to_server([*(s.name for s in services), health.SERVICE_NAME], shell)
         server.add_generic_rpc_handlers((_UnknownMethods(self.domain),))
@@ -135,27 +135,6 @@ class Server:
             await server.stop(grace=0.5)  # lets the last answers leave; health watches are cut
 
 
-class _InFlight(AbstractContextManager[None]):
-    """Counts the calls inside of it, and lets none in once the server drains."""
-
-    def __init__(self, draining: asyncio.Event) -> None:
-        self._draining = draining
-        self.calls = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
-
-    def __enter__(self) -> None:
-        if self._draining.is_set():
-            raise errors.ShuttingDown("this server is shutting down; try another one")
-        self.calls += 1
-        self.idle.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self.calls -= 1
-        if not self.calls:
-            self.idle.set()
-
-
 class _WrappingServer:
     """What generated `add_…_to_server` functions see as the server: it wraps each handler on its way."""
 
@@ -163,7 +142,7 @@ class _WrappingServer:
         self,
         server: grpc.aio.Server,
         domain: str,
-        in_flight: AbstractContextManager[None],
+        in_flight: InFlight,
         timeout_s: float | None,
         message_bytes_max: int,
     ) -> None:
@@ -204,26 +183,6 @@ class _UnknownMethods(grpc.GenericRpcHandler):
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-@asynccontextmanager
-async def serving_metrics(address: str) -> AsyncIterator[None]:
-    """Answer Prometheus on `address` while the block lasts, from a thread of its own.
-
-    Raises:
-        PortTaken: the address is in use.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        server, thread = start_http_server(int(port), host)
-    except OSError as error:
-        raise PortTaken(f"cannot listen on {address} (metrics): {error.strerror}") from error
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(server.shutdown)  # takes up to half a second
-        server.server_close()
-        thread.join()
-
-
 class _Guard:
     """One method's handler, with everything around it that all methods share."""
 
@@ -232,7 +191,7 @@ class _Guard:
         method: str,
         handler: Any,
         domain: str,
-        in_flight: AbstractContextManager[None],
+        in_flight: InFlight,
         timeout_s: float | None,
         message_bytes_max: int,
     ) -> None:
@@ -268,22 +227,30 @@ class _Guard:
         await _abort(context, self._method, failure, self._domain)
 
     async def _reply(self, requests: AsyncIterator[bytes], context: Any) -> Any:
-        request = await self._received(requests, context)
-        with self._in_flight:
+        raw = await self._read(context)
+        peer, size = context.peer(), len(raw)
+        self._in_flight.enter(peer, size)
+        try:
+            request = self._parse(raw)
+            del raw
             return await self._behavior(request, context)
+        finally:
+            self._in_flight.leave(peer, size)
 
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
         try:
-            async with asyncio.timeout(self._timeout_s):
-                request = await self._received(requests, context)
-            with self._in_flight:
-                replies = self._behavior(request, context)
-                if inspect.isawaitable(replies):  # the health service writes to the context itself
-                    await replies
-                else:
-                    async with aclosing(replies):  # what the handler holds is freed now, not at some collection
-                        async for reply in replies:
-                            await _write(context, reply)
+            peer, raw = context.peer(), b""
+            if not self._takes_stream:
+                async with asyncio.timeout(self._timeout_s):
+                    raw = await self._read(context)
+            self._in_flight.enter(peer, size := len(raw))
+            stream = Stream(self._in_flight, peer)
+            try:
+                request = self._parsed(stream, requests) if self._takes_stream else self._parse(raw)
+                await self._answer(self._behavior(request, context), context)
+            finally:
+                stream.close()
+                self._in_flight.leave(peer, size)
         except BaseException as error:
             failure = self._explain(error)
         else:
@@ -291,17 +258,32 @@ class _Guard:
             return
         await _abort(context, self._method, failure, self._domain)
 
-    async def _received(self, requests: AsyncIterator[bytes], context: Any) -> Any:
-        """The request: a message, or an iterator of messages."""
-        if self._takes_stream:
-            return self._parsed(requests)
+    async def _answer(self, replies: Any, context: Any) -> None:
+        if inspect.isawaitable(replies):  # the health service writes to the context itself
+            await replies
+            return
+        async with aclosing(replies):  # what the handler holds is freed now, not at some collection
+            async for reply in replies:
+                await _write(context, reply)
+
+    async def _read(self, context: Any) -> bytes:
         raw = await context.read()
         if raw is grpc.aio.EOF:
             raise errors.MalformedMessage("the call ended without a message")
-        return self._parse(raw)
+        received: bytes = raw
+        return received
 
-    async def _parsed(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-        async for raw in requests:
+    async def _parsed(self, stream: Stream, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        iterator = aiter(requests)
+        while True:
+            try:
+                async with asyncio.timeout(IDLE_TIMEOUT_S):
+                    raw = await anext(iterator)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise errors.DeadlineExceeded(f"no message for {IDLE_TIMEOUT_S:g} s") from None
+            stream.take(len(raw))
             yield self._parse(raw)
 
     def _parse(self, raw: bytes) -> Any:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -37,7 +38,14 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
             loop.add_signal_handler(number, on_signal, number.name)
         await main(stop)
 
+    _raise_file_limit()
     uvloop.run(body())
+
+
+def _raise_file_limit() -> None:
+    """Every connection takes a descriptor; the usual soft limit of 1,024 is meant for programs that use select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def exit_with_settings_problems(process: str, error: SettingsError) -> None:

@@ -8,7 +8,8 @@ import psycopg
 import structlog
 from psycopg import sql
 
-from chassis import grpc_server, lifecycle, logs, migrate, postgres, settings, zones
+from chassis import grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, zones
+from chassis.errors import PortTaken
 from chassis.wire import PageTokens
 from purchases_svc import record, retention, server, stored, workers
 from purchases_svc.backlog import Backlog
@@ -37,7 +38,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     host = grpc_server.Server("purchases.retail.example")
     metrics_listen = workers.metrics_address(config.metrics_listen, worker)
     async with (
-        grpc_server.serving_metrics(metrics_listen),
+        metrics.serving_metrics(metrics_listen),
         postgres.open_pool(
             config.database_url,
             role=stored.ROLE,
@@ -167,7 +168,7 @@ def main() -> None:
                 raise SystemExit("usage: python -m purchases_svc serve | migrate | partitions [--drop]")
     except settings.SettingsError as error:
         lifecycle.exit_with_settings_problems("purchases", error)
-    except (migrate.MigrationError, grpc_server.PortTaken, psycopg.Error) as error:
+    except (migrate.MigrationError, PortTaken, psycopg.Error) as error:
         raise SystemExit(f"purchases: {logs.text_of(error)}") from error
 
 

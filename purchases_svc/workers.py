@@ -14,7 +14,8 @@ import time
 
 import structlog
 
-from chassis.grpc_server import DRAIN_TIMEOUT_S, PortTaken
+from chassis.errors import PortTaken
+from chassis.grpc_server import DRAIN_TIMEOUT_S
 from chassis.lifecycle import Backoff, wait_set
 
 WORKER = "PURCHASES_WORKER"  # a worker's number, from 1; set by the parent only

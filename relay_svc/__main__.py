@@ -8,7 +8,8 @@ import structlog
 from psycopg import sql
 from psycopg_pool import PoolTimeout
 
-from chassis import grpc_server, lifecycle, logs, postgres, settings, wire
+from chassis import grpc_server, lifecycle, logs, metrics, postgres, settings, wire
+from chassis.errors import PortTaken
 from relay_svc import inspection, lost, outbox, retention
 from relay_svc.commands import outbox as outbox_commands
 from relay_svc.commands import partitions
@@ -37,7 +38,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     """Relay until `stop`, then finish the window in flight."""
     host = grpc_server.Server("relay.retail.example")
     async with (
-        grpc_server.serving_metrics(config.metrics_listen),
+        metrics.serving_metrics(config.metrics_listen),
         postgres.open_pool(
             config.database_url,
             role=outbox.ROLE,
@@ -106,7 +107,7 @@ def main() -> None:
                 raise SystemExit(2)
     except settings.SettingsError as error:
         lifecycle.exit_with_settings_problems(f"relay {command}", error)
-    except (grpc_server.PortTaken, psycopg.Error, PoolTimeout) as error:
+    except (PortTaken, psycopg.Error, PoolTimeout) as error:
         raise SystemExit(f"relay {command}: {logs.text_of(error)}") from error
 
 

@@ -19,7 +19,7 @@ from analytics_svc.proof.keeper import KEEPER_SESSION, Keeper
 from analytics_svc.settings import ConsumeSettings
 from analytics_svc.upstream import SERVICE_CONFIG, source
 from analytics_svc.upstream.outbox import Outbox
-from chassis import grpc_client, grpc_server, lifecycle, postgres, zones
+from chassis import grpc_client, grpc_server, lifecycle, metrics, postgres, zones
 from chassis.wire import PageTokens
 from retail.analytics.v1 import audit_service_pb2_grpc as audit_grpc
 from retail.analytics.v1 import quarantine_service_pb2_grpc as quarantine_grpc
@@ -62,7 +62,7 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
                 AUDIT_TIMEOUT_S,
             ),
         ]
-        async with grpc_server.serving_metrics(config.metrics_listen), host.listening(config.listen, services):
+        async with metrics.serving_metrics(config.metrics_listen), host.listening(config.listen, services):
             if not await database.wait_until_ready(pool, config.business_time_zone, stop):
                 return
             async with upkeep_pool.connection() as connection:

@@ -11,7 +11,7 @@ from analytics_svc.serve.listener import Listener
 from analytics_svc.serve.server import AnalyticsServicer
 from analytics_svc.serve.watch import Watchers
 from analytics_svc.settings import ServeSettings
-from chassis import grpc_server, lifecycle, postgres
+from chassis import grpc_server, lifecycle, metrics, postgres
 from chassis.wire import PageTokens
 from retail.analytics.v1 import analytics_service_pb2_grpc as analytics_grpc
 
@@ -54,7 +54,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         service = grpc_server.Service(
             analytics_grpc.add_AnalyticsServiceServicer_to_server, servicer, "retail.analytics.v1.AnalyticsService"
         )
-        async with grpc_server.serving_metrics(config.metrics_listen), host.listening(config.listen, [service]):
+        async with metrics.serving_metrics(config.metrics_listen), host.listening(config.listen, [service]):
             if not await database.wait_until_ready(pool, config.business_time_zone, stop):
                 return
             async with pool.connection() as connection:

@@ -17,7 +17,7 @@ from google.type import date_pb2
 
 import purchases_svc.__main__ as purchases
 from chassis import grpc_server
-from chassis.grpc_server import PortTaken
+from chassis.errors import PortTaken
 from chassis.migrate import MigrationError
 from purchases_svc.settings import MigrateSettings, ServeSettings
 from retail.purchases.v1 import customers_service_pb2 as customers
