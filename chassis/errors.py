@@ -42,6 +42,7 @@ class FieldReason(StrEnum):
     FIELDS_EXCLUDE_EACH_OTHER = "FIELDS_EXCLUDE_EACH_OTHER"
     NOT_COUNTED = "NOT_COUNTED"
     TOO_LARGE = "TOO_LARGE"
+    FORBIDDEN_CHARACTER = "FORBIDDEN_CHARACTER"
 
 
 class Violation(NamedTuple):
@@ -61,7 +62,7 @@ class ServiceError(Exception):
 
     code: ClassVar[StatusCode] = StatusCode.UNKNOWN
     reason: ClassVar[str] = ""
-    retry_after_s: ClassVar[float | None] = None  # sent as google.rpc.RetryInfo when set
+    retry_after_s: float | None = None  # sent as google.rpc.RetryInfo when set
 
     def __init__(
         self,
@@ -98,7 +99,8 @@ class InvalidRequest(ServiceError):
     def __init__(self, violations: Sequence[Violation]) -> None:
         text = "; ".join(f"{v.field}: {v.description}" for v in violations[:MESSAGE_VIOLATIONS_MAX])
         if len(violations) > MESSAGE_VIOLATIONS_MAX:
-            text += f"; and {len(violations) - MESSAGE_VIOLATIONS_MAX} more"
+            more = len(violations) - MESSAGE_VIOLATIONS_MAX  # whoever looks for them may stop after VIOLATIONS_MAX
+            text += f"; and {more} more" if len(violations) <= VIOLATIONS_MAX else "; and many more"
         super().__init__(
             text, metadata={"violation_count": str(len(violations))}, violations=violations[:VIOLATIONS_MAX]
         )

@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import re
+import unicodedata
 from typing import Any
 
 from google.protobuf import message, timestamp_pb2
@@ -104,6 +105,21 @@ def check_id(field: str, number: int, violations: list[Violation], most: int = I
         violations.append(Violation(field, "must be positive", FieldReason.NOT_POSITIVE))
     elif number > most:
         violations.append(Violation(field, f"must be at most {most:,}", FieldReason.TOO_LARGE))
+
+
+# Control, format, private-use, surrogate; line and paragraph separators.
+_UNSEEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
+
+
+def is_seen(text: str) -> bool:
+    """Whether people who compare texts by eye see all of it."""
+    return (text.isascii() and text.isprintable()) or not any(map(_is_unseen, text))
+
+
+def _is_unseen(character: str) -> bool:
+    code = ord(character)
+    no_character = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
+    return no_character or unicodedata.category(character) in _UNSEEN
 
 
 def page_size(asked: int, default: int, most: int, violations: list[Violation]) -> int:

@@ -4,13 +4,22 @@ What an answer says to be stored is as durable as what a flush stores.
 """
 
 import datetime
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from chassis.errors import ServiceError
+from chassis.logs import Sampled
 from chassis.postgres import Connection, make_durable
 from purchases_svc import stored
-from purchases_svc.errors import CustomerUnknown, IdempotencyKeyReused, PurchaseTimeOutOfRange, ReceiptExists
+from purchases_svc.errors import (
+    ClocksDiffer,
+    CustomerUnknown,
+    IdempotencyKeyReused,
+    PurchaseTimeAhead,
+    PurchaseTimeOutOfRange,
+    ReceiptExists,
+)
 from purchases_svc.sale import FUTURE_MAX, Purchase, Sale, rfc3339
 
 
@@ -22,6 +31,10 @@ class Recorded(NamedTuple):
 
 
 Outcome = Recorded | Exception
+
+CLOCKS_APART_MAX = datetime.timedelta(days=1)  # ours and the database's
+
+_clocks = Sampled("error", "this machine's clock and the database's are far apart")
 
 
 async def explain(connection: Connection, purchases: Sequence[Purchase]) -> list[Outcome | None]:
@@ -53,14 +66,23 @@ async def explain(connection: Connection, purchases: Sequence[Purchase]) -> list
 async def known_or_out_of_range(
     connection: Connection, sales: Sequence[Sale], earliest: datetime.datetime, now: datetime.datetime
 ) -> list[Outcome]:
-    """A known key is answered before the time is checked: the clock may have been set back since."""
+    """A known key is answered before the time is checked: the clock may have been set back since.
+
+    Nothing is refused for good by a clock that the database's contradicts.
+    """
     holders = await stored.by_keys(connection, [sale.idempotency_key for sale in sales])
-    if holders:
-        await make_durable(connection)
-    return [
-        replay(sale, holder) if (holder := holders.get(sale.idempotency_key)) else _out_of_range(sale, earliest, now)
-        for sale in sales
-    ]
+    database_time = await stored.clock(connection)
+
+    def answer(sale: Sale) -> Outcome:
+        if holder := holders.get(sale.idempotency_key):
+            return replay(sale, holder)
+        if sale.purchase_time > now + FUTURE_MAX:
+            return _ahead(sale, now)
+        if abs(database_time - now) > CLOCKS_APART_MAX:
+            return _clocks_differ(now, database_time)
+        return _too_long_ago(sale, earliest, now)
+
+    return [answer(sale) for sale in sales]
 
 
 def replay(sale: Sale, holder: Purchase) -> Outcome:
@@ -73,10 +95,31 @@ def replay(sale: Sale, holder: Purchase) -> Outcome:
     )
 
 
-def _out_of_range(sale: Sale, earliest: datetime.datetime, now: datetime.datetime) -> ServiceError:
+def _ahead(sale: Sale, now: datetime.datetime) -> ServiceError:
+    ahead = sale.purchase_time - now
+    error = PurchaseTimeAhead(
+        f"purchase.purchase_time {rfc3339(sale.purchase_time)} is {str(ahead).partition('.')[0]} ahead of the server's"
+        f" clock, {rfc3339(now)}; the sale is taken {FUTURE_MAX.seconds // 60} minutes before that time",
+        metadata={
+            "purchase_time": rfc3339(sale.purchase_time),
+            "server_time": rfc3339(now),
+            "ahead_seconds": f"{ahead.total_seconds():.3f}",
+        },
+    )
+    until_taken_s = math.ceil((ahead - FUTURE_MAX).total_seconds())
+    error.retry_after_s = min(until_taken_s, PurchaseTimeAhead.retry_after_s)
+    return error
+
+
+def _clocks_differ(now: datetime.datetime, database_time: datetime.datetime) -> ServiceError:
+    _clocks("apart", now=rfc3339(now), database=rfc3339(database_time))
+    return ClocksDiffer(f"the server's clock says {rfc3339(now)}, its database's {rfc3339(database_time)}")
+
+
+def _too_long_ago(sale: Sale, earliest: datetime.datetime, now: datetime.datetime) -> ServiceError:
     return PurchaseTimeOutOfRange(
-        f"purchase.purchase_time {rfc3339(sale.purchase_time)} must not be before {rfc3339(earliest)}"
-        f" or more than {FUTURE_MAX.seconds // 60} minutes after the server's time, {rfc3339(now)}",
+        f"purchase.purchase_time {rfc3339(sale.purchase_time)} must not be before {rfc3339(earliest)};"
+        f" the server's time is {rfc3339(now)}",
         metadata={"purchase_time": rfc3339(sale.purchase_time), "server_time": rfc3339(now)},
     )
 

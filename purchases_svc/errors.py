@@ -2,7 +2,9 @@
 
 ServiceError
 ├── InvalidRequest ── InvalidPurchase     fields break the rules of a sale
-├── PurchaseTimeOutOfRange                too far in the future, or too long ago
+├── PurchaseTimeOutOfRange                too long ago
+├── PurchaseTimeAhead                     too far in the future: it is taken when that time has come
+├── ClocksDiffer                          ours and the database's: no sale is refused for its time
 ├── IdempotencyKeyReused                  the key belongs to a sale with other content
 ├── ReceiptExists                         another sale of that branch, till and day has the receipt number
 ├── CustomerUnknown                       a sale names a customer that is not registered
@@ -25,6 +27,18 @@ class InvalidPurchase(InvalidRequest):
 class PurchaseTimeOutOfRange(ServiceError):
     code = StatusCode.OUT_OF_RANGE
     reason = _named(reasons.PURCHASE_TIME_OUT_OF_RANGE)
+
+
+class PurchaseTimeAhead(ServiceError):
+    code = StatusCode.UNAVAILABLE
+    reason = _named(reasons.PURCHASE_TIME_AHEAD)
+    retry_after_s = 60.0  # at most: a clock may be set right at any time
+
+
+class ClocksDiffer(ServiceError):
+    code = StatusCode.UNAVAILABLE
+    reason = _named(reasons.CLOCKS_DIFFER)
+    retry_after_s = 5.0
 
 
 class IdempotencyKeyReused(ServiceError):

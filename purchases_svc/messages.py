@@ -3,16 +3,18 @@
 Written for speed where it is on the path of every sale: one pass, whole cents, no Decimal objects.
 """
 
-import unicodedata
+import re
 
 from google.type import decimal_pb2
 
 from chassis import wire
-from chassis.errors import FieldReason, Violation
+from chassis.errors import VIOLATIONS_MAX, FieldReason, Violation
 from purchases_svc.answers import Recorded
 from purchases_svc.errors import InvalidPurchase
 from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, PRODUCT_ID_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
+
+POS_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{POS_ID_LENGTH_MAX}}}")
 
 
 def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
@@ -31,8 +33,8 @@ def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
         violations.append(Violation("purchase", "is required", FieldReason.REQUIRED))
         raise InvalidPurchase(violations)
 
-    _check_text(purchase.receipt_id, RECEIPT_ID_LENGTH_MAX, "purchase.receipt_id", violations)
-    _check_text(purchase.pos_id, POS_ID_LENGTH_MAX, "purchase.pos_id", violations)
+    _check_receipt_id(purchase.receipt_id, violations)
+    _check_pos_id(purchase.pos_id, violations)
     wire.check_id("purchase.branch_id", purchase.branch_id, violations)
     wire.check_id("purchase.cashier_id", purchase.cashier_id, violations)
 
@@ -99,6 +101,8 @@ def _parse_items(purchase: purchase_pb2.Purchase, violations: list[Violation]) -
                 continue
         _explain_item(item, f"purchase.items[{index}]", price, seen.get(product_id), index, violations)
         seen.setdefault(product_id, index)
+        if len(violations) > VIOLATIONS_MAX:
+            break  # more are not told
     if len(violations) > before:
         return (), None
     return tuple(items), sum(price for _, price in items)
@@ -133,15 +137,29 @@ def _explain_item(
             violations.append(Violation(f"{path}.line_total", rule, FieldReason.AMOUNT_MISMATCH))
 
 
-def _check_text(text: str, length_max: int, path: str, violations: list[Violation]) -> None:
-    if text.isascii() and text.isprintable() and 1 <= len(text) <= length_max:
+def _check_receipt_id(text: str, violations: list[Violation]) -> None:
+    path = "purchase.receipt_id"
+    if not text:
+        violations.append(Violation(path, "is required", FieldReason.REQUIRED))
+    elif len(text) > RECEIPT_ID_LENGTH_MAX:
+        rule = f"must have at most {RECEIPT_ID_LENGTH_MAX} characters"
+        violations.append(Violation(path, rule, FieldReason.TOO_LONG))
+    elif not wire.is_seen(text):
+        rule = "must not contain control, format, private-use or other code points that people cannot see"
+        violations.append(Violation(path, rule, FieldReason.CONTROL_CHARACTER))
+
+
+def _check_pos_id(text: str, violations: list[Violation]) -> None:
+    path = "purchase.pos_id"
+    if POS_ID.fullmatch(text):
         return  # nearly always
     if not text:
         violations.append(Violation(path, "is required", FieldReason.REQUIRED))
-    elif len(text) > length_max:
-        violations.append(Violation(path, f"must have at most {length_max} characters", FieldReason.TOO_LONG))
-    elif any(unicodedata.category(character) == "Cc" for character in text):
-        violations.append(Violation(path, "must not contain control characters", FieldReason.CONTROL_CHARACTER))
+    elif len(text) > POS_ID_LENGTH_MAX:
+        violations.append(Violation(path, f"must have at most {POS_ID_LENGTH_MAX} characters", FieldReason.TOO_LONG))
+    else:
+        rule = "must be ASCII letters, digits, points, underscores and hyphens"
+        violations.append(Violation(path, rule, FieldReason.FORBIDDEN_CHARACTER))
 
 
 def answer(

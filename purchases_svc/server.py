@@ -162,11 +162,11 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         first, last = (_required_date(request, field, violations) for field in ("first_date", "last_date"))
         if first and last and last < first:
             violations.append(Violation("last_date", "must not be before first_date", FieldReason.BAD_RANGE))
-        customer_ids = [wire.parse_uuid(text) for text in request.customer_ids]
-        for n, customer_id in enumerate(customer_ids[:CUSTOMER_IDS_MAX]):
+        customer_ids = [wire.parse_uuid(text) for text in request.customer_ids[:CUSTOMER_IDS_MAX]]
+        for n, customer_id in enumerate(customer_ids):
             if customer_id is None:
                 violations.append(Violation(f"customer_ids[{n}]", wire.UUID_RULE, FieldReason.NOT_A_UUID))
-        if len(customer_ids) > CUSTOMER_IDS_MAX:
+        if len(request.customer_ids) > CUSTOMER_IDS_MAX:
             rule = f"must have at most {CUSTOMER_IDS_MAX:,} customers"
             violations.append(Violation("customer_ids", rule, FieldReason.TOO_MANY))
         _raise_if(violations)

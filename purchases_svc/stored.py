@@ -329,3 +329,11 @@ async def settings(connection: Connection) -> tuple[str, bytes]:
     if row is None:
         raise MigrationError("the database has no settings: run `migrate` first")
     return row[0], row[1]
+
+
+async def clock(connection: Connection) -> datetime.datetime:
+    """The database's, in UTC."""
+    row = await (await connection.execute("SELECT clock_timestamp()")).fetchone()
+    assert row is not None
+    moment: datetime.datetime = row[0]
+    return moment.astimezone(datetime.UTC)

@@ -136,7 +136,7 @@ def _event_ids(request: pb2.RequeueEventsRequest) -> list[str]:
         rule = f"must have 1 to {REQUEUE_MAX:,} events, or all_failed must be set"
         reason = FieldReason.TOO_MANY if request.event_ids else FieldReason.REQUIRED
         violations.append(Violation("event_ids", rule, reason))
-    event_ids = _parsed(request.event_ids, violations)
+    event_ids = _parsed(request.event_ids[:REQUEUE_MAX], violations)
     _raise_if(violations)
     return event_ids
 

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 
 from analytics_svc.errors import Rejected, quoted
 from analytics_svc.purchase import PRODUCT_ID_MAX, Item, PurchaseCreated
-from chassis.wire import parse_cents
+from chassis.wire import is_seen, parse_cents
 from chassis.zones import business_day
 
 EVENT_TYPE = "PurchaseCreated"
@@ -91,11 +91,11 @@ def _purchase(event_id: str, purchase: Any, zone: ZoneInfo) -> PurchaseCreated:
         _wrong("purchase", "must be an object", purchase)
     get = purchase.get
     purchase_id = _uuid(get("purchase_id"), "purchase.purchase_id")
-    _text(get("receipt_id"), "purchase.receipt_id")
+    _receipt_id(get("receipt_id"))
     _uuid(get("idempotency_key"), "purchase.idempotency_key")
     branch_id = _whole(get("branch_id"), "purchase.branch_id", ID_MAX)
     _whole(get("cashier_id"), "purchase.cashier_id", ID_MAX)
-    _text(get("pos_id"), "purchase.pos_id")
+    _pos_id(get("pos_id"))
     customer_id = get("customer_id")  # null is taken for absent: it can mean nothing else
     if customer_id is not None:
         customer_id = _uuid(customer_id, "purchase.customer_id")
@@ -172,6 +172,7 @@ def _constant(name: str) -> NoReturn:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_Number, parse_constant=_constant)
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_POS_ID = re.compile(r"[A-Za-z0-9._-]{1,32}")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?(?:Z|[+-][0-9]{2}:[0-9]{2})")
 
@@ -190,6 +191,16 @@ def _text(value: Any, path: str) -> str:
     if type(value) is not str or not 1 <= len(value) <= TEXT_LENGTH_MAX or "\0" in value:
         _wrong(path, f"must be a text of 1 to {TEXT_LENGTH_MAX} characters without NUL", value)
     return value
+
+
+def _receipt_id(value: Any) -> None:
+    if not is_seen(_text(value, "purchase.receipt_id")):
+        _wrong("purchase.receipt_id", "must have nothing that people cannot see", value)
+
+
+def _pos_id(value: Any) -> None:
+    if type(value) is not str or not _POS_ID.fullmatch(value):
+        _wrong("purchase.pos_id", "must be 1 to 32 ASCII letters, digits, points, underscores and hyphens", value)
 
 
 def _time(value: Any, path: str) -> datetime:

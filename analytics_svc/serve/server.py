@@ -284,5 +284,6 @@ def _branch_id(request: Any, violations: list[Violation]) -> int | None:
 def _check_ids(field: str, ids: Sequence[int], violations: list[Violation], most: int = wire.ID_MAX) -> None:
     if len(ids) > IDS_MAX:
         violations.append(Violation(field, f"must have at most {IDS_MAX:,} ids", FieldReason.TOO_MANY))
+        return  # nobody is told what is wrong with the ids of a list that is too long
     for index, number in enumerate(ids):
         wire.check_id(f"{field}[{index}]", number, violations, most)

@@ -28,7 +28,7 @@ CREATE TABLE purchases (
     idempotency_key uuid NOT NULL,
     branch_id int NOT NULL CHECK (branch_id > 0),
     cashier_id int NOT NULL CHECK (cashier_id > 0),
-    pos_id text NOT NULL CHECK (length(pos_id) BETWEEN 1 AND 32),
+    pos_id text NOT NULL CHECK (pos_id ~ '^[A-Za-z0-9._-]{1,32}$'),
     customer_id uuid REFERENCES customers,
     purchase_time timestamptz NOT NULL,
     -- At most a day from UTC's, so a day's purchases are found in a range of times that is a day wider at either end.

@@ -27,7 +27,9 @@ UTC_ZONE = ZoneInfo("UTC")
 # What the schema says in words only: from 2000 on, and not of a far future.
 MOMENTS = st.integers(0, 26 * 365 * 86_400).map(lambda s: datetime(2000, 1, 1, tzinfo=UTC) + timedelta(seconds=s))
 IDS = st.integers(1, 2**31 - 1)
-TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=64)
+# Without what people cannot see, and without code points that are no characters yet, or never.
+TEXTS = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1, max_size=64)
+TILLS = st.from_regex(r"[A-Za-z0-9._-]{1,32}", fullmatch=True)
 ITEMS = st.lists(
     st.fixed_dictionaries(
         {
@@ -46,7 +48,7 @@ PURCHASES = st.fixed_dictionaries(
         "idempotency_key": st.uuids().map(lambda value: str(value).upper()),
         "branch_id": IDS,
         "cashier_id": IDS,
-        "pos_id": TEXTS,
+        "pos_id": TILLS,
         "purchase_time": MOMENTS.map(datetime.isoformat),
         "items": ITEMS,
     },

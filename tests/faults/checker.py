@@ -197,8 +197,10 @@ class Checker:
     def _founded(self, sale: Sale, reason: str, at: float, receipts: dict[tuple[object, ...], int]) -> bool:
         others = [n for n in self._told.by_key[sale.key] if n != sale.number]
         match reason:
+            case "PURCHASE_TIME_AHEAD":
+                return sale.time_us > at * 1_000_000 + FUTURE_US
             case "PURCHASE_TIME_OUT_OF_RANGE":
-                return sale.time_us > at * 1_000_000 + FUTURE_US or self._dropped(sale)
+                return self._dropped(sale)
             case "IDEMPOTENCY_KEY_REUSED":
                 return any(n in self._stored or self._dropped(self._told.sales[n]) for n in others)
             case "RECEIPT_EXISTS":

@@ -47,6 +47,7 @@ REFUSALS = {
     grpc.StatusCode.ALREADY_EXISTS,
     grpc.StatusCode.OUT_OF_RANGE,
 }
+TIME_AHEAD = "PURCHASE_TIME_AHEAD"
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
@@ -362,10 +363,10 @@ class Till:
     def _not_acknowledged(self, sale: Sale, code: grpc.StatusCode, status: status_pb2.Status) -> str | None:
         """What an error says of the sale: None when nothing, and it has to be sent again."""
         reason = _reason(status)
-        if code in TRY_AGAIN:
+        if code in TRY_AGAIN and reason != TIME_AHEAD:
             self._ledger.sale_unknown(sale, f"{code.name} {reason}")
             return None
-        if code in REFUSALS:
+        if code in REFUSALS or reason == TIME_AHEAD:  # for that time, no till here has the patience
             self._ledger.sale_refused(sale, reason)
             return "refused"
         self._ledger.write("wrong", number=sale.number, why=f"{code.name} {reason}: {status.message[:200]}")

@@ -89,6 +89,8 @@ def broken_refusal(status: status_pb2.Status, request: Any) -> str | None:
     has_info, has_violations, has_pause = (
         any(detail.Unpack(part) for detail in status.details) for part in (info, bad, retry)
     )
+    if info.reason == "PURCHASE_TIME_AHEAD":
+        return None if has_pause and CODES[status.code] is grpc.StatusCode.UNAVAILABLE else "is not put off"
     if CODES[status.code] not in REFUSALS:
         return "must not be the answer"
     if not has_info or info.domain != DOMAIN or not REASON.fullmatch(info.reason):

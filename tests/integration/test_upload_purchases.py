@@ -82,7 +82,7 @@ async def test_refused_sales_spare_their_neighbours(tills: Any, purchases_db: st
         102: "RECEIPT_EXISTS",
         103: "IDEMPOTENCY_KEY_REUSED",
         104: "CUSTOMER_NOT_FOUND",
-        105: "PURCHASE_TIME_OUT_OF_RANGE",
+        105: "PURCHASE_TIME_AHEAD",
     }
     assert results[106].created.replayed
     assert results[106].created.consistency_token == results[100].created.consistency_token != ""

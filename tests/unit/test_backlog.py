@@ -218,7 +218,7 @@ def test_sales_that_cannot_be_sent_spare_their_neighbours(depot: Depot, sales: l
     """Whatever is wrong with a sale is its own matter: it is refused by name, and all others are stored."""
     spoilt: dict[str, Any] = {
         "product": dataclasses.replace(sales[10], items=[Item(2**70, 100)]),
-        "branch": dataclasses.replace(sales[11], branch_id=-(2**40)),
+        "branch": dataclasses.replace(sales[11], branch_id=-(2**70)),
         "receipt": dataclasses.replace(sales[12], receipt_id="\ud800"),
         "time": dataclasses.replace(sales[13], purchase_time=sales[13].purchase_time.replace(tzinfo=None)),
         "price": dataclasses.replace(sales[14], items=[Item(1001, 8.9)]),  # type: ignore[arg-type]

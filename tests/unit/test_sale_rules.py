@@ -1,9 +1,13 @@
 """The rules of a sale, without any server."""
 
 import base64
+from zoneinfo import ZoneInfo
 
 import pytest
 
+from analytics_svc.errors import Rejected
+from analytics_svc.ingest.events import decode
+from chassis import wire
 from chassis.errors import VIOLATIONS_MAX
 from chassis.grpc_server import to_status
 from chassis.wire import parse_uuid
@@ -11,6 +15,7 @@ from purchases_svc.answers import Recorded
 from purchases_svc.errors import InvalidPurchase
 from purchases_svc.messages import answer, parse_sale, to_purchase, to_response
 from purchases_svc.sale import ITEMS_MAX, Item, Purchase
+from tests.integration.purchase_events import sold
 from tests.integration.sales import sale
 
 
@@ -27,10 +32,32 @@ def test_sale_is_read_into_whole_cents() -> None:
     assert parsed.customer_id == "4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
 
 
-@pytest.mark.parametrize("text", ["a\nb", "a\0", "\x7f", "\x85", "", "x" * 65])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a\nb", "a\0", "\x7f", "\x85", "", "x" * 65),
+        *("4711\u200b", "\ufeff4711", "47\u00ad11", "\u202e4711", "\u20664711", "\u2028", "\u2029", "\ue000", "\ufdd0"),
+        *("\ufffe", "\U0001ffff", "\U000e0041", "\U00100000"),
+    ],
+)
 def test_receipt_numbers_that_are_refused(text: str) -> None:
-    """No control characters, nothing empty, nothing too long."""
+    """Nothing that people cannot see, nothing empty, nothing too long; consumers would not take it, either."""
     assert fields(receipt_id=text) == ["purchase.receipt_id"]
+    with pytest.raises(Rejected, match=r"purchase\.receipt_id"):
+        decode(sold().body(receipt_id=text), ZoneInfo("UTC"))
+
+
+@pytest.mark.parametrize("text", ["", "x" * 33, "Kasse 3", "POS/3", "Ä1", "POS-3\n", "\u200bPOS", "３"])
+def test_tills_that_are_refused(text: str) -> None:
+    """A till's name becomes part of an identity; consumers take no other, either."""
+    assert fields(pos_id=text) == ["purchase.pos_id"]
+    with pytest.raises(Rejected, match=r"purchase\.pos_id"):
+        decode(sold().body(pos_id=text), ZoneInfo("UTC"))
+
+
+def test_tills_that_are_taken() -> None:
+    """With a shift in its name, for one."""
+    assert parse_sale(sale(pos_id="POS-3.2_a")).pos_id == "POS-3.2_a"
 
 
 @pytest.mark.parametrize("text", ["x" * 64, "Bon Nr. 7/ä", "レシート", "\U0001f6d2" * 64, "'; DROP TABLE purchases --"])
@@ -79,6 +106,20 @@ def test_violations_are_bounded() -> None:
     assert len(caught.value.violations) == VIOLATIONS_MAX
     details = base64.b64encode(to_status(caught.value, "purchases.retail.example").SerializeToString())
     assert len(details) + len(caught.value.message) < 8_192 - 512  # which is for the names, and for other trailers
+
+
+def test_no_work_for_violations_that_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody keeps a server busy with broken items: it looks for as many as it tells, and no further."""
+    looked_at: list[str] = []
+    parse_cents = wire.parse_cents
+
+    def look_at(text: str) -> int | None:
+        looked_at.append(text)
+        return parse_cents(text)
+
+    monkeypatch.setattr(wire, "parse_cents", look_at)
+    fields(prices=("x",) * ITEMS_MAX)
+    assert len(looked_at) <= VIOLATIONS_MAX + 1
 
 
 def test_missing_price_and_third_duplicate() -> None:

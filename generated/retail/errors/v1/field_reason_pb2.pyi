@@ -47,7 +47,10 @@ class _FieldReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FieldReas
     TOO_MANY: _FieldReason.ValueType  # 10
     """The field has too many elements."""
     CONTROL_CHARACTER: _FieldReason.ValueType  # 11
-    """The text must not contain control characters."""
+    """The text must not contain what people cannot see or tell apart: control,
+    format, private-use and surrogate code points, line and paragraph
+    separators, code points that are no characters.
+    """
     DUPLICATE: _FieldReason.ValueType  # 12
     """Another element has the same value, which must be unique."""
     AMOUNT_MISMATCH: _FieldReason.ValueType  # 13
@@ -64,6 +67,8 @@ class _FieldReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FieldReas
     """
     TOO_LARGE: _FieldReason.ValueType  # 18
     """The number is larger than the field may hold."""
+    FORBIDDEN_CHARACTER: _FieldReason.ValueType  # 19
+    """The text has a character that is none of those which the field allows."""
 
 class FieldReason(_FieldReason, metaclass=_FieldReasonEnumTypeWrapper):
     """Which rule a field breaks, for every service: the reason of a FieldViolation
@@ -96,7 +101,10 @@ TOO_LONG: FieldReason.ValueType  # 9
 TOO_MANY: FieldReason.ValueType  # 10
 """The field has too many elements."""
 CONTROL_CHARACTER: FieldReason.ValueType  # 11
-"""The text must not contain control characters."""
+"""The text must not contain what people cannot see or tell apart: control,
+format, private-use and surrogate code points, line and paragraph
+separators, code points that are no characters.
+"""
 DUPLICATE: FieldReason.ValueType  # 12
 """Another element has the same value, which must be unique."""
 AMOUNT_MISMATCH: FieldReason.ValueType  # 13
@@ -113,4 +121,6 @@ needed.
 """
 TOO_LARGE: FieldReason.ValueType  # 18
 """The number is larger than the field may hold."""
+FORBIDDEN_CHARACTER: FieldReason.ValueType  # 19
+"""The text has a character that is none of those which the field allows."""
 Global___FieldReason: _TypeAlias = FieldReason  # noqa: Y015

@@ -74,9 +74,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     field, with its FieldReason.
     """
     PURCHASE_TIME_OUT_OF_RANGE: _ErrorReason.ValueType  # 13
-    """OUT_OF_RANGE. Final: purchase_time is too long ago, or too far in the
-    future: compare metadata's purchase_time and server_time. A till whose
-    clock is fast may send the sale again when that time has come.
+    """OUT_OF_RANGE. Final: purchase_time is too long ago: compare metadata's
+    purchase_time and server_time.
     """
     IDEMPOTENCY_KEY_REUSED: _ErrorReason.ValueType  # 14
     """FAILED_PRECONDITION. Final: the key belongs to a purchase with other
@@ -96,6 +95,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     OUTBOX_FULL: _ErrorReason.ValueType  # 18
     """RESOURCE_EXHAUSTED. Retry after 5 s: too many events wait for the broker,
     so that no sale is taken in.
+    """
+    PURCHASE_TIME_AHEAD: _ErrorReason.ValueType  # 19
+    """UNAVAILABLE. Retry after 60 s: purchase_time is too far ahead of the
+    server's clock, by metadata's ahead_seconds. The sale is taken once that time
+    has come; RetryInfo says when, if it is within 60 s. Somebody should look at
+    the till's clock.
+    """
+    CLOCKS_DIFFER: _ErrorReason.ValueType  # 20
+    """UNAVAILABLE. Retry after 5 s: the service's clock and its database's are far
+    apart. Until somebody has set them right, no sale is refused for its time.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -158,9 +167,8 @@ INVALID_PURCHASE: ErrorReason.ValueType  # 12
 field, with its FieldReason.
 """
 PURCHASE_TIME_OUT_OF_RANGE: ErrorReason.ValueType  # 13
-"""OUT_OF_RANGE. Final: purchase_time is too long ago, or too far in the
-future: compare metadata's purchase_time and server_time. A till whose
-clock is fast may send the sale again when that time has come.
+"""OUT_OF_RANGE. Final: purchase_time is too long ago: compare metadata's
+purchase_time and server_time.
 """
 IDEMPOTENCY_KEY_REUSED: ErrorReason.ValueType  # 14
 """FAILED_PRECONDITION. Final: the key belongs to a purchase with other
@@ -180,5 +188,15 @@ PURCHASE_NOT_FOUND: ErrorReason.ValueType  # 17
 OUTBOX_FULL: ErrorReason.ValueType  # 18
 """RESOURCE_EXHAUSTED. Retry after 5 s: too many events wait for the broker,
 so that no sale is taken in.
+"""
+PURCHASE_TIME_AHEAD: ErrorReason.ValueType  # 19
+"""UNAVAILABLE. Retry after 60 s: purchase_time is too far ahead of the
+server's clock, by metadata's ahead_seconds. The sale is taken once that time
+has come; RetryInfo says when, if it is within 60 s. Somebody should look at
+the till's clock.
+"""
+CLOCKS_DIFFER: ErrorReason.ValueType  # 20
+"""UNAVAILABLE. Retry after 5 s: the service's clock and its database's are far
+apart. Until somebody has set them right, no sale is refused for its time.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

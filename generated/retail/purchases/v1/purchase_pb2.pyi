@@ -25,8 +25,17 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class Purchase(_message.Message):
     """A completed sale. Immutable once recorded.
 
-    Text fields hold Unicode without control characters (so no NUL, no line
-    break) and are compared byte by byte. Amounts are plain decimals: one to
+    What was paid is the sum of the lines, and no line is negative. A discount, a
+    total that was rounded down and a deposit that was given back are spread over
+    the lines, so that their prices are what was paid for each; a total that was
+    rounded up may be a line of its own. The business day of a sale is the day of
+    purchase_time in the chain's one time zone, from midnight to midnight,
+    whatever the hours of a branch are.
+
+    Text that people compare by eye holds what they can see: no control, format
+    (such as zero-width and direction marks), private-use or surrogate code
+    points, no line or paragraph separators, nothing that is no character. It is
+    compared byte by byte. Amounts are plain decimals: one to
     twelve ASCII digits, optionally a point and one or two more ("8.9", "142.50");
     they are printed with two fraction digits.
     """
@@ -55,13 +64,18 @@ class Purchase(_message.Message):
     cashier_id: _builtins.int
     """Cashier on duty: 1 to 2,147,483,647."""
     pos_id: _builtins.str
-    """Till within the branch, such as "POS-3": 1 to 32 characters."""
+    """Till within the branch, such as "POS-3": 1 to 32 ASCII letters, digits,
+    points, underscores and hyphens. A till whose receipt numbers start again
+    within a day, say with each shift, has the shift in it: "POS-3.2".
+    """
     customer_id: _builtins.str
     """UUID of the customer; absent for an anonymous sale."""
     @_builtins.property
     def purchase_time(self) -> _timestamp_pb2.Timestamp:
         """When the sale happened, by the till's clock; finer than a microsecond is
-        cut off. Not before the year 2000, and at most 5 minutes in the future.
+        cut off. Not before the year 2000. A sale whose time is more than 5 minutes
+        ahead of the server's clock is put off with PURCHASE_TIME_AHEAD: it is taken
+        when that time has come.
         """
 
     @_builtins.property
