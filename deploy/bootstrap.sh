@@ -60,7 +60,7 @@ packages() {
     "$python" -m venv --clear .venv
   else # Debian has pip for new environments in a package of its own
     [ -d .local/pip ] || { unpack .local/pip python3-pip-whl && finish .local/pip; } ||
-      fail "$python cannot make virtual environments with pip: it has no ensurepip."
+      fail "$python has no ensurepip, and Debian's pip could not be fetched instead." "$(tail -n 20 "$new/log")"
     pip=$(echo .local/pip/usr/share/python-wheels/pip-*.whl)
     "$python" -m venv --clear --without-pip .venv
     .venv/bin/python "$pip/pip" install --quiet --no-index "$pip"
@@ -81,7 +81,8 @@ rabbitmq() {
   if [ -d "$directory" ]; then
     return
   elif command -v apt-get >/dev/null && command -v dpkg >/dev/null; then # Debian; Ubuntu is untried
-    unpack "$directory" rabbitmq-server || fail "RabbitMQ's packages could not be fetched; run make again to retry." "$choices"
+    unpack "$directory" rabbitmq-server ||
+      fail "RabbitMQ's packages could not be fetched; run make again to retry." "$choices" "$(tail -n 20 "$new/log")"
     for_any_place "$directory.new/root/usr/lib"
     finish "$directory"
   elif command -v brew >/dev/null; then # untried
@@ -91,8 +92,8 @@ rabbitmq() {
   fi
 }
 
-# unpack DIRECTORY PACKAGE: into DIRECTORY.new/root, with all that it needs and the machine lacks.
-# `finish` moves it to its place. What was fetched before an interruption is not fetched again.
+# unpack DIRECTORY PACKAGE: into DIRECTORY.new/root, with all that it needs and the machine lacks. If it fails,
+# DIRECTORY.new/log says why. `finish` moves it to its place. What was fetched before an interruption is not fetched again.
 unpack() {
   new=$(mkdir -p "$1.new" && cd "$1.new" && pwd -P)
   rm -rf "$new/root"
@@ -112,10 +113,7 @@ END
   # Lists that could not be brought up to date may still do: only the download decides.
   own_apt update >"$new/log" 2>&1 || true
   own_apt autoclean >>"$new/log" 2>&1 || true # versions of before an interruption
-  if ! own_apt --download-only install "$2" >>"$new/log" 2>&1; then
-    tail -n 20 "$new/log" >&2
-    return 1
-  fi
+  own_apt --download-only install "$2" >>"$new/log" 2>&1 || return 1
   for package in "$new"/archives/*.deb; do
     dpkg -x "$package" "$new/root" || return 1
   done
