@@ -44,6 +44,11 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),  # clients may ping every 30 s
+    # gRPC throws calls away with CANCELLED before anybody sees them, at random from 1,000 that wait to be taken in, and
+    # all that wait for 30 s. Our own limits are lower, and say when to come again.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 100_000),
+    ("grpc.server_max_unrequested_time_in_server", 300),  # seconds
     ("grpc.max_connection_idle_ms", 30 * 60_000),  # a client that calls again connects again
 ]
 
