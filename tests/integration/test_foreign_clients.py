@@ -95,7 +95,7 @@ def test_largest_legal_requests_fit() -> None:
     uuids = ["4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"] * 1_000
     filters = ListProductSalesRequest(
         branch_ids=[2**31 - 1] * 1_000,
-        product_ids=[2**31 - 1] * 1_000,
+        product_ids=[2**63 - 1] * 1_000,
         page_token="x" * 500,
         consistency_token=uuids[0],
     )

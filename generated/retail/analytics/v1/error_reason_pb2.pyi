@@ -51,8 +51,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     by PurchasesService.
     """
     OVERLOADED: _ErrorReason.ValueType  # 7
-    """RESOURCE_EXHAUSTED. Retry after 1 s: more calls wait for their purchase, or
-    more watchers are here, than the server takes in.
+    """RESOURCE_EXHAUSTED. Retry after 1 s: more calls wait for their purchase, more
+    watchers are here, or more calls are in flight, than the server takes in.
     """
     SHUTTING_DOWN: _ErrorReason.ValueType  # 8
     """UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or
@@ -145,8 +145,8 @@ other filters: begin with the first page. Or consistency_token was not made
 by PurchasesService.
 """
 OVERLOADED: ErrorReason.ValueType  # 7
-"""RESOURCE_EXHAUSTED. Retry after 1 s: more calls wait for their purchase, or
-more watchers are here, than the server takes in.
+"""RESOURCE_EXHAUSTED. Retry after 1 s: more calls wait for their purchase, more
+watchers are here, or more calls are in flight, than the server takes in.
 """
 SHUTTING_DOWN: ErrorReason.ValueType  # 8
 """UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or

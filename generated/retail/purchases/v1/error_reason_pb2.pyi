@@ -51,8 +51,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     other filters. Begin with the first page.
     """
     OVERLOADED: _ErrorReason.ValueType  # 7
-    """RESOURCE_EXHAUSTED. Retry after 1 s: more sales wait, or more exports run,
-    than the server takes in.
+    """RESOURCE_EXHAUSTED. Retry after 1 s: more sales wait, more exports run, or
+    more calls are in flight, than the server takes in.
     """
     SHUTTING_DOWN: _ErrorReason.ValueType  # 8
     """UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or
@@ -144,8 +144,8 @@ INVALID_TOKEN: ErrorReason.ValueType  # 6
 other filters. Begin with the first page.
 """
 OVERLOADED: ErrorReason.ValueType  # 7
-"""RESOURCE_EXHAUSTED. Retry after 1 s: more sales wait, or more exports run,
-than the server takes in.
+"""RESOURCE_EXHAUSTED. Retry after 1 s: more sales wait, more exports run, or
+more calls are in flight, than the server takes in.
 """
 SHUTTING_DOWN: ErrorReason.ValueType  # 8
 """UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or

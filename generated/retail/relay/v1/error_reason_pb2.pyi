@@ -72,6 +72,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. Final: the retention has dropped events that the
     listing would have had. See ListCommittedEventIds for how to go on.
     """
+    OVERLOADED: _ErrorReason.ValueType  # 13
+    """RESOURCE_EXHAUSTED. Retry after 1 s: more calls are in flight, or have
+    larger requests, than the server takes in.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the reason of google.rpc.ErrorInfo, whose domain is
@@ -130,5 +134,9 @@ metadata's event_ids names ten at most.
 EVENTS_DROPPED: ErrorReason.ValueType  # 12
 """FAILED_PRECONDITION. Final: the retention has dropped events that the
 listing would have had. See ListCommittedEventIds for how to go on.
+"""
+OVERLOADED: ErrorReason.ValueType  # 13
+"""RESOURCE_EXHAUSTED. Retry after 1 s: more calls are in flight, or have
+larger requests, than the server takes in.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
