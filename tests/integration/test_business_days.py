@@ -13,6 +13,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
+import grpc
 import pytest
 
 import purchases_svc.__main__ as purchases
@@ -25,6 +26,12 @@ from analytics_svc.proof.verdicts import Verdict
 from analytics_svc.settings import ServeSettings as AnalyticsSettings
 from analytics_svc.upstream.source import Source
 from chassis import wire, zones
+from chassis.postgres import Pool
+from purchases_svc.answers import Recorded
+from purchases_svc.backlog import Backlog
+from purchases_svc.messages import parse_sale
+from purchases_svc.partitions import Partitions
+from purchases_svc.record import CONNECTIONS, Recorder
 from purchases_svc.settings import ServeSettings
 from retail.analytics.v1 import analytics_service_pb2
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
@@ -48,6 +55,7 @@ ODD = [
 ZONES = sorted(zones.names()) if os.environ.get("ALL_ZONES") else ODD
 DAY, HOUR, MINUTE = timedelta(days=1), timedelta(hours=1), timedelta(minutes=1)
 FIRST, LAST = datetime(2000, 1, 2, tzinfo=UTC), datetime.now(UTC) - 3 * DAY
+YEAR_AGO = LAST - 365 * DAY
 CUSTOMERS = [str(uuid.UUID(int=n, version=4)) for n in range(1, 5)]
 
 
@@ -125,6 +133,35 @@ class Sale(NamedTuple):
     customer_id: str
 
 
+def test_names_that_sql_takes_for_abbreviations(postgres_url: str) -> None:
+    """Those that we refuse are those that mean something else in SQL."""
+    both = query(postgres_url, "SELECT abbrev FROM pg_timezone_abbrevs")
+    moments = [datetime(2026, month, 1, tzinfo=UTC) for month in (1, 7)]
+
+    def differs(name: str) -> bool:
+        shown = query(
+            postgres_url, " UNION ALL ".join(f"SELECT '{at}'::timestamptz AT TIME ZONE '{name}'" for at in moments)
+        )
+        return shown != [(moment.astimezone(zones.load(name)).replace(tzinfo=None),) for moment in moments]
+
+    assert {name for (name,) in both if name in zones.names() and differs(name)} == set(zones.ABBREVIATIONS)
+
+
+async def test_labels_of_all_zones_side_by_side(
+    purchases_channel: grpc.aio.Channel, purchases_db: str, analytics_db: str
+) -> None:
+    """What was labelled is never labelled anew: all zones that exist, in one pair of databases, agree sale by sale."""
+    tills: Any = PurchasesServiceStub(purchases_channel)
+    async with pool(purchases_db, "purchases_service", size=CONNECTIONS) as opened:
+        sales = [each for name in sorted(zones.names()) for each in await record(opened, name)]
+    await check_control_totals(tills, sales, page_sizes=(7, 1_000))
+    await check_exports(tills, sales)
+    await count(purchases_db, analytics_db)
+    await check_answers(analytics_db, "UTC", sales)
+    await check_proofs(analytics_db, Source(purchases_channel, zones.load("UTC")), sales, rebuilt=5)
+    await check_answers(analytics_db, "UTC", sales)
+
+
 @pytest.mark.parametrize("zone", ZONES)
 async def test_all_have_a_sale_on_one_day(purchases_db: str, analytics_db: str, zone: str) -> None:
     """Control totals of any page size, exports, the owner's answers, audit and repairs agree, sale by sale."""
@@ -136,7 +173,7 @@ async def test_all_have_a_sale_on_one_day(purchases_db: str, analytics_db: str, 
         sales = await sell(tills, zones.load(zone))
         await check_control_totals(tills, sales)
         await check_exports(tills, sales)
-        await count(purchases_db, analytics_db, zone)
+        await count(purchases_db, analytics_db)
         await check_answers(analytics_db, zone, sales)
         await check_proofs(analytics_db, Source(channel, zones.load(zone)), sales)
         await check_answers(analytics_db, zone, sales)
@@ -160,6 +197,29 @@ async def sell(tills: Any, zone: ZoneInfo) -> list[Sale]:
     return sales
 
 
+async def record(opened: Pool, name: str) -> list[Sale]:
+    """As a service of that zone does it, around its transitions of the last year."""
+    zone = zones.load(name)
+    limits: Any = {"batch_max": 500, "waiting_max": 1_000, "waiting_items_max": 1_000, "flush_timeout_s": 60}
+    recorder = Recorder(opened, Partitions(opened), Backlog(opened, 0), zone=zone, **limits)
+    number = sorted(zones.names()).index(name)
+    recent = [moment for moment in transitions(zone) if moment > YEAR_AGO] or [datetime(2026, 3, 1, tzinfo=UTC)]
+    moments = [moment + step for moment in recent for step in (-HOUR, -timedelta.resolution, HOUR / 2, HOUR)]
+    requests = []
+    for moment in moments:
+        requests.append(sale((f"{100 + number / 100:.2f}",), branch_id=1 + number % 50))
+        requests[-1].purchase.purchase_time.FromDatetime(moment)
+    outcomes = await recorder.record_all([parse_sale(request) for request in requests])
+    await recorder.close()
+    sales = []
+    for request, moment, outcome in zip(requests, moments, outcomes, strict=True):
+        assert isinstance(outcome, Recorded), outcome
+        stored = outcome.purchase
+        assert stored.business_day == label(moment, zone)
+        sales.append(Sale(request, stored.event_id, stored.business_day, 1 + number % 50, 10_000 + number, ""))
+    return sales
+
+
 def wire_day(value: Any) -> date:
     return date(value.year, value.month, value.day)
 
@@ -173,11 +233,11 @@ def sums(sales: Sequence[Sale]) -> dict[tuple[date, int], tuple[int, int, int]]:
 
 
 def windows(sales: Sequence[Sale]) -> list[tuple[date, date]]:
-    """All days between the first and the last around each transition, with those before and after."""
+    """The days with sales, and those before and after."""
     days = sorted({each.day for each in sales})
     found: list[tuple[date, date]] = []
     for day in days:
-        if found and day - found[-1][1] <= 4 * DAY:
+        if found and day - found[-1][1] <= 4 * DAY and day - found[-1][0] <= 28 * DAY:
             found[-1] = found[-1][0], day + 2 * DAY
         else:
             found.append((day - 2 * DAY, day + 2 * DAY))
@@ -198,10 +258,10 @@ async def listed(ask: Any, request: Any, field: str) -> list[Any]:
         request.page_token = reply.next_page_token
 
 
-async def check_control_totals(tills: Any, sales: Sequence[Sale]) -> None:
+async def check_control_totals(tills: Any, sales: Sequence[Sale], page_sizes: Sequence[int] = (1, 2, 1_000)) -> None:
     expected = sums(sales)
     for first, last in windows(sales):
-        ranges = [(first, last, size) for size in (1, 2, 1_000)] + [(day, day, 2) for day in each_day(first, last)]
+        ranges = [(first, last, size) for size in page_sizes] + [(day, day, 2) for day in each_day(first, last)]
         for start, end, size in ranges:
             request = pb.ListControlTotalsRequest(first_date=wire.date(start), last_date=wire.date(end), page_size=size)
             rows = await listed(tills.ListControlTotals, request, "control_totals")
@@ -242,7 +302,7 @@ async def check_receipts(tills: Any, sales: Sequence[Sale]) -> None:
             await tills.CreatePurchase(request)
 
 
-async def count(purchases_url: str, analytics_url: str, zone: str) -> None:
+async def count(purchases_url: str, analytics_url: str) -> None:
     """What the relay and the consumer do, without the broker; and the keeper."""
     bodies = query(purchases_url, "SELECT payload_json::text FROM outbox_events ORDER BY event_id")
     events = [decode(body.encode(), zones.load("UTC")) for (body,) in bodies]  # the label decides, whatever the zone
@@ -270,7 +330,7 @@ async def check_answers(url: str, zone: str, sales: Sequence[Sale]) -> None:
         } == sums(sales)  # fmt: skip
 
 
-async def check_proofs(url: str, source: Source, sales: Sequence[Sale]) -> None:
+async def check_proofs(url: str, source: Source, sales: Sequence[Sale], rebuilt: int | None = None) -> None:
     async with pool(url, "analytics_consumer", size=3) as opened:
         for first, last in windows(sales):
             compared = await audit.compare(opened, source, first, last, wait_s=0)
@@ -279,6 +339,6 @@ async def check_proofs(url: str, source: Source, sales: Sequence[Sale]) -> None:
                 proven = await prove_day(opened, source, day)
                 assert proven
                 assert (proven.verdict, proven.findings, proven.foreign_ids) == (Verdict.AGREED, [], [])
-        for day in sorted({each.day for each in sales}):
+        for day, _ in Counter(each.day for each in sales).most_common(rebuilt):
             done = await rebuild.rebuild_day(url, source, day)
             assert (done.repaired, done.added, done.foreign.total) == (0, 0, 0)
