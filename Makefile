@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 LOCAL := exec $(PYTHON) -m deploy.local
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run start stop status demo test lint proto contract bench faults
+.PHONY: help ready run start stop status demo test lint proto settings contract bench faults
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -36,6 +36,9 @@ lint: ready ## formatting, types, layers, contracts
 
 proto: ready ## all that is made of proto/: Python code, descriptor image, reference
 	@PYTHON=$(PYTHON) deploy/proto.sh
+
+settings: ready # docs/settings.md, of what the processes declare
+	@$(PYTHON) -m deploy.settings_page
 
 contract: ready # accept what proto/ says now, breaking changes included: lint compares with it from then on
 	@.venv/bin/buf build proto --exclude-source-info -o proto/accepted.binpb

@@ -1,4 +1,4 @@
-"""The commands as they are installed: `retail-purchases`, `retail-relay`, `retail-analytics`.
+"""The commands as they are installed: `retail-purchases`, `retail-relay`, `retail-analytics`, `retail-pos`.
 
 Each does what `python -m` does with its package. Where only a till's part was installed, it says what is missing.
 """
@@ -19,6 +19,10 @@ def relay() -> None:
 
 def analytics() -> None:
     _run("analytics_svc")
+
+
+def pos() -> None:
+    _run("pos")
 
 
 def _run(package: str) -> None:

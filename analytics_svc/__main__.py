@@ -1,65 +1,64 @@
-"""`python -m analytics_svc consume | serve | migrate | audit | rebuild | quarantine … | report …`: what runs what."""
-
-import asyncio
-import sys
+"""The command `retail-analytics`, or `python -m analytics_svc`: what runs what."""
 
 import psycopg
-from rich.console import Console
+from psycopg_pool import PoolTimeout
 
 from analytics_svc import database
 from analytics_svc.commands import audit, quarantine, rebuild, report
 from analytics_svc.commands.consume import consume
 from analytics_svc.commands.serve import serve
-from analytics_svc.settings import (
-    ConsumerClientSettings,
-    ConsumeSettings,
-    MigrateSettings,
-    RebuildSettings,
-    ReportSettings,
-    ServeSettings,
-)
-from chassis import lifecycle, logs, migrate, settings
+from analytics_svc.settings import ConsumeSettings, MigrateSettings, ServeSettings
+from chassis import cli, lifecycle, logs, migrate, settings
 from chassis.errors import PortTaken
 
-USAGE = "consume | serve | migrate | audit … | rebuild [--days-only] | report … | quarantine …"
+commands = cli.Commands(
+    "retail-analytics",
+    "The owner's numbers: two processes that count and answer, and what shows, proves and repairs the numbers.",
+    {
+        "consume": (ConsumeSettings, "consumer"),
+        "serve": (ServeSettings, "analytics"),
+        "migrate": (MigrateSettings, "consumer"),
+    },
+    failures=(migrate.MigrationError, PortTaken, psycopg.Error, PoolTimeout),
+)
 
 
-def main() -> None:
-    command = " ".join(sys.argv[1:2])
-    try:
-        match sys.argv[1:]:
-            case ["consume"]:
-                consuming = settings.load(ConsumeSettings)
-                logs.configure("analytics-consume", consuming.log_level)
-                lifecycle.run(lambda stop: consume(consuming, stop))
-            case ["serve"]:
-                serving = settings.load(ServeSettings)
-                logs.configure("analytics-serve", serving.log_level)
-                lifecycle.run(lambda stop: serve(serving, stop))
-            case ["migrate"]:
-                migration = settings.load(MigrateSettings)
-                logs.configure("analytics-migrate", migration.log_level)
-                database.migrate_database(migration)
-            case ["quarantine", *arguments]:
-                raise SystemExit(quarantine.run(settings.load(ConsumerClientSettings), arguments))
-            case ["report", *arguments]:
-                raise SystemExit(report.run(settings.load(ReportSettings), arguments))
-            case ["audit", *arguments]:
-                raise SystemExit(audit.run(settings.load(ConsumerClientSettings), arguments, Console(highlight=False)))
-            case ["rebuild", *options] if options in ([], ["--days-only"]):
-                rebuilding = settings.load(RebuildSettings)
-                logs.configure("analytics-rebuild", "WARNING")
-                console = Console(highlight=False)
-                work = rebuild.run(rebuilding, days_only=bool(options), console=console)
-                raise SystemExit(asyncio.run(work))
-            case _:
-                print(f"usage: python -m analytics_svc {USAGE}", file=sys.stderr)
-                raise SystemExit(2)
-    except settings.SettingsError as error:
-        lifecycle.exit_with_settings_problems(f"analytics {command}", error)
-    except (migrate.MigrationError, PortTaken, psycopg.Error) as error:
-        raise SystemExit(f"analytics {command}: {logs.text_of(error)}") from error
+@commands.command("consume")
+def _consume() -> None:
+    """Count what RabbitMQ brings until SIGTERM.
 
+    It proves the numbers meanwhile, and finishes what is in flight.
+    """
+    config = settings.load(ConsumeSettings)
+    logs.configure("analytics-consume", config.log_level)
+    lifecycle.run(lambda stop: consume(config, stop))
+
+
+@commands.command("serve")
+def _serve() -> None:
+    """Answer questions until SIGTERM.
+
+    Then what is in flight is finished, which takes 20 s at most.
+    """
+    config = settings.load(ServeSettings)
+    logs.configure("analytics-serve", config.log_level)
+    lifecycle.run(lambda stop: serve(config, stop))
+
+
+@commands.command("migrate")
+def _migrate() -> None:
+    """Bring the database up to date. As its owner; may be repeated."""
+    config = settings.load(MigrateSettings)
+    logs.configure("analytics-migrate", config.log_level)
+    database.migrate_database(config)
+
+
+commands.add_command(report.report)
+commands.add_command(audit.audit)
+commands.add_command(rebuild.command)
+commands.add_command(quarantine.quarantine)
+
+main = commands.run
 
 if __name__ == "__main__":
     main()

@@ -2,8 +2,8 @@
 
 @dataclass(frozen=True)
 class Settings:
-    database_url: str = setting("PURCHASES_DATABASE_URL", postgres_url)
-    batch_max: int = setting("PURCHASES_BATCH_MAX", integer(1, 10_000), default=500)
+    database_url: str = setting("PURCHASES_DATABASE_URL", postgres_url, "URL", "where purchases are kept")
+    batch_max: int = setting("PURCHASES_BATCH_MAX", integer(1, 10_000), "sales", "in one transaction", default=500)
 
 settings = load(Settings)
 """
@@ -11,7 +11,7 @@ settings = load(Settings)
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from chassis import zones
@@ -34,9 +34,57 @@ class SettingsError(Exception):
         self.problems = problems
 
 
-def setting(name: str, parse: Callable[[str], Any], *, default: Any = dataclasses.MISSING) -> Any:
+class Setting(NamedTuple):
+    """What there is to know about a setting, whatever its value is."""
+
+    name: str
+    parse: Callable[[str], Any]
+    unit: str  # or the kind of value
+    meaning: str
+    default: str | None  # None: it must be set
+
+    def shown(self, environ: Mapping[str, str]) -> tuple[str, str]:
+        """Its present value without what is secret, and what is wrong with it; both empty when it is not set."""
+        raw = environ.get(self.name, "").strip()
+        if not raw:
+            return "", ""
+        try:
+            self.parse(raw)
+        except ValueError as error:
+            return "(hidden)" if "://" in raw else raw, str(error)
+        return without_secrets(raw), ""
+
+
+def setting(
+    name: str, parse: Callable[[str], Any], unit: str, meaning: str, *, default: Any = dataclasses.MISSING
+) -> Any:
     """A field read from the variable `name`. An empty variable counts as not set; no default means required."""
-    return dataclasses.field(default=default, metadata={"name": name, "parse": parse})
+    declared = Setting(name, parse, unit, meaning, _text_of(default))
+    return dataclasses.field(default=default, metadata={"setting": declared})
+
+
+def _text_of(default: Any) -> str | None:
+    """What one would set to have the default."""
+    if default is dataclasses.MISSING:
+        return None
+    if isinstance(default, bool):
+        return str(int(default))
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def settings_of(cls: type) -> list[Setting]:
+    """In the order of their declaration."""
+    return [field.metadata["setting"] for field in dataclasses.fields(cls)]
+
+
+def without_secrets(value: str) -> str:
+    """A URL without its user, password and options; anything else as it is."""
+    if "://" not in value:
+        return value
+    parts = urlsplit(value)
+    user, _, hosts = parts.netloc.rpartition("@")
+    hidden = "…@" if user else ""
+    return f"{parts.scheme}://{hidden}{hosts}{parts.path}{'?…' if parts.query else ''}"
 
 
 def load(cls: type[T], environ: Mapping[str, str] = os.environ) -> T:
@@ -48,14 +96,15 @@ def load(cls: type[T], environ: Mapping[str, str] = os.environ) -> T:
     values: dict[str, Any] = {}
     problems: list[str] = []
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        name: str = field.metadata["name"]
+        declared: Setting = field.metadata["setting"]
+        name = declared.name
         raw = environ.get(name, "").strip()
         if not raw:
             if field.default is dataclasses.MISSING:
                 problems.append(f"{name} is not set")
             continue
         try:
-            values[field.name] = field.metadata["parse"](raw)
+            values[field.name] = declared.parse(raw)
         except ValueError as error:
             shown = "(hidden)" if "://" in raw else repr(raw)  # URLs carry passwords
             problems.append(f"{name}={shown}: {error}")
@@ -66,6 +115,12 @@ def load(cls: type[T], environ: Mapping[str, str] = os.environ) -> T:
 
 def text(raw: str) -> str:
     return raw
+
+
+def log_level(default: str = "INFO") -> Any:
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+    meaning = f"what is logged: {', '.join(levels)}; DEBUG writes the texts of refusals, which may name customers"
+    return setting("LOG_LEVEL", choice(*levels), "level", meaning, default=default)
 
 
 def integer(least: int, most: int) -> Callable[[str], int]:

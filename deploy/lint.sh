@@ -24,6 +24,10 @@ for made in generated proto/google proto/image.binpb docs/reference.md; do
   diff -r -x __pycache__ "$made" "build/fresh/$made"
 done
 
+step 'docs/settings.md is what the processes declare'
+"$python" -m deploy.settings_page build/fresh/docs/settings.md
+diff docs/settings.md build/fresh/docs/settings.md
+
 # Compared with the contract that was accepted last. Nothing is released yet, so that a breaking change may be meant:
 # `make contract` accepts what proto/ says now. From the first release on it is for a new major version only.
 step 'buf: style of the contracts, and no breaking change since they were accepted'

@@ -1,20 +1,18 @@
-"""The main job: `python -m pos.demo [--file F] [--limit N] [--report F] [--seed N]`.
+"""The main job: `retail-pos demo [--file F] [--limit N] [--report F] [--seed N]`.
 
 Sends purchases through the gRPC API, waits until the read models have them, and prints the owner's answers.
 Exit code: 0 only if the audit finds that the read models equal what was recorded, 1 if not, 2 for wrong usage or an
 unreadable file, 130 on Ctrl-C.
 """
 
-import argparse
 import itertools
 import signal
-import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, NamedTuple
 
+import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,7 +25,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from chassis.settings import SettingsError, address, load, setting
+from chassis import cli
+from chassis.lifecycle import FORCED_EXIT_CODE
+from chassis.settings import address, setting
 from pos import report
 from pos.analytics import AnalyticsClient
 from pos.audit import AuditClient
@@ -44,39 +44,59 @@ READ_TIMEOUT_S = 180.0  # as patient as the tills are
 REFRESH_S = 0.1
 SEED = 1
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Settings:
-    purchases_target: str = setting("PURCHASES_TARGET", address, default="127.0.0.1:50051")
-    analytics_target: str = setting("ANALYTICS_TARGET", address, default="127.0.0.1:50052")
-    consumer_target: str = setting("CONSUMER_TARGET", address, default="127.0.0.1:50054")
+    purchases_target: str = setting(
+        "PURCHASES_TARGET", address, "host:port", "where the purchases service is found", default="127.0.0.1:50051"
+    )
+    analytics_target: str = setting(
+        "ANALYTICS_TARGET", address, "host:port", "where the query server is found", default="127.0.0.1:50052"
+    )
+    consumer_target: str = setting(
+        "CONSUMER_TARGET", address, "host:port", "where the consumer, which audits, is found", default="127.0.0.1:50054"
+    )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit code."""
-    complaints = Console(stderr=True, highlight=False, soft_wrap=True)
+class Asked(NamedTuple):
+    file: Path | None
+    limit: int | None
+    report: IO[str] | None
+    seed: int
+
+
+# The report is opened before anything is sent, to tell a wrong path at once. A run that fails leaves it empty.
+@click.command()
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Replay these books: UCI Online Retail, .csv or .csv.gz. [default: simulate a chain]",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N purchases. [default: all]")
+@click.option("--report", type=click.File("w", lazy=False), metavar="FILE", help="Write the answers as JSON.")
+@click.option("--seed", type=int, default=SEED, show_default=True, metavar="N", help="Of the simulated chain.")
+def demo(file: Path | None, limit: int | None, report: IO[str] | None, seed: int) -> int:
+    """Sell, wait until all is counted, and ask.
+
+    The exit code is 0 only if the audit finds that the read models equal what was recorded.
+    """
     try:
-        args = _parser().parse_args(arguments)
-        args.seed = SEED if args.seed is None else args.seed
-        return 0 if run(args, load(Settings), Console(highlight=False)) else 1
+        settings = cli.of_environment_or_local_stack(Settings, "purchases")
+        return 0 if run(Asked(file, limit, report, seed), settings, cli.console()) else 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not break what is left to do
-        complaints.print("stopped; what was acknowledged is stored, and sending it again changes nothing")
-        return 130
-    except SettingsError as error:
-        complaints.print(f"wrong settings:\n{error}", markup=False)
-        return 2
+        click.echo("stopped; what was acknowledged is stored, and sending it again changes nothing", err=True)
+        return FORCED_EXIT_CODE
     except UnreadableFile as error:
-        complaints.print(f"{error}\nnothing was sent", markup=False)
+        click.echo(f"{error}\nnothing was sent", err=True)
         return 2
     except (SaleFailed, PosError) as error:
-        complaints.print(f"the demo stopped: {error}", markup=False)
+        click.echo(f"the demo stopped: {error}", err=True)
         return 1
 
 
-def run(args: argparse.Namespace, settings: Settings, console: Console) -> bool:
+def run(args: Asked, settings: Settings, console: Console) -> bool:
     """The whole story; True when the read models equal what was recorded.
 
     Raises:
@@ -145,7 +165,7 @@ def wait_and_ask(settings: Settings, progress: Progress) -> tuple[Comparison, An
     return comparison, answers
 
 
-def _sales(args: argparse.Namespace, console: Console) -> list[Sale]:
+def _sales(args: Asked, console: Console) -> list[Sale]:
     if args.file:
         with console.status(f"reading {args.file.name}"):
             sales = read_sales(args.file)[: args.limit]
@@ -176,41 +196,3 @@ class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f}/s" if speed else "")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("pos.demo", description="Sell, wait until all is counted, and ask.")
-    add = parser.add_argument
-    add("--file", type=_given(Path), help="replay this file (UCI Online Retail, .csv or .csv.gz)")
-    add("--limit", type=_given(_count), metavar="N", help="only the first N purchases")
-    add("--report", type=_given(_new_file), metavar="FILE", help="write the answers as JSON")
-    add("--seed", type=_given(int), metavar="N", help=f"of the simulated chain (default {SEED})")
-    return parser
-
-
-def _given(parse: Callable[[str], T]) -> Callable[[str], T | None]:
-    """An argument with an empty value counts as not given: make passes on what was not set as well."""
-
-    def parsed(raw: str) -> T | None:
-        return parse(raw) if raw else None
-
-    parsed.__name__ = parse.__name__  # argparse names it when the value is wrong
-    return parsed
-
-
-def _new_file(raw: str) -> IO[str]:
-    """Opened before anything is sent, to tell a wrong path at once. A run that fails leaves it empty."""
-    try:
-        return Path(raw).open("w")
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write {raw}: {error.strerror}") from None
-
-
-def _count(raw: str) -> int:
-    if not (raw.isascii() and raw.isdigit() and int(raw) > 0):
-        raise argparse.ArgumentTypeError(f"{raw!r} is not a number of 1 or more")
-    return int(raw)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,15 @@
-"""`python -m purchases_svc serve | migrate | partitions [--drop]`: the wiring."""
+"""The command `retail-purchases`, or `python -m purchases_svc`: the wiring."""
 
 import asyncio
-import sys
 from pathlib import Path
 
+import click
 import psycopg
 import structlog
 from psycopg import sql
+from psycopg_pool import PoolTimeout
 
-from chassis import grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, zones
+from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, zones
 from chassis.errors import PortTaken
 from chassis.wire import PageTokens
 from purchases_svc import record, retention, server, stored, workers
@@ -149,28 +150,46 @@ def migrate_database(config: MigrateSettings) -> None:
         require_time_zone(config.business_time_zone, row[0])
 
 
-def main() -> None:
-    try:
-        match sys.argv[1:]:
-            case ["serve"]:
-                config = settings.load(ServeSettings)
-                logs.configure("purchases", config.log_level)
-                lifecycle.run(lambda stop: serve(config, stop))
-            case ["partitions", *options] if options in ([], ["--drop"]):
-                config = settings.load(ServeSettings)
-                logs.configure("purchases-partitions", config.log_level)
-                asyncio.run(partitions_command.run(config, drop=bool(options)))
-            case ["migrate"]:
-                migration = settings.load(MigrateSettings)
-                logs.configure("purchases-migrate", migration.log_level)
-                migrate_database(migration)
-            case _:
-                raise SystemExit("usage: python -m purchases_svc serve | migrate | partitions [--drop]")
-    except settings.SettingsError as error:
-        lifecycle.exit_with_settings_problems("purchases", error)
-    except (migrate.MigrationError, PortTaken, psycopg.Error) as error:
-        raise SystemExit(f"purchases: {logs.text_of(error)}") from error
+commands = cli.Commands(
+    "retail-purchases",
+    "The purchases service: records sales, and reads them back.",
+    {"serve": (ServeSettings, "purchases"), "migrate": (MigrateSettings, "purchases")},
+    failures=(migrate.MigrationError, PortTaken, psycopg.Error, PoolTimeout),
+)
 
+
+@commands.command("serve")
+def _serve() -> None:
+    """Answer calls until SIGTERM.
+
+    Then what is in flight is finished, which takes 20 s at most.
+    """
+    config = settings.load(ServeSettings)
+    logs.configure("purchases", config.log_level)
+    lifecycle.run(lambda stop: serve(config, stop))
+
+
+@commands.command("migrate")
+def _migrate() -> None:
+    """Bring the database up to date. As its owner; may be repeated."""
+    config = settings.load(MigrateSettings)
+    logs.configure("purchases-migrate", config.log_level)
+    migrate_database(config)
+
+
+@commands.command("partitions")
+@click.option("--drop", is_flag=True, help="Let those go that retention lets go, before.")
+def _partitions(drop: bool) -> None:
+    """Show the months, or let old ones go.
+
+    For each its size, and what PURCHASES_RETENTION_MONTHS does with it.
+    """
+    config = cli.of_environment_or_local_stack(ServeSettings, "purchases")
+    logs.configure("purchases-partitions", config.log_level)
+    asyncio.run(partitions_command.run(config, drop=drop))
+
+
+main = commands.run
 
 if __name__ == "__main__":
     main()

@@ -1,14 +1,14 @@
-"""`python -m relay_svc serve | status | events | requeue | partitions`: the wiring."""
+"""The command `retail-relay`, or `python -m relay_svc`: the wiring."""
 
 import asyncio
-import sys
 
+import click
 import psycopg
 import structlog
 from psycopg import sql
 from psycopg_pool import PoolTimeout
 
-from chassis import grpc_server, lifecycle, logs, metrics, postgres, settings, wire
+from chassis import cli, grpc_server, lifecycle, logs, metrics, postgres, settings, wire
 from chassis.errors import PortTaken
 from relay_svc import inspection, lost, outbox, retention
 from relay_svc.commands import outbox as outbox_commands
@@ -16,20 +16,13 @@ from relay_svc.commands import partitions
 from relay_svc.publisher import Publisher
 from relay_svc.relay import LANES, Relay
 from relay_svc.server import OutboxServicer
-from relay_svc.settings import ClientSettings, PartitionsSettings, ServeSettings
+from relay_svc.settings import PartitionsSettings, ServeSettings
 from relay_svc.wakeup import Wakeup
 from retail.relay.v1.outbox_service_pb2_grpc import add_OutboxServiceServicer_to_server
 
 CONNECTIONS = LANES + 2  # one waits for notifications, and sweeps; one makes sure that what is claimed will last
 SERVICE_CONNECTIONS = 4  # of the OutboxService: its calls never wait for the relay's windows
 STATEMENT_TIMEOUT_S = 10.0
-
-USAGE = """\
-usage: python -m relay_svc serve
-       python -m relay_svc status [--json]
-       python -m relay_svc events [--status NEW|SENT|FAILED] [--limit N] [--json]
-       python -m relay_svc requeue ID… | --all-failed
-       python -m relay_svc partitions [--drop] [--json]"""
 
 log = structlog.get_logger()
 
@@ -88,28 +81,41 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     log.info("stopped")
 
 
-def main() -> None:
-    command, *arguments = sys.argv[1:] or [""]
-    try:
-        match command:
-            case "serve" if not arguments:
-                config = settings.load(ServeSettings)
-                logs.configure("relay", config.log_level)
-                lifecycle.run(lambda stop: serve(config, stop))
-            case "status" | "events" | "requeue":
-                raise SystemExit(outbox_commands.run(settings.load(ClientSettings), [command, *arguments]))
-            case "partitions" if set(arguments) <= {"--drop", "--json"}:
-                days = settings.load(PartitionsSettings)
-                logs.configure("relay-partitions", days.log_level)
-                asyncio.run(partitions.run(days, drop="--drop" in arguments, as_json="--json" in arguments))
-            case _:
-                print(USAGE, file=sys.stderr)
-                raise SystemExit(2)
-    except settings.SettingsError as error:
-        lifecycle.exit_with_settings_problems(f"relay {command}", error)
-    except (PortTaken, psycopg.Error, PoolTimeout) as error:
-        raise SystemExit(f"relay {command}: {logs.text_of(error)}") from error
+commands = cli.Commands(
+    "retail-relay",
+    "The relay: brings events from the outbox to RabbitMQ, and tells what is in the outbox.",
+    {"serve": (ServeSettings, "relay")},
+    failures=(PortTaken, psycopg.Error, PoolTimeout),
+)
 
+
+@commands.command("serve")
+def _serve() -> None:
+    """Publish events until SIGTERM. Then the window in flight is finished."""
+    config = settings.load(ServeSettings)
+    logs.configure("relay", config.log_level)
+    lifecycle.run(lambda stop: serve(config, stop))
+
+
+commands.add_command(outbox_commands.status)
+commands.add_command(outbox_commands.events)
+commands.add_command(outbox_commands.requeue)
+
+
+@commands.command("partitions")
+@click.option("--drop", is_flag=True, help="Let those go that retention lets go, before.")
+@cli.json_option
+def _partitions(drop: bool, as_json: bool) -> None:
+    """Show the outbox's days, or let old ones go.
+
+    For each its size, and what RELAY_OUTBOX_RETENTION_DAYS does with it.
+    """
+    config = cli.of_environment_or_local_stack(PartitionsSettings, "relay")
+    logs.configure("relay-partitions", config.log_level)
+    asyncio.run(partitions.run(config, drop=drop, as_json=as_json))
+
+
+main = commands.run
 
 if __name__ == "__main__":
     main()

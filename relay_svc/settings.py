@@ -1,40 +1,72 @@
 """What can be set from outside; see `chassis.settings`."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from chassis.settings import address, amqp_url, choice, integer, postgres_url, seconds, setting, text
+from chassis.settings import address, amqp_url, integer, log_level, postgres_url, seconds, setting, text
+
+
+def _database_url() -> Any:
+    return setting("PURCHASES_DATABASE_URL", postgres_url, "URL", "the database with the outbox")
+
+
+def _retention_days() -> Any:
+    return setting(
+        "RELAY_OUTBOX_RETENTION_DAYS",
+        integer(0, 3650),
+        "days",
+        "full ones that a sent event is kept after it was recorded; a day goes only when all of it is sent and known "
+        "to the reader of committed events; `retail-relay partitions` shows what would go; 0: everything is kept",
+        default=0,
+    )
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    database_url: str = setting("PURCHASES_DATABASE_URL", postgres_url)
-    amqp_url: str = setting("AMQP_URL", amqp_url)
-    listen: str = setting("RELAY_LISTEN", address, default="127.0.0.1:50053")
-    metrics_listen: str = setting("RELAY_METRICS_LISTEN", address, default="127.0.0.1:9466")
-    log_level: str = setting("LOG_LEVEL", choice("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
-    # Events claimed, published and marked together; beyond a thousand, confirms gain nothing more.
-    window: int = setting("RELAY_WINDOW", integer(1, 10_000), default=500)
+    database_url: str = _database_url()
+    amqp_url: str = setting("AMQP_URL", amqp_url, "URL", "the RabbitMQ that events are published to")
+    listen: str = setting("RELAY_LISTEN", address, "host:port", "where it is called", default="127.0.0.1:50053")
+    metrics_listen: str = setting(
+        "RELAY_METRICS_LISTEN", address, "host:port", "where Prometheus reads", default="127.0.0.1:9466"
+    )
+    log_level: str = log_level()
+    # Beyond a thousand, confirms gain nothing more.
+    window: int = setting(
+        "RELAY_WINDOW", integer(1, 10_000), "events", "claimed, published and marked together", default=500
+    )
     # The claim's transaction stays open meanwhile, three times as long at worst: when a message is refused and looked
     # for. PostgreSQL ends it after 30 s.
-    confirm_timeout_s: float = setting("RELAY_CONFIRM_TIMEOUT_S", seconds(0.1, 10), default=10.0)
-    # An idle relay looks that often; usually it is told of new events before.
-    poll_every_s: float = setting("RELAY_POLL_EVERY_S", seconds(0.01, 5), default=1.0)
-    # Failed attempts that are an event's own fault before it is given up as FAILED.
-    attempts_max: int = setting("RELAY_ATTEMPTS_MAX", integer(1, 100), default=5)
-    # Full days that an event is kept after it was recorded; 0 keeps everything. A day goes only when all of it is sent
-    # and known to the reader of committed events.
-    retention_days: int = setting("RELAY_OUTBOX_RETENTION_DAYS", integer(0, 3650), default=0)
+    confirm_timeout_s: float = setting(
+        "RELAY_CONFIRM_TIMEOUT_S", seconds(0.1, 10), "s", "to wait for the broker's confirms", default=10.0
+    )
+    poll_every_s: float = setting(
+        "RELAY_POLL_EVERY_S",
+        seconds(0.01, 5),
+        "s",
+        "after which an idle relay looks for events; usually it is told before",
+        default=1.0,
+    )
+    attempts_max: int = setting(
+        "RELAY_ATTEMPTS_MAX",
+        integer(1, 100),
+        "attempts",
+        "that may fail by an event's own fault before it is given up as FAILED",
+        default=5,
+    )
+    retention_days: int = _retention_days()
 
 
 @dataclass(frozen=True)
 class PartitionsSettings:
-    database_url: str = setting("PURCHASES_DATABASE_URL", postgres_url)
-    retention_days: int = setting("RELAY_OUTBOX_RETENTION_DAYS", integer(0, 3650), default=0)
-    log_level: str = setting("LOG_LEVEL", choice("DEBUG", "INFO", "WARNING", "ERROR"), default="WARNING")
+    database_url: str = _database_url()
+    retention_days: int = _retention_days()
+    log_level: str = log_level("WARNING")
 
 
 @dataclass(frozen=True)
 class ClientSettings:
     """Of the commands that ask a running relay."""
 
-    relay_target: str = setting("RELAY_TARGET", text, default="127.0.0.1:50053")
+    relay_target: str = setting(
+        "RELAY_TARGET", text, "host:port", "where the relay is found", default="127.0.0.1:50053"
+    )

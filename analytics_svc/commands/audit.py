@@ -1,25 +1,25 @@
-"""`python -m analytics_svc audit [--first DATE] [--last DATE] [--json]`: do the read models say what was recorded?
+"""`retail-analytics audit [--first DATE] [--last DATE] [--json]`: do the read models say what was recorded?
 
 A client of the consumer's AuditService. Exit code: 0 when all agree, 1 when something differs, 3 when purchases are on
 their way, 4 when nobody answers.
 """
 
-import argparse
 import datetime
 import json
-from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
+import click
 import grpc
 from google.protobuf import json_format
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from analytics_svc.proof.verdicts import Verdict, worst
 from analytics_svc.settings import ConsumerClientSettings
 from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX
-from chassis import grpc_client, wire
+from chassis import cli, grpc_client, wire
 from retail.analytics.v1 import audit_service_pb2 as pb
 from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub
 
@@ -30,21 +30,33 @@ EXIT_CODES = {Verdict.AGREED: 0, Verdict.PENDING: 3, Verdict.FOREIGN: 1, Verdict
 NO_ANSWER = 4
 
 
-def run(config: ConsumerClientSettings, arguments: Sequence[str], console: Console) -> int:
-    """Compare, print, and return the exit code. A sum that differs is printed as `recorded → counted`."""
-    args = _parser().parse_args(arguments)
+DAY = click.DateTime(["%Y-%m-%d"])
+
+
+@click.command()
+@click.option("--first", type=DAY, metavar="YYYY-MM-DD", help="The first business day. [default: the earliest sale's]")
+@click.option("--last", type=DAY, metavar="YYYY-MM-DD", help="The last business day. [default: the latest sale's]")
+@cli.json_option
+def audit(first: datetime.datetime | None, last: datetime.datetime | None, as_json: bool) -> int:
+    """Are the numbers right, and complete?
+
+    Compares what is counted with what was recorded.
+    A sum that differs is shown as `recorded → counted`. The exit code is 0 when all agree, 1 when something differs,
+    3 while purchases are on their way, 4 when the consumer does not answer.
+    """
+    target = cli.of_environment_or_local_stack(ConsumerClientSettings, "consumer").consumer_target
     try:
-        with grpc_client.connect_blocking(config.consumer_target) as channel:
-            replies = _ask(AuditServiceStub(channel), args.first, args.last)
+        with grpc_client.connect_blocking(target) as channel:
+            replies = _ask(AuditServiceStub(channel), first and first.date(), last and last.date())
     except grpc.RpcError as error:
-        console.print(f"no answer from {config.consumer_target}: {error.code().name}: {error.details()}", style="red")
+        click.secho(f"no answer from {target}: {error.code().name}: {error.details()}", fg="red", err=True)
         return NO_ANSWER
     verdict = worst(Verdict(reply.verdict) for reply in replies)
-    if args.json:
+    if as_json:
         found = [json_format.MessageToDict(reply, preserving_proto_field_name=True) for reply in replies]
-        console.out(json.dumps({"verdict": verdict.name, "comparisons": found}), highlight=False)
+        click.echo(json.dumps({"verdict": verdict.name, "comparisons": found}))
     else:
-        _show(replies, verdict, console)
+        _show(replies, verdict, cli.console())
     return EXIT_CODES[verdict]
 
 
@@ -79,7 +91,7 @@ def _show(replies: list[pb.CompareControlTotalsResponse], verdict: Verdict, cons
             str(_day(row.sales_date)),
             str(row.branch_id),
             *(recorded if recorded == counted else f"{recorded} → {counted}" for recorded, counted in both),
-            f"[{STYLES[said]}]{said.name}",
+            Text(said.name, STYLES[said]),
         )
     console.print(table)
     for row in rows:
@@ -117,15 +129,3 @@ def _request(first: datetime.date, last: datetime.date) -> pb.CompareControlTota
 
 def _day(value: Any) -> datetime.date:
     return datetime.date(value.year, value.month, value.day)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "analytics_svc audit", description="Compare what is counted with what was recorded."
-    )
-    parser.add_argument(
-        "--first", type=datetime.date.fromisoformat, metavar="DATE", help="default: the earliest sale's"
-    )
-    parser.add_argument("--last", type=datetime.date.fromisoformat, metavar="DATE", help="default: the latest sale's")
-    parser.add_argument("--json", action="store_true", help="the answers as one JSON document")
-    return parser

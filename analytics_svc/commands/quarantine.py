@@ -1,17 +1,16 @@
-"""`python -m analytics_svc quarantine list | redrive | discard`: look after the events that could not be counted."""
+"""`retail-analytics quarantine list | redrive | discard`: look after the events that could not be counted."""
 
-import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import click
 import grpc
-from rich.console import Console
 from rich.table import Column, Table
 
 from analytics_svc.settings import ConsumerClientSettings
-from chassis import grpc_client
+from chassis import cli, grpc_client
 from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
 
@@ -21,33 +20,67 @@ CALL_TIMEOUT_S = 30.0
 BODY_SHOWN = 60  # bytes of a body in the table
 
 
-def run(config: ConsumerClientSettings, arguments: Sequence[str]) -> int:
-    """Do what is asked; returns the exit code: 1 when something stays that was to go."""
-    asked = _parser().parse_args(arguments)
-    with grpc_client.connect_blocking(config.consumer_target) as channel:
-        stub: Any = QuarantineServiceStub(channel)
+@click.group()
+def quarantine() -> None:
+    """Look after events that cannot be counted.
+
+    The exit code is 1 when something stays that was to go.
+    """
+
+
+@quarantine.command("list")
+@click.option("--reason", default="", help="Only those, such as TOTAL_MISMATCH.")
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Events at most.")
+@click.option("--json", "as_json", is_flag=True, help="One object a line, with the body.")
+def list_command(reason: str, limit: int, as_json: bool) -> int:
+    """Show them, the oldest first."""
+    return ask(lambda stub: _list(stub, reason, limit, as_json))
+
+
+@quarantine.command("redrive")
+@click.argument("ids", nargs=-1, metavar="[ENTRY]...")
+@click.option("--reason", default="", help="All that have this reason.")
+@click.option("--all", "everything", is_flag=True, help="All.")
+def redrive_command(ids: tuple[str, ...], reason: str, everything: bool) -> int:
+    """Try to count them again. Each ENTRY that list shows, or all that an option names."""
+    if sum(map(bool, (ids, reason, everything))) != 1:
+        raise click.UsageError("name entries, or --reason, or --all: one of the three")
+    return ask(lambda stub: _redrive(stub, ids, reason))
+
+
+@quarantine.command("discard")
+@click.argument("ids", nargs=-1, required=True, metavar="ENTRY...")
+def discard_command(ids: tuple[str, ...]) -> int:
+    """Remove them for good. 1,000 at most; one whose purchase exists is refused."""
+    return ask(lambda stub: _discard(stub, ids))
+
+
+def ask(question: Callable[[Any], int]) -> int:
+    """The exit code of what is asked of the consumer; 1 also when the call fails."""
+    target = cli.of_environment_or_local_stack(ConsumerClientSettings, "consumer").consumer_target
+    with grpc_client.connect_blocking(target) as channel:
         try:
-            return int(asked.run(stub, asked))
+            return question(QuarantineServiceStub(channel))
         except grpc.RpcError as error:
-            print(f"{config.consumer_target}: {error.code().name}: {error.details()}")
+            click.echo(f"{target}: {error.code().name}: {error.details()}", err=True)
             return 1
 
 
-def list_events(stub: Any, asked: argparse.Namespace) -> int:
-    events = list(islice(_events(stub, asked.reason), asked.limit))
-    if asked.json:
+def _list(stub: Any, reason: str, limit: int, as_json: bool) -> int:
+    events = list(islice(_events(stub, reason), limit))
+    if as_json:
         for event in events:
             print(json.dumps(_as_json(event)))
         return 0
     table = Table(Column("entry", no_wrap=True), "reason", "since", "event", "detail", "body")
     for event in events:
         table.add_row(event.quarantine_id, event.reason, _time(event), event.event_id, event.detail, _beginning(event))
-    Console(highlight=False, markup=False, emoji=False).print(table if events else "Nothing is in quarantine.")
+    cli.console().print(table if events else "Nothing is in quarantine.")
     return 0
 
 
-def redrive(stub: Any, asked: argparse.Namespace) -> int:
-    ids = asked.ids or [event.quarantine_id for event in _events(stub, asked.reason)]
+def _redrive(stub: Any, asked: Sequence[str], reason: str) -> int:
+    ids = asked or [event.quarantine_id for event in _events(stub, reason)]
     redriven = remaining = 0
     unknown: list[str] = []
     for start in range(0, len(ids), REDRIVE_CHUNK):
@@ -60,8 +93,8 @@ def redrive(stub: Any, asked: argparse.Namespace) -> int:
     return _unknown(unknown) or int(remaining > 0)
 
 
-def discard(stub: Any, asked: argparse.Namespace) -> int:
-    reply = stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=asked.ids), timeout=CALL_TIMEOUT_S)
+def _discard(stub: Any, ids: Sequence[str]) -> int:
+    reply = stub.DiscardEvents(pb.DiscardEventsRequest(quarantine_ids=ids), timeout=CALL_TIMEOUT_S)
     print(f"{reply.discarded_count:,} discarded.")
     return _unknown(reply.unknown_quarantine_ids)
 
@@ -103,26 +136,3 @@ def _events(stub: Any, reason: str) -> Iterator[pb.QuarantinedEvent]:
         yield from reply.quarantined_events
         if not (token := reply.next_page_token):
             return
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m analytics_svc quarantine",
-        description="Events that could not be counted, in the consumer at CONSUMER_TARGET.",
-    )
-    commands = parser.add_subparsers(required=True, metavar="command")
-    listing = commands.add_parser("list", help="show them, the oldest first")
-    listing.add_argument("--reason", default="", help="only those, such as TOTAL_MISMATCH")
-    listing.add_argument("--limit", type=int, default=50, help="50 unless told otherwise")
-    listing.add_argument("--json", action="store_true", help="one object a line, with the body")
-    listing.set_defaults(run=list_events)
-    trying = commands.add_parser("redrive", help="try to count them again, say after an update")
-    which = trying.add_mutually_exclusive_group(required=True)
-    which.add_argument("ids", nargs="*", default=[], metavar="ENTRY", help="entries, as list shows them")
-    which.add_argument("--reason", default="", help="all that have this reason")
-    which.add_argument("--all", action="store_true", help="all")
-    trying.set_defaults(run=redrive)
-    removing = commands.add_parser("discard", help="remove them for good; one whose purchase exists is refused")
-    removing.add_argument("ids", nargs="+", metavar="ENTRY", help="entries, as list shows them; 1,000 at most")
-    removing.set_defaults(run=discard)
-    return parser

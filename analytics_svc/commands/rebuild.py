@@ -1,5 +1,8 @@
-"""`python -m analytics_svc rebuild [--days-only]`: the read models from the recorded purchases, while all goes on."""
+"""`retail-analytics rebuild [--days-only]`: the read models from the recorded purchases, while all goes on."""
 
+import asyncio
+
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -7,8 +10,20 @@ from analytics_svc.proof import rebuild
 from analytics_svc.settings import RebuildSettings
 from analytics_svc.upstream import SERVICE_CONFIG, source
 from analytics_svc.upstream.outbox import Outbox
-from chassis import grpc_client, zones
+from chassis import cli, grpc_client, logs, zones
 from chassis.errors import ServiceError
+
+
+@click.command("rebuild")
+@click.option("--days-only", is_flag=True, help="Days and what sums them up; of all time, only what they tell.")
+def command(days_only: bool) -> int:
+    """Make the read models anew.
+
+    From the recorded purchases, while sales and answers go on. The exit code is 1 when nothing was changed.
+    """
+    config = cli.of_environment_or_local_stack(RebuildSettings, "consumer")
+    logs.configure("analytics-rebuild", "WARNING")
+    return asyncio.run(run(config, days_only=days_only, console=cli.console()))
 
 
 async def run(config: RebuildSettings, *, days_only: bool, console: Console) -> int:

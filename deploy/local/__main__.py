@@ -20,6 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 WATCH_S = 0.5
 PATIENCE_S = 20.0  # for the demo or the tests to wind up after Ctrl-C
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NEXT = (
+    ("retail-analytics report", "the owner's page"),
+    ("retail-analytics audit", "are the numbers right, and complete?"),
+    ("retail-relay status", "what is on its way, and why"),
+)
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
 
@@ -97,7 +102,7 @@ def status(stack: Stack, _: Sequence[str]) -> int:
 
 def demo(stack: Stack, arguments: Sequence[str]) -> int:
     with stack.used(temporary=True):
-        return _in_foreground(["-m", "pos.demo", *arguments], stack.client_environ())
+        return _in_foreground(["-m", "pos", "demo", *arguments], stack.client_environ())
 
 
 def test(stack: Stack, arguments: Sequence[str]) -> int:
@@ -165,6 +170,8 @@ def show_endpoints(stack: Stack) -> None:
     rows = [(name, address, metrics, _log(stack, name)) for name, (address, metrics) in endpoints.items()]
     terminal.table([("", "address", "metrics", "log"), *rows])
     terminal.say(_example_calls(endpoints["purchases"][0], endpoints["analytics"][0]))
+    terminal.say("\nAnd then:\n")
+    terminal.table([(f"  .venv/bin/{command}", what) for command, what in NEXT])
 
 
 def _log(stack: Stack, name: str) -> str:

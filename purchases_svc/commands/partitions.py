@@ -1,11 +1,11 @@
-"""`python -m purchases_svc partitions [--drop]`: the months, their sizes, and what retention does with each."""
+"""`retail-purchases partitions [--drop]`: the months, their sizes, and what retention does with each."""
 
 import datetime
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from chassis import postgres
+from chassis import cli, postgres
 from purchases_svc import retention, stored
 from purchases_svc.settings import ServeSettings
 
@@ -20,7 +20,7 @@ async def run(config: ServeSettings, drop: bool) -> None:
         statement_timeout_s=retention.STATEMENT_TIMEOUT_S,
     ) as pool:
         today = datetime.datetime.now(datetime.UTC).date()
-        console = Console(highlight=False)
+        console = cli.console()
         if drop:
             dropped = await retention.drop_old_months(pool, config.retention_months, today)
             console.print(f"Dropped: {', '.join(f'{month:%Y-%m}' for month in dropped) or 'nothing'}.")

@@ -1,19 +1,18 @@
-"""`python -m relay_svc status | events | requeue`: what is in the outbox, why, and once more with it.
+"""`retail-relay status | events | requeue`: what is in the outbox, why, and once more with it.
 
 Clients of the relay's own OutboxService, at RELAY_TARGET.
 """
 
-import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import click
 import grpc
 from google.protobuf import json_format
-from rich.console import Console
 from rich.table import Column, Table
 
-from chassis import grpc_client
+from chassis import cli, grpc_client
 from relay_svc.settings import ClientSettings
 from retail.relay.v1 import outbox_service_pb2 as pb
 from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceStub
@@ -23,28 +22,55 @@ REQUEUE_CHUNK = 1_000  # ids in one request
 PAGE_SIZE = 500
 STATUSES = ("NEW", "SENT", "FAILED")
 
-console = Console(highlight=False, markup=False, emoji=False)
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)  # never among what a program reads
 
-
-def run(config: ClientSettings, arguments: Sequence[str]) -> int:
-    """Do what is asked; returns the exit code: 1 when something is wrong with the outbox, or with the call."""
-    asked = parser().parse_args(arguments)
-    with grpc_client.connect_blocking(config.relay_target) as channel:
-        stub: Any = OutboxServiceStub(channel)
+def ask(question: Callable[[Any], int]) -> int:
+    """The exit code of what is asked of the relay; 1 also when the call fails."""
+    target = cli.of_environment_or_local_stack(ClientSettings, "relay").relay_target
+    with grpc_client.connect_blocking(target) as channel:
         try:
-            return int(asked.run(stub, asked))
+            return question(OutboxServiceStub(channel))
         except grpc.RpcError as error:
-            errors.print(f"{config.relay_target}: {error.code().name}: {error.details()}")
+            click.echo(
+                f"{target}: {error.code().name}: {error.details()}", err=True
+            )  # never among what a program reads
             return 1
 
 
-def status(stub: Any, asked: argparse.Namespace) -> int:
-    """Exit code 0 only while the relay publishes and has given up nothing: fit for a check."""
+@click.command()
+@cli.json_option
+def status(as_json: bool) -> int:
+    """What waits, since when, and why.
+
+    The exit code is 0 only while the relay publishes and has given up nothing, so it is fit for a check.
+    """
+    return ask(lambda stub: _status(stub, as_json))
+
+
+@click.command()
+@click.option("--status", type=click.Choice(STATUSES), help="Only those.")
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Events at most.")
+@cli.json_option
+def events(status: str | None, limit: int, as_json: bool) -> int:
+    """Events in the outbox, the oldest first."""
+    return ask(lambda stub: _list(stub, status, limit, as_json))
+
+
+@click.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all-failed", is_flag=True, help="All that were given up, instead of IDs.")
+@cli.json_option
+def requeue(ids: tuple[str, ...], all_failed: bool, as_json: bool) -> int:
+    """Publish events once more. Whatever their status, they are counted once all the same."""
+    if bool(ids) == all_failed:
+        raise click.UsageError("name the IDs of events, or --all-failed")
+    return ask(lambda stub: _requeue(stub, ids, all_failed, as_json))
+
+
+def _status(stub: Any, as_json: bool) -> int:
     reply: pb.GetOutboxStatusResponse = stub.GetOutboxStatus(pb.GetOutboxStatusRequest(), timeout=CALL_TIMEOUT_S)
     well = reply.breaker_state == pb.BREAKER_STATE_CLOSED and not reply.failed_count
-    if asked.json:
-        console.print_json(json_format.MessageToJson(reply, always_print_fields_with_no_presence=True))
+    if as_json:
+        cli.console().print_json(json_format.MessageToJson(reply, always_print_fields_with_no_presence=True))
         return int(not well)
     table = Table(show_header=False)
     table.add_row("waiting", f"{reply.new_count:,}")
@@ -63,18 +89,18 @@ def status(stub: Any, asked: argparse.Namespace) -> int:
             f"{kind} {blocker.pid or ''} “{blocker.application_name}”{since}, "
             f"{blocker.transactions_behind:,} transactions",
         )
-    console.print(table)
+    cli.console().print(table)
     return int(not well)
 
 
-def events(stub: Any, asked: argparse.Namespace) -> int:
+def _list(stub: Any, status: str | None, limit: int, as_json: bool) -> int:
     table = Table(Column("event", min_width=36), "status", Column("tries", justify="right"), "occurred")
     shown = 0
-    for event in _events(stub, asked.status):
-        if shown == asked.limit:
+    for event in _events(stub, status):
+        if shown == limit:
             break
         shown += 1
-        if asked.json:
+        if as_json:
             print(json.dumps(json_format.MessageToDict(event, always_print_fields_with_no_presence=True)))
             continue
         table.add_row(
@@ -83,19 +109,19 @@ def events(stub: Any, asked: argparse.Namespace) -> int:
             str(event.attempt_count),
             event.occur_time.ToDatetime().isoformat(timespec="seconds") + "Z",
         )
-    if not asked.json:
-        console.print(table if shown else "There are no such events.")
+    if not as_json:
+        cli.console().print(table if shown else "There are no such events.")
     return 0
 
 
-def requeue(stub: Any, asked: argparse.Namespace) -> int:
-    if asked.all_failed:
+def _requeue(stub: Any, ids: Sequence[str], all_failed: bool, as_json: bool) -> int:
+    if all_failed:
         requests = [pb.RequeueEventsRequest(all_failed=True)]
     else:
-        chunks = range(0, len(asked.ids), REQUEUE_CHUNK)
-        requests = [pb.RequeueEventsRequest(event_ids=asked.ids[start : start + REQUEUE_CHUNK]) for start in chunks]
+        chunks = range(0, len(ids), REQUEUE_CHUNK)
+        requests = [pb.RequeueEventsRequest(event_ids=ids[start : start + REQUEUE_CHUNK]) for start in chunks]
     count = sum(stub.RequeueEvents(request, timeout=CALL_TIMEOUT_S).requeued_count for request in requests)
-    console.print(f'{{"requeued_count": {count}}}' if asked.json else f"{count:,} requeued.")
+    cli.console().print(f'{{"requeued_count": {count}}}' if as_json else f"{count:,} requeued.")
     return 0
 
 
@@ -113,24 +139,3 @@ def _events(stub: Any, wanted: str | None) -> Iterator[pb.OutboxEvent]:
 def _age(duration: Any) -> str:
     """Days, hours, minutes and seconds, such as 1 day, 2:03:04."""
     return str(duration.ToTimedelta()).partition(".")[0]
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m relay_svc", description="The outbox, as the relay at RELAY_TARGET sees it."
-    )
-    commands = top.add_subparsers(required=True, metavar="command")
-    state = commands.add_parser("status", help="what waits, since when, and why; exit code 1 if something is wrong")
-    state.set_defaults(run=status)
-    listing = commands.add_parser("events", help="events, the oldest first")
-    listing.add_argument("--status", choices=STATUSES, help="only those")
-    listing.add_argument("--limit", type=int, default=50, help="50 unless told otherwise")
-    listing.set_defaults(run=events)
-    again = commands.add_parser("requeue", help="publish events once more; they are counted once all the same")
-    which = again.add_mutually_exclusive_group(required=True)
-    which.add_argument("ids", nargs="*", default=[], metavar="ID", help="events, whatever their status")
-    which.add_argument("--all-failed", action="store_true", help="all that were given up")
-    again.set_defaults(run=requeue)
-    for command in (state, listing, again):
-        command.add_argument("--json", action="store_true", help="for programs")
-    return top

@@ -1,12 +1,11 @@
-"""`python -m relay_svc partitions [--drop] [--json]`: the days of the outbox, and what retention does with each."""
+"""`retail-relay partitions [--drop] [--json]`: the days of the outbox, and what retention does with each."""
 
 import datetime
 import json
 
-from rich.console import Console
 from rich.table import Column, Table
 
-from chassis import postgres
+from chassis import cli, postgres
 from relay_svc import outbox, retention
 from relay_svc.settings import PartitionsSettings
 
@@ -30,7 +29,7 @@ async def run(config: PartitionsSettings, *, drop: bool, as_json: bool) -> None:
         for day in days:
             print(json.dumps({**day._asdict(), "day": day.day.isoformat(), "retention": day.verdict(horizon)}))
         return
-    console = Console(highlight=False)
+    console = cli.console()
     if drop:
         console.print(f"Dropped: {', '.join(f'{day:%Y-%m-%d}' for day in dropped) or 'nothing'}.")
     table = Table("day", *(Column(name, justify="right") for name in ("events", "size MiB")), "retention")

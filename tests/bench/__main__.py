@@ -45,12 +45,12 @@ def new_file(name: str) -> Path:
 
 @dataclass(frozen=True)
 class Settings:
-    only: str | None = setting("ONLY", part, default=None)
-    report: Path | None = setting("REPORT", new_file, default=None)
-    rounds: int = setting("ROUNDS", integer(1, 1_000), default=5)
-    measure_s: int = setting("MEASURE_S", integer(1, 600), default=3)
-    rows: int = setting("ROWS", integer(0, 100_000_000), default=1_000_000)
-    history: int = setting("HISTORY", integer(1, 1_000), default=100)
+    only: str | None = setting("ONLY", part, "part", "only this", default=None)
+    report: Path | None = setting("REPORT", new_file, "file", "the figures as JSON", default=None)
+    rounds: int = setting("ROUNDS", integer(1, 1_000), "rounds", "whose median counts", default=5)
+    measure_s: int = setting("MEASURE_S", integer(1, 600), "s", "of each measurement", default=3)
+    rows: int = setting("ROWS", integer(0, 100_000_000), "purchases", "that are there already", default=1_000_000)
+    history: int = setting("HISTORY", integer(1, 1_000), "times", "as many days as the short history", default=100)
 
 
 def main() -> int:

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import uuid
 from collections.abc import AsyncIterator
 from decimal import Decimal
 from typing import Any
+from unittest import mock
 
 import grpc
 import psycopg
@@ -17,10 +19,9 @@ from prometheus_client import REGISTRY
 
 import purchases_svc.__main__ as purchases
 import relay_svc.__main__ as relay
-from analytics_svc.commands import quarantine
+from analytics_svc.__main__ import commands
 from analytics_svc.ingest.health import Health
 from analytics_svc.ingest.upkeep import Upkeep
-from analytics_svc.settings import ConsumerClientSettings
 from purchases_svc.settings import ServeSettings
 from relay_svc.settings import ServeSettings as RelaySettings
 from retail.analytics.v1 import quarantine_service_pb2 as pb
@@ -325,13 +326,14 @@ async def test_discard_without_the_purchases_service(stub: Any, analytics_db: st
 
 
 async def command(target: str, *arguments: str) -> tuple[int, str]:
-    """`python -m analytics_svc quarantine …`: its exit code and what it prints."""
+    """`retail-analytics quarantine …`: its exit code and what it prints."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        try:
-            code = await asyncio.to_thread(quarantine.run, ConsumerClientSettings(target), arguments)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
+    with (
+        mock.patch.dict(os.environ, {"CONSUMER_TARGET": target}),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        code = await asyncio.to_thread(commands.carry_out, ["quarantine", *arguments])
     return code, printed.getvalue()
 
 

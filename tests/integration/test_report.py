@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import AsyncIterator
@@ -11,13 +12,14 @@ from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import pytest
 from rich.console import Console
 
-from analytics_svc.commands import figures, report, report_page
-from analytics_svc.settings import ReportSettings
+from analytics_svc.__main__ import commands
+from analytics_svc.commands import figures, report_page
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 from tests.integration.conftest import free_address
 from tests.integration.owners_books import Books
@@ -47,7 +49,8 @@ def berlin_db(analytics_db: str) -> str:
 
 
 async def run(address: str, *arguments: str) -> int:
-    return await asyncio.to_thread(report.run, ReportSettings(analytics_target=address), arguments)
+    with mock.patch.dict(os.environ, {"ANALYTICS_TARGET": address}):
+        return await asyncio.to_thread(commands.carry_out, ["report", *arguments])
 
 
 async def test_json_has_the_figures(berlin_db: str, books: Books, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,9 +142,8 @@ async def test_picture_without_matplotlib(
     "arguments", [("--days", "0"), ("--days", "367"), ("--branch", "x"), ("--png", "/no/such/x.png")]
 )
 async def test_wrong_arguments(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        await run(free_address(), *arguments)
-    assert f"argument {arguments[0]}" in capsys.readouterr().err
+    assert await run(free_address(), *arguments) == 2
+    assert f"Invalid value for '{arguments[0]}'" in capsys.readouterr().err
 
 
 def test_sparkline() -> None:

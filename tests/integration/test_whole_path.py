@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from deploy.local.machine import wait_until
-from pos import demo
+from pos.__main__ import commands
 from pos.simulator import simulate
 from pos.tills import Tills
 from retail.analytics.v1.analytics_service_pb2 import DailySales, ListDailySalesRequest
@@ -35,7 +35,7 @@ def run_demo(processes: Processes, monkeypatch: pytest.MonkeyPatch, report: Path
     monkeypatch.setenv("PURCHASES_TARGET", processes.address["purchases"])
     monkeypatch.setenv("ANALYTICS_TARGET", processes.address["analytics"])
     monkeypatch.setenv("CONSUMER_TARGET", processes.address["consumer"])
-    return demo.main([*arguments, "--report", str(report)])
+    return commands.carry_out(["demo", *arguments, "--report", str(report)])
 
 
 def daily_sales(processes: Processes) -> list[DailySales]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pos import demo, report
+from pos import report
+from pos.__main__ import commands
 from pos.analytics import Summary, TopProduct
 from pos.client import DayTotals
 from pos.control_totals import POLL_S, STALL_S, Comparison, compare, wait_until_equal
@@ -146,17 +147,15 @@ def test_report_has_the_keys_programs_rely_on() -> None:
 )
 def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong argument is told before anything is sent."""
-    with pytest.raises(SystemExit) as ended:
-        demo.main(arguments)
-    assert ended.value.code == 2
+    assert commands.carry_out(["demo", *arguments]) == 2
     assert arguments[0] in capsys.readouterr().err
 
 
 def test_unreadable_input_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A broken file is told with its name, and nothing is sent; empty arguments count as not given."""
+    """A broken file is told with its name, and nothing is sent."""
     file = tmp_path / "broken.csv"
     file.write_text("not,the,header\n")
-    assert demo.main(["--file", str(file), "--limit", "", "--report", "", "--seed", ""]) == 2
+    assert commands.carry_out(["demo", "--file", str(file)]) == 2
     said = capsys.readouterr().err
     assert str(file) in said
     assert "nothing was sent" in said
@@ -165,5 +164,5 @@ def test_unreadable_input_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_wrong_settings_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An address that is none is told with the variable's name."""
     monkeypatch.setenv("PURCHASES_TARGET", "nowhere")
-    assert demo.main([]) == 2
+    assert commands.carry_out(["demo"]) == 2
     assert "PURCHASES_TARGET" in capsys.readouterr().err
