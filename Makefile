@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 LOCAL := exec $(PYTHON) -m deploy.local
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run start stop status demo test lint proto settings contract bench faults
+.PHONY: help ready run start stop status demo test lint proto settings contract image-check bench faults
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -42,6 +42,9 @@ settings: ready # docs/settings.md, of what the processes declare
 
 contract: ready # accept what proto/ says now, breaking changes included: lint compares with it from then on
 	@.venv/bin/buf build proto --exclude-source-info -o proto/accepted.binpb
+
+image-check: # build the container image without Docker, and try its commands; for root on Debian; [OPTIONAL=1]
+	@OPTIONAL=$(OPTIONAL) bash deploy/image_check.sh
 
 bench: ready ## measure; [ONLY=write|pipeline|analytics] [REPORT=out.json]
 	@exec $(PYTHON) -m tests.bench

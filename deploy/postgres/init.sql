@@ -30,5 +30,5 @@ REVOKE CONNECT ON DATABASE purchases, analytics FROM PUBLIC;
 GRANT CONNECT ON DATABASE purchases TO purchases_service, purchases_relay;
 GRANT CONNECT ON DATABASE analytics TO analytics_consumer, analytics_server;
 
--- That `python -m relay_svc status` can name the sessions that hold back vacuum, whoever's they are.
+-- That `retail-relay status` can name the sessions that hold back vacuum, whoever's they are.
 GRANT pg_monitor TO purchases_owner;

@@ -375,7 +375,7 @@ async def test_command_line(
     assert await command(address, "redrive", "--all") == (0, "0 counted, 0 remain in quarantine.\n")
     for wrong in ((), ("redrive",), ("redrive", "--all", ids[0]), ("discard",), ("list", "--limit", "many")):
         code, text = await command(address, *wrong)
-        assert (code, "usage:" in text) == (2, True), wrong
+        assert (code, "Usage:" in text) == (2, True), wrong
     code, text = await command(address, "discard", "7")
     assert (code, "must be a UUID" in text, "Traceback" in text) == (1, True, False)
     code, text = await command(NOWHERE, "list")
