@@ -8,14 +8,13 @@ import asyncio
 import inspect
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import grpc
 import structlog
-from google.protobuf import any_pb2, duration_pb2, message
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.protobuf import message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import Counter, Histogram
 
@@ -59,7 +58,6 @@ SECONDS = Histogram(
     ["grpc_method"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
-STATUS_VALUES: Mapping[grpc.StatusCode, int] = {code: code.value[0] for code in grpc.StatusCode}
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -318,7 +316,7 @@ async def _abort(context: Any, method: str, error: ServiceError, domain: str) ->
     HANDLED.labels(method, error.code.name).inc()
     _refusals((method, error.reason), method=method, code=error.code.name, reason=error.reason)
     log.debug("refusal in full", method=method, error=error.message)  # which may name a customer
-    trailers = [("grpc-status-details-bin", to_status(error, domain).SerializeToString())]
+    trailers = [("grpc-status-details-bin", errors.to_status(error, domain).SerializeToString())]
     if error.retry_after_s is not None:  # what the retries built into gRPC's clients read instead of RetryInfo
         trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1_000))))
     await context.abort(error.code, error.message, trailing_metadata=tuple(trailers))
@@ -353,34 +351,3 @@ def _bug(error: Exception, method: str) -> str:
     kind = (method, type(error), place and (place.tb_frame.f_code, place.tb_lineno))
     error_id: str = _bugs(kind, method=method, error_id=str(uuid.uuid4()), exc_info=error)["error_id"]
     return error_id
-
-
-def to_status(error: ServiceError, domain: str) -> status_pb2.Status:
-    """The rich form of an error: ErrorInfo always, BadRequest and RetryInfo where they apply."""
-    details: list[message.Message] = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=domain, metadata=error.metadata)
-    ]
-    if error.violations:
-        details.append(
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(
-                        field=v.field, description=v.description, reason=v.reason
-                    )
-                    for v in error.violations
-                ]
-            )
-        )
-    if error.retry_after_s is not None:
-        delay = duration_pb2.Duration()
-        delay.FromNanoseconds(int(error.retry_after_s * 1_000_000_000))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=STATUS_VALUES[error.code], message=error.message)
-    for detail in details:
-        packed = any_pb2.Any()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return status
-
-
-assert STATUS_VALUES[grpc.StatusCode.OK] == code_pb2.OK  # google.rpc and gRPC number their codes alike

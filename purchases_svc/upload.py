@@ -5,7 +5,15 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from chassis import grpc_server
-from chassis.errors import DeadlineExceeded, FieldReason, InvalidRequest, ServiceError, ShuttingDown, Violation
+from chassis.errors import (
+    DeadlineExceeded,
+    FieldReason,
+    InvalidRequest,
+    ServiceError,
+    ShuttingDown,
+    Violation,
+    to_status,
+)
 from purchases_svc import messages
 from purchases_svc.answers import Outcome, Recorded
 from purchases_svc.record import Recorder
@@ -100,7 +108,7 @@ class Uploads:
                 result.created.CopyFrom(messages.answer(upload.create_purchase, outcome))
             else:
                 refusal = grpc_server.explain(outcome, "UploadPurchases")
-                result.error.CopyFrom(grpc_server.to_status(refusal, self._host.domain))
+                result.error.CopyFrom(to_status(refusal, self._host.domain))
         return response
 
     async def _record_all(self, sales: list[Sale], caller: str) -> list[Outcome]:

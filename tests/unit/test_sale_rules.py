@@ -8,8 +8,7 @@ import pytest
 from analytics_svc.errors import Rejected
 from analytics_svc.ingest.events import decode
 from chassis import wire
-from chassis.errors import VIOLATIONS_MAX
-from chassis.grpc_server import to_status
+from chassis.errors import VIOLATIONS_MAX, to_status
 from chassis.wire import parse_uuid
 from purchases_svc.answers import Recorded
 from purchases_svc.errors import InvalidPurchase
