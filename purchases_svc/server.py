@@ -176,14 +176,16 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             bounds = await stored.stored_range(connection)
             if bounds is None:
                 return
-            day = max(first, bounds[0])  # a range may be as long as the calendar; only what is stored takes time
-            while day <= min(last, bounds[1]):
+            # A range may be as long as the calendar; only days with sales take time.
+            last = min(last, bounds[1])
+            day = await stored.next_day(connection, max(first, bounds[0]), last)
+            while day:
                 async with aclosing(stored.export_day(connection, day, asked)) as purchases:
                     async for purchase in purchases:
                         yield purchases_service_pb2.ExportPurchasesResponse(
                             event_id=purchase.event_id, purchase=messages.to_purchase(purchase)
                         )
-                day += datetime.timedelta(days=1)
+                day = await stored.next_day(connection, day + stored.DAY, last)
 
     @asynccontextmanager
     async def _exporting(self) -> AsyncIterator[Connection]:

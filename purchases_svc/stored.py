@@ -1,7 +1,7 @@
 """What is stored, read back. Every function takes the connection and commits nothing."""
 
 import datetime
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import cache
 from typing import Any, LiteralString, NamedTuple
 from zoneinfo import ZoneInfo
@@ -10,18 +10,23 @@ from chassis.migrate import MigrationError
 from chassis.postgres import Connection, make_durable
 from chassis.wire import parse_cents
 from chassis.zones import business_day
-from purchases_svc.sale import Item, Purchase, Sale
+from purchases_svc.sale import EARLIEST, Item, Purchase, Sale
 
 ROLE = "purchases_service"  # that the service acts as; see the migrations
 
 ITEMS_PER_PAGE_MAX = 50_000  # a page of the biggest purchases would not fit into a message
 
+NEWEST_AHEAD = datetime.timedelta(days=400)  # no purchase is later: a year ahead, and what clocks differ
+DAY = datetime.timedelta(days=1)
 EXPORT_CHUNK = 200  # purchases fetched at a time; their items come with them
 
 _COLUMNS: LiteralString = """
     p.purchase_id::text, p.event_id::text, p.created_at, p.idempotency_key::text, p.receipt_id, p.branch_id,
     p.cashier_id, p.pos_id, p.customer_id::text, p.purchase_time, p.business_day, p.total_amount::text, p.item_count
 """
+
+
+Window = tuple[datetime.datetime, datetime.datetime]  # from, up to
 
 
 class ControlTotals(NamedTuple):
@@ -74,6 +79,40 @@ async def by_id(connection: Connection, purchase_id: str) -> Purchase | None:
     return found[0] if found else None
 
 
+def windows_back(first: datetime.datetime, end: datetime.datetime) -> Iterator[Window]:
+    """The time from `first` up to `end`, the latest part first: a year, then twice as long each time.
+
+    Whoever asks for what is new looks into few partitions, however many there are; who has to look at them all does
+    so in a few steps.
+    """
+    year = datetime.timedelta(days=366)
+    length = max(end - (datetime.datetime.now(datetime.UTC) - year), year)  # what is to come has few months, if any
+    while end > first:
+        start = max(end - length, first) if end - first > length else first
+        yield start, end
+        end, length = start, 2 * length
+
+
+def windows_ahead(first: datetime.date, end: datetime.date) -> Iterator[tuple[datetime.date, datetime.date]]:
+    """The days from `first` up to `end`, the earliest part first, likewise."""
+    length = datetime.timedelta(days=31)
+    while first < end:
+        last = first + length if end - first > length else end
+        yield first, last
+        first, length = last, 2 * length
+
+
+def around(first: datetime.date, last: datetime.date) -> dict[str, datetime.datetime]:
+    """Times between which all sales of these business days lie, in any time zone: by them, PostgreSQL finds the
+    partitions before it runs the query, and does not open the others. It needs plain values for that.
+    """
+    midnight = datetime.time(tzinfo=datetime.UTC)
+    return {
+        "from": datetime.datetime.combine(max(first, datetime.date.min + DAY) - DAY, midnight),
+        "to": datetime.datetime.combine(min(last, datetime.date.max - 2 * DAY) + 2 * DAY, midnight),
+    }
+
+
 async def page(
     connection: Connection,
     *,
@@ -88,32 +127,34 @@ async def page(
 
     The page is shorter than `limit` where purchases have so many items that they would not fit into a message.
     """
-    conditions: list[LiteralString] = ["true"]
+    conditions: list[LiteralString] = ["p.purchase_time >= %(from)s AND p.purchase_time < %(to)s"]
     if branch_id is not None:
         conditions.append("p.branch_id = %(branch_id)s")
     if customer_id is not None:
         conditions.append("p.customer_id = %(customer_id)s")
-    if start is not None:
-        conditions.append("p.purchase_time >= %(start)s")
-    if end is not None:
-        conditions.append("p.purchase_time < %(end)s")
-    if before is not None:  # the first line is for the planner: it prunes partitions by a plain comparison only
-        conditions.append("p.purchase_time <= %(before_time)s")
+    newest = max(datetime.datetime.now(datetime.UTC), EARLIEST) + NEWEST_AHEAD
+    if before is not None:
         conditions.append("(p.purchase_time, p.purchase_id) < (%(before_time)s, %(before_id)s)")
-    cursor = await connection.execute(
-        f"SELECT {_COLUMNS} FROM purchases p WHERE {' AND '.join(conditions)}"
-        " ORDER BY p.purchase_time DESC, p.purchase_id DESC LIMIT %(limit)s",
-        {
-            "branch_id": branch_id,
-            "customer_id": customer_id,
-            "start": start,
-            "end": end,
-            "before_time": before and before[0],
-            "before_id": before and before[1],
-            "limit": limit + 1,
-        },
-    )
-    rows = await cursor.fetchall()
+        newest = min(newest, before[0] + datetime.timedelta.resolution)
+    rows: list[tuple[Any, ...]] = []
+    for first, last in windows_back(max(start or EARLIEST, EARLIEST), min(end or newest, newest)):
+        cursor = await connection.execute(
+            f"SELECT {_COLUMNS} FROM purchases p WHERE {' AND '.join(conditions)}"
+            " ORDER BY p.purchase_time DESC, p.purchase_id DESC LIMIT %(limit)s",
+            {
+                "from": first,
+                "to": last,
+                "branch_id": branch_id,
+                "customer_id": customer_id,
+                "before_time": before and before[0],
+                "before_id": before and before[1],
+                "limit": limit + 1 - len(rows),
+            },
+            prepare=False,  # planned for this very range: then only its partitions are looked at
+        )
+        rows += await cursor.fetchall()
+        if len(rows) > limit:
+            break
     fitting, items = 0, 0
     for row in rows[:limit]:
         items += row[-1]
@@ -133,12 +174,12 @@ async def export_day(
             await cursor.execute(
                 f"SELECT {_COLUMNS} FROM purchases p"
                 " WHERE p.business_day = %(day)s"
-                "   AND p.purchase_time >= (%(day)s::date - 1)::timestamptz"  # prunes partitions
-                "   AND p.purchase_time < (%(day)s::date + 2)::timestamptz"
+                "   AND p.purchase_time >= %(from)s AND p.purchase_time < %(to)s"
                 "   AND (%(everybody)s OR p.customer_id = ANY(%(customer_ids)s::uuid[]))"
                 " ORDER BY p.purchase_time, p.purchase_id",
                 {
                     "day": day,
+                    **around(day, day),
                     "everybody": not customer_ids,
                     "customer_ids": list(customer_ids),
                 },
@@ -236,35 +277,65 @@ async def control_totals(
     limit: int,
 ) -> list[ControlTotals]:
     """Sums per business day and branch, from the purchases' own counts."""
+    start = max(first, after[0]) if after else first
     cursor = await connection.execute(
         """
         SELECT business_day, branch_id, count(*), count(customer_id), sum(item_count), sum(total_amount)::text
         FROM purchases
         WHERE business_day BETWEEN %(start)s AND %(last)s
-          AND purchase_time >= (%(start)s::date - 1)::timestamptz -- prunes partitions
-          AND purchase_time < (%(last)s::date + 2)::timestamptz
+          AND purchase_time >= %(from)s AND purchase_time < %(to)s
           AND (%(all_branches)s OR branch_id = ANY(%(branch_ids)s))
           AND (business_day, branch_id) > (%(after_day)s, %(after_branch)s)
         GROUP BY business_day, branch_id ORDER BY business_day, branch_id LIMIT %(limit)s
         """,
         {
-            "start": max(first, after[0]) if after else first,
+            "start": start,
             "last": last,
+            **around(start, last),
             "all_branches": not branch_ids,
             "branch_ids": list(branch_ids),
             "after_day": after[0] if after else datetime.date.min,
             "after_branch": after[1] if after else 0,
             "limit": limit,
         },
+        prepare=False,
     )
     return [ControlTotals(*row) for row in await cursor.fetchall()]
 
 
 async def stored_range(connection: Connection) -> tuple[datetime.date, datetime.date] | None:
     """The first and the last business day with a purchase; None when there is none."""
-    cursor = await connection.execute("SELECT min(business_day), max(business_day) FROM purchases")
-    row = await cursor.fetchone()
-    return (row[0], row[1]) if row and row[0] else None
+    newest = datetime.datetime.now(datetime.UTC) + NEWEST_AHEAD
+    for first, end in windows_back(EARLIEST, newest):
+        cursor = await connection.execute(
+            "SELECT max(business_day) FROM purchases WHERE purchase_time >= %s AND purchase_time < %s",
+            [first, end],
+            prepare=False,
+        )
+        ((latest,),) = await cursor.fetchall()
+        if latest is not None:
+            earliest = await next_day(connection, EARLIEST.date() - DAY, latest)
+            return earliest or latest, latest
+    return None
+
+
+async def next_day(connection: Connection, day: datetime.date, last: datetime.date) -> datetime.date | None:
+    """The first business day with a purchase from `day` to `last`, both inclusive."""
+    for first, end in windows_ahead(day, last + DAY):
+        cursor = await connection.execute(
+            """
+            SELECT min(business_day) FROM purchases
+            WHERE business_day >= %(first)s AND business_day < %(end)s
+              AND purchase_time >= %(from)s AND purchase_time < %(to)s
+            """,
+            {"first": first, "end": end, **around(first, end - DAY)},
+            prepare=False,
+        )
+        ((found,),) = await cursor.fetchall()
+        if found is not None:
+            assert isinstance(found, datetime.date)
+            return found
+    return None
 
 
 async def read_marks(connection: Connection, zone: ZoneInfo) -> tuple[datetime.datetime, datetime.date | None]:
