@@ -26,7 +26,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 name = sys.argv[1]
 if name == "migrate":
-    sys.exit(0)
+    sys.exit("made by another version" if os.environ.get("LOG_REFUSE") == name else 0)
 if os.environ.get("LOG_REFUSE") == name:
     sys.exit("I refuse")
 server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
@@ -183,6 +183,19 @@ def test_one_that_cannot_start_takes_down_what_was_started_with_it(
     with pytest.raises(StackError, match=r"relay ended with exit code 1(?s:.*)I refuse"):
         refusing.start()
     assert not any(refusing.processes().values())
+
+
+def test_databases_of_another_version(
+    tmp_path: Path, stack: Stack, table: tuple[Service, ...], caller: dict[str, str]
+) -> None:
+    """Whose databases are ours hears what to remove; other people's are nothing to remove."""
+    refusing = Stack(tmp_path, table, {**caller, "LOG_REFUSE": "migrate"})
+    with pytest.raises(StackError) as refused:
+        refusing.start()
+    assert "made by another version" in str(refused.value)
+    assert "remove" not in str(refused.value)
+    advice = refusing._how_to_start_anew({})
+    assert all(f"{tmp_path}/.local/{server}" in advice for server in ("postgres", "rabbitmq"))
 
 
 def test_a_restart_from_another_shell_keeps_the_settings(
