@@ -19,6 +19,8 @@ from structlog.testing import capture_logs
 
 import purchases_svc.__main__ as purchases
 from analytics_svc.commands.serve import serve as serve_analytics
+from analytics_svc.ingest.health import Health
+from analytics_svc.ingest.upkeep import Upkeep
 from analytics_svc.settings import ServeSettings as AnalyticsSettings
 from chassis import postgres
 from deploy.local.machine import spawn, wait_until
@@ -163,6 +165,23 @@ async def test_standby_that_nobody_waits_for(pair: Replicated, purchases_url: st
             await eventually(lambda: unsafe(1), "a failover would lose sales")
         assert any("a failover loses acknowledged sales" in entry["event"] for entry in logs)
         assert await is_serving(channel)
+
+
+async def test_analytics_whose_standby_nobody_waits_for(pair: Replicated, analytics_url: str) -> None:
+    async with pool(analytics_url, "analytics_consumer") as opened:
+        upkeep = Upkeep(opened, Health(_ignore, set()), 0)
+
+        async def unsafe(value: float) -> bool:
+            await upkeep.run_once()
+            return REGISTRY.get_sample_value("analytics_failover_unsafe") == value
+
+        await eventually(lambda: unsafe(0), "a failover is safe")
+        pair.require_standby("")
+        await eventually(lambda: unsafe(1), "a failover would lose what was counted")
+
+
+async def _ignore(_: bool) -> None:
+    pass
 
 
 async def test_long_cut_leaves_nobody_behind(pair: Replicated, purchases_url: str) -> None:
