@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from chassis.wire import cents_text
 from pos.analytics import Summary, TopProduct
@@ -83,14 +84,14 @@ def _facts(answers: Answers, comparison: Comparison, sent: Sent) -> Table:
     if summary.data_as_of:
         facts.add_row("Data as of", f"{summary.data_as_of:%Y-%m-%d %H:%M:%S} UTC")
     if summary.quarantined_count:
-        facts.add_row("[red]In quarantine", f"{summary.quarantined_count:,} events, missing from all figures")
+        facts.add_row(Text("In quarantine", "red"), f"{summary.quarantined_count:,} events, missing from all figures")
     facts.add_row("Control totals", _verdict(comparison))
     if audited := comparison.audited:
         facts.add_row("Audit", _audit_verdict(audited))
     if foreign := comparison.foreign_days:
         named = ", ".join(map(str, foreign[:SHOWN_MAX])) + (", …" if len(foreign) > SHOWN_MAX else "")
         facts.add_row(
-            "[yellow]Foreign days",
+            Text("Foreign days", "yellow"),
             f"{len(foreign):,} days have events of others and no recorded purchase; not compared: {named}",
         )
     facts.add_row(
@@ -101,24 +102,25 @@ def _facts(answers: Answers, comparison: Comparison, sent: Sent) -> Table:
     return facts
 
 
-def _audit_verdict(audited: Audited) -> str:
+def _audit_verdict(audited: Audited) -> Text:
     if audited.agrees:
         foreign = f"; {audited.foreign_events:,} events of others are counted besides" if audited.foreign_events else ""
-        return f"[green]agrees[/]: every read model, and {audited.rows:,} rows of business day and branch{foreign}"
-    return "\n".join(["[red]found[/]", *audited.problems[:SHOWN_MAX]])
+        every = f": every read model, and {audited.rows:,} rows of business day and branch{foreign}"
+        return Text.assemble(("agrees", "green"), every)
+    return Text("\n").join([Text("found", "red"), *map(Text, audited.problems[:SHOWN_MAX])])
 
 
-def _verdict(comparison: Comparison) -> str:
+def _verdict(comparison: Comparison) -> Text:
     if not comparison.lags:
-        return f"[green]agree[/] on all {comparison.rows:,} rows of business day and branch"
+        return Text.assemble(("agree", "green"), f" on all {comparison.rows:,} rows of business day and branch")
     lines = [
-        f"[red]differ[/] on {len(comparison.lags):,} of {comparison.rows:,} rows of business day and branch, "
+        f" on {len(comparison.lags):,} of {comparison.rows:,} rows of business day and branch, "
         f"and nothing has changed for {STALL_S:.0f} s; counted minus recorded:",
         *map(str, comparison.lags[:SHOWN_MAX]),
     ]
     if (hidden := len(comparison.lags) - SHOWN_MAX) > 0:
         lines.append(f"and {hidden:,} more")
-    return "\n".join(lines)
+    return Text.assemble(("differ", "red"), "\n".join(lines))
 
 
 def _branches(answers: Answers) -> Table:

@@ -131,6 +131,12 @@ def test_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert "many: must be a whole number from 1 to 10000" in capsys.readouterr().out
 
 
+def test_nothing_that_is_printed_is_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """What events, errors and addresses contain is shown as it is."""
+    cli.console().print("[::]:50051 [red]is[/] :key:")
+    assert capsys.readouterr().out == "[::]:50051 [red]is[/] :key:\n"
+
+
 def test_pipes_get_whole_lines() -> None:
     """Lines are broken to fit a terminal only; what a program reads is not a terminal."""
     program = "from chassis import cli; cli.console().print('word ' * 100 + 'end')"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from chassis import cli
 from pos import report
 from pos.__main__ import commands
 from pos.analytics import Summary, TopProduct
+from pos.audit import Audited
 from pos.client import DayTotals
 from pos.control_totals import POLL_S, STALL_S, Comparison, compare, wait_until_equal
 from pos.report import Answers, Sent
@@ -105,14 +107,25 @@ def test_daily_sales_have_the_published_fingerprint() -> None:
     assert report.daily_sales_sha256(DAILY) == hashlib.sha256(lines.encode()).hexdigest()
 
 
+def some_answers() -> Answers:
+    products = [TopProduct(i, 100 - i, 1) for i in range(1, 8)]
+    return Answers(Summary(202719540, 519598, 19959, 4338, None, 3), DAILY, 2010, products)
+
+
+@pytest.mark.parametrize("counted", [[row(MONDAY, 1)], [row(MONDAY, 1, 3)]], ids=["equal", "different"])
+def test_page_is_plain_text(counted: list[DayTotals], capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever reads it from a pipe finds neither colours nor the names of colours in it."""
+    comparison = compare([row(MONDAY, 1)], counted)
+    comparison = comparison._replace(audited=Audited(False, 3, ["day 1: [red] herring"], 0))
+    report.print_all(some_answers(), comparison, Sent(100, 0, 5, 8.0), cli.console())
+    said = capsys.readouterr().out
+    assert "day 1: [red] herring" in said
+    assert said.count("[") == 1
+
+
 def test_report_has_the_keys_programs_rely_on() -> None:
     """The report is one JSON object; revenue is a number with exactly two decimals that no float has touched."""
-    answers = Answers(
-        Summary(202719540, 519598, 19959, 4338, None, 0),
-        DAILY,
-        2010,
-        [TopProduct(i, 100 - i, 1) for i in range(1, 8)],
-    )
+    answers = some_answers()
     text = report.as_json(answers, compare([], []), Sent(100, 0, 5, 8.0))
     loaded = json.loads(text, parse_float=Decimal)
     assert list(loaded)[:10] == [
