@@ -5,15 +5,12 @@ import os
 import random
 import resource
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import structlog
 import uvloop
-
-from chassis.settings import SettingsError
 
 FORCED_EXIT_CODE = 130  # what a shell reports for a process ended by Ctrl-C
 
@@ -46,14 +43,6 @@ def _raise_file_limit() -> None:
     """Every connection takes a descriptor; the usual soft limit of 1,024 is meant for programs that use select()."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def exit_with_settings_problems(process: str, error: SettingsError) -> None:
-    """Name every wrong setting and end the process; code 2 is the shell's for wrong usage."""
-    print(f"{process} cannot start; wrong settings:", file=sys.stderr)
-    for problem in error.problems:
-        print(f"  {problem}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 async def wait_set(event: asyncio.Event, timeout_s: float) -> bool:

@@ -46,8 +46,11 @@ def report(days: int, branch: int | None, as_json: bool, png: Path | None) -> in
         try:
             from analytics_svc.commands.report_plots import draw
         except ImportError:
-            message = "report: --png needs matplotlib: .venv/bin/pip install --require-hashes -r requirements-plots.txt"
-            click.echo(message, err=True)
+            click.echo(
+                "report: --png needs matplotlib: pip install 'retail-backbone[plots]', "
+                "or in a checkout .venv/bin/pip install --require-hashes -r requirements-plots.txt",
+                err=True,
+            )
             return 1
     target = cli.of_environment_or_local_stack(ReportSettings, "analytics").analytics_target
     try:
