@@ -14,14 +14,14 @@ A rebuild that dies leaves nothing but rows in the tail: its tables and its lock
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import date, timedelta
 from typing import NamedTuple
 
 import structlog
 
-from analytics_svc.errors import HistoryDropped, PurchasesUnavailable, RebuildRunning, RelayUnavailable
+from analytics_svc.errors import HistoryDropped, PurchaseExists, PurchasesUnavailable, RebuildRunning, RelayUnavailable
 from analytics_svc.ingest import event_log, tail
 from analytics_svc.ingest.announce import EVERYTHING, announce
 from analytics_svc.ingest.apply import apply, count
@@ -39,6 +39,7 @@ STATEMENT_TIMEOUT_S = 3_600.0  # the final comparison of a long history takes mi
 SESSION_SETTINGS = {"temp_buffers": "64MB", "work_mem": "64MB"}
 TAIL_CHUNK = 2_000  # events; as many are counted in less than a second, which an apply() may well wait
 CONFLICTS_PATIENCE_S = 30.0  # with other applies, until some purchases are counted; one takes milliseconds
+NAMED_MAX = 10  # events in an error
 EXPORT_ATTEMPTS = 8  # for one day, while the purchases service is away: about half a minute
 
 log = structlog.get_logger()
@@ -72,6 +73,7 @@ async def rebuild_day(url: str, source: Source, day: date) -> DayRebuilt:
 
     Raises:
         HistoryDropped: purchases of that day are past their retention.
+        PurchaseExists: an event that would be taken out is of a recorded purchase: a bug of ours.
         RebuildRunning, PurchasesUnavailable, TimeZonesDiffer: nothing was changed.
     """
     async with _repairing(url) as (pool, connection):
@@ -97,6 +99,8 @@ async def rebuild_day(url: str, source: Source, day: date) -> DayRebuilt:
             async for chunk in _export(source, recorded.earliest, recorded.latest, customers):
                 added += await _count_missing(pool, chunk)
                 await _count_apart(connection, chunk)
+        suspects = await repair.suspects(connection, "day = %(day)s", day)
+        await _require_foreign(source, suspects)
         await _require_history_since(source, day, complete_from)
 
         def concerned(event: PurchaseCreated) -> bool:
@@ -107,7 +111,7 @@ async def rebuild_day(url: str, source: Source, day: date) -> DayRebuilt:
             while events := await tail.take(connection, TAIL_CHUNK):
                 await count(connection, [event for event in events if concerned(event)])
             repaired = await repair.replace_day(connection, day, customers)
-            foreign = await repair.take_out_foreign(connection, "day = %(day)s", day)
+            foreign = await repair.take_out_foreign(connection, suspects)
             await announce(connection, EVERYTHING, counted=False)
     log.info(
         "day rebuilt", day=str(day), purchases=purchases, repaired=repaired, added=added, foreign=foreign.event_ids
@@ -130,6 +134,7 @@ async def rebuild_all(
 
     Raises:
         HistoryDropped: it has dropped some, so what customers bought in all time is not to be had.
+        PurchaseExists: as `rebuild_day`.
         RebuildRunning, PurchasesUnavailable, TimeZonesDiffer: nothing was changed.
     """
     async with _repairing(url) as (pool, connection):
@@ -156,6 +161,8 @@ async def rebuild_all(
                 purchases += len(await _count_apart(connection, chunk))
                 show(Progress(days, number, purchases, str(day)))
             await _count_tail(connection)
+        suspects = await repair.suspects(connection, "day >= %(day)s", complete_from or date.min)
+        await _require_foreign(source, suspects)
         await _require_history_since(source, today, complete_from)
         for name in (*(model.name for model in read_models.ALL), read_models.LOG):
             await connection.execute(f"ANALYZE pg_temp.{name}")
@@ -165,7 +172,7 @@ async def rebuild_all(
             while events := await tail.take(connection, TAIL_CHUNK):
                 await count(connection, events)
             repaired = await repair.replace_all(connection, complete_from)
-            foreign = await repair.take_out_foreign(connection, "day >= %(day)s", complete_from or date.min)
+            foreign = await repair.take_out_foreign(connection, suspects)
             if began and began.as_of and not complete_from:  # what the retention has dropped, this has not counted
                 await keeper.store(connection, mark, began.snapshot, began.as_of)
             await announce(connection, EVERYTHING, counted=True)
@@ -245,6 +252,34 @@ async def _require_history_since(source: Source, day: date, complete_from: date 
     now_from = (await source.control_totals(day, day)).complete_from
     if now_from != complete_from:
         raise HistoryDropped(f"the retention has just dropped purchases before {now_from}; try again")
+
+
+async def _require_foreign(source: Source, suspects: Mapping[str, str | None]) -> None:
+    """Require that no event is taken out whose purchase is recorded, unless another event announced that one.
+
+    The export did not have it. This asks another question of the same service, so that no fault which a check and a
+    repair share can take a recorded sale out of the numbers.
+
+    Raises:
+        PurchaseExists: some are: either of us has a bug.
+    """
+    recorded: dict[str, str] = {}
+    days = set()
+    for event_id, purchase_id in suspects.items():
+        if purchase_id and (day := await source.recorded_day(purchase_id)):
+            recorded[event_id] = purchase_id
+            days.add(day)
+    for day in sorted(days):
+        async for chunk in _export(source, day, day):
+            announced = {event.purchase_id: event.event_id for event in chunk}
+            recorded = {event: sold for event, sold in recorded.items() if announced.get(sold, event) == event}
+    if recorded:
+        log.error("a repair would take recorded purchases out of the numbers: a bug of ours", events=sorted(recorded))
+        some = ", ".join(sorted(recorded)[:NAMED_MAX])
+        raise PurchaseExists(
+            f"{len(recorded)} events are counted whose purchases are recorded, but not exported for the days that they"
+            f" count on; nothing was changed. This is a bug of ours; report it with these events: {some}"
+        )
 
 
 async def _count_apart(connection: Connection, events: Sequence[PurchaseCreated]) -> list[PurchaseCreated]:

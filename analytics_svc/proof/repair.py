@@ -3,7 +3,7 @@
 Every function takes the rebuild's connection and commits nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import date, datetime
 from typing import LiteralString, NamedTuple
 
@@ -120,8 +120,22 @@ async def replace_all(connection: Connection, complete_from: date | None) -> dic
     return repaired
 
 
-async def take_out_foreign(connection: Connection, where: LiteralString, day: date) -> Foreign:
-    """Note on which days the log's events count now; returns those of the days that count no more.
+async def suspects(connection: Connection, where: LiteralString, day: date) -> dict[str, str | None]:
+    """Events of these days that count without having been exported, and the purchases that they announced."""
+    cursor = await connection.execute(
+        f"""
+        SELECT event_id::text, purchase_id::text FROM public.analytics_event_log AS stored
+        WHERE {where}
+            AND NOT EXISTS (SELECT FROM pg_temp.analytics_event_log AS fresh WHERE fresh.event_id = stored.event_id)
+            AND NOT EXISTS (SELECT FROM rebuild_tail AS late WHERE late.event_id = stored.event_id)
+        """,
+        {"day": day},
+    )
+    return dict(await cursor.fetchall())
+
+
+async def take_out_foreign(connection: Connection, event_ids: Collection[str]) -> Foreign:
+    """Note on which days the log's events count now; returns those of the given ones that count no more.
 
     Their ids stay: delivered again, they must not count, either.
     """
@@ -142,13 +156,13 @@ async def take_out_foreign(connection: Connection, where: LiteralString, day: da
         """
     )
     cursor = await connection.execute(
-        f"""
+        """
         UPDATE public.analytics_event_log AS stored SET day = NULL
-        WHERE {where}
+        WHERE event_id = ANY (%s::uuid[])
             AND NOT EXISTS (SELECT FROM pg_temp.analytics_event_log AS fresh WHERE fresh.event_id = stored.event_id)
         RETURNING event_id::text
         """,
-        {"day": day},
+        [list(event_ids)],
     )
     event_ids = sorted(event_id for (event_id,) in await cursor.fetchall())
     return Foreign(len(event_ids), event_ids[:FOREIGN_IDS_MAX])

@@ -118,6 +118,17 @@ class Source:
         if chunk:
             yield chunk
 
+    async def recorded_day(self, purchase_id: str) -> date | None:
+        """The business day of a recorded purchase; None when none has this id."""
+        request = purchases_service_pb2.GetPurchaseRequest(purchase_id=purchase_id)
+        try:
+            reply = await self._stub.GetPurchase(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.NOT_FOUND:
+                return None
+            raise _unavailable(error) from error
+        return _day(reply.purchase.business_day)
+
 
 @asynccontextmanager
 async def connect(target: str, zone: ZoneInfo) -> AsyncIterator[Source]:

@@ -5,15 +5,16 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import date, timedelta
 from typing import Any
 
 import psycopg
 import pytest
 
-from analytics_svc.errors import HistoryDropped, RebuildRunning
+from analytics_svc.errors import HistoryDropped, PurchaseExists, RebuildRunning
 from analytics_svc.proof import rebuild
+from analytics_svc.purchase import PurchaseCreated
 from analytics_svc.upstream.source import Recorded, Source
 from chassis import postgres
 from tests.conftest import ROOT, eventually
@@ -64,9 +65,10 @@ class Meanwhile:
     """A source beside which something happens: right after its n-th answer about the sums."""
 
     def __init__(self, source: Source, number: int, happen: Callable[[], Awaitable[None]]) -> None:
-        self.export, self._source, self._left, self._happen = source.export, source, number, happen
+        self._source, self._left, self._happen = source, number, happen
 
-        self.day_of = source.day_of
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
 
     async def control_totals(self, first: date, last: date) -> Recorded:
         recorded = await self._source.control_totals(first, last)
@@ -97,6 +99,39 @@ async def test_a_sale_on_a_new_day_while_a_rebuild_begins(chain: Chain, scope: s
     query(chain.url, f"TRUNCATE {TABLES}")
     await chain.apply(await chain.recorded())
     assert (read_models(chain.url), chain.ids()) == (result, log)
+
+
+class Blind:
+    """A source whose exports lack one purchase, as if a day began later there than here."""
+
+    def __init__(self, source: Source, event_id: str) -> None:
+        self._source, self._event_id = source, event_id
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    async def export(self, *days: Any) -> AsyncIterator[list[PurchaseCreated]]:
+        async for chunk in self._source.export(*days):
+            yield [event for event in chunk if event.event_id != self._event_id]
+
+
+@pytest.mark.parametrize("scope", ["everything", "day"])
+async def test_a_repair_takes_out_nothing_that_is_recorded(chain: Chain, scope: str) -> None:
+    """What GetPurchase finds is not taken out, whatever the export says; a stranger's event that names it is."""
+    await chain.sell(30, seed=25)
+    recorded = await chain.recorded()
+    await chain.apply(recorded)
+    before, log = read_models(chain.url), chain.ids()
+    first = next(event for event in recorded if event.day == FIRST and not event.customer_id)
+    work: Any = rebuild.rebuild_all if scope == "everything" else rebuild.rebuild_day
+    with pytest.raises(PurchaseExists, match=first.event_id):
+        await work(chain.url, Blind(chain.source, first.event_id), FIRST)
+    assert (read_models(chain.url), chain.ids()) == (before, log)
+    strange = first._replace(event_id="019ca8d7-2d00-73e5-9c29-281a86949936")
+    await chain.apply([strange])
+    rebuilt = await work(chain.url, chain.source, FIRST)
+    assert rebuilt.foreign.event_ids == [strange.event_id]
+    assert read_models(chain.url) == before
 
 
 @pytest.mark.parametrize("scope", ["everything", "day"])

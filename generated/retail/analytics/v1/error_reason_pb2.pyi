@@ -95,7 +95,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     PURCHASE_EXISTS: _ErrorReason.ValueType  # 18
     """FAILED_PRECONDITION. Final: an event may not be discarded, as its purchase
     is recorded and not counted; BadRequest names each. Redrive it, or rebuild
-    the purchase's day.
+    the purchase's day. Or a repair would take an event out of the numbers whose
+    purchase is recorded: a bug of the services, which changed nothing.
     """
     TIME_ZONES_DIFFER: _ErrorReason.ValueType  # 19
     """FAILED_PRECONDITION. Final: the purchases service cuts its business days in
@@ -189,7 +190,8 @@ answer.
 PURCHASE_EXISTS: ErrorReason.ValueType  # 18
 """FAILED_PRECONDITION. Final: an event may not be discarded, as its purchase
 is recorded and not counted; BadRequest names each. Redrive it, or rebuild
-the purchase's day.
+the purchase's day. Or a repair would take an event out of the numbers whose
+purchase is recorded: a bug of the services, which changed nothing.
 """
 TIME_ZONES_DIFFER: ErrorReason.ValueType  # 19
 """FAILED_PRECONDITION. Final: the purchases service cuts its business days in
