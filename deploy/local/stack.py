@@ -338,9 +338,16 @@ def how_it_ended(process: Process) -> str:
 
 
 def _runs(process: Process, service: Service) -> bool:
-    """Whether the process was started as `python -m <the service's command>`."""
-    wanted, argv = ["-m", *service.command], process.argv
-    return any(argv[start : start + len(wanted)] == wanted for start in range(len(argv)))
+    return is_call_of(service.command, process.argv)
+
+
+def is_call_of(command: Sequence[str], argv: Sequence[str]) -> bool:
+    """Whether a process was started as `python -m relay_svc serve`, or as `retail-relay serve`."""
+    package, *arguments = command
+    script = f"retail-{package.removesuffix('_svc')}"
+    named = [script if os.path.basename(word) == script else word for word in argv]
+    ways = ["-m", package, *arguments], [script, *arguments]
+    return any(named[start : start + len(way)] == way for way in ways for start in range(len(named)))
 
 
 def _in(name: str, names: Collection[str] | None) -> bool:

@@ -16,7 +16,7 @@ import pytest
 from deploy.local import machine, services
 from deploy.local.machine import Notebook, Process, StackError
 from deploy.local.services import PURCHASES, SERVICES, Service
-from deploy.local.stack import Stack, how_it_ended
+from deploy.local.stack import Stack, how_it_ended, is_call_of
 
 STAND_IN = """
 import os, signal, sys
@@ -240,3 +240,19 @@ def test_the_table_is_complete() -> None:
     ports = [port for service in SERVICES for port in (service.port, service.metrics_port)]
     assert len(set(ports)) == len(ports)
     assert PURCHASES.setting == "PURCHASES_DATABASE_URL"
+
+
+@pytest.mark.parametrize(
+    ("argv", "ours"),
+    [
+        ("/x/.venv/bin/python -m relay_svc serve", True),
+        ("/x/.venv/bin/python /x/.venv/bin/retail-relay serve", True),
+        ("/x/.venv/bin/python /x/.venv/bin/retail-relay status", False),
+        ("/x/.venv/bin/python /x/.venv/bin/retail-purchases serve", False),
+        ("/x/.venv/bin/python -m purchases_svc serve", False),
+        ("tail -f retail-relay", False),
+    ],
+)
+def test_a_service_is_known_by_its_call(argv: str, ours: bool) -> None:
+    """However it was started: by the stack, or by hand."""
+    assert is_call_of(("relay_svc", "serve"), argv.split()) is ours
