@@ -13,6 +13,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 import purchases_svc.__main__ as purchases
 from analytics_svc.ingest.messages import Message
 from analytics_svc.ingest.settling import Settler
+from chassis import postgres
 from purchases_svc.answers import Recorded
 from purchases_svc.errors import CustomerUnknown
 from purchases_svc.settings import ServeSettings
@@ -185,7 +186,14 @@ async def test_relay_publishes_what_will_last(
     pair.cancel_waits()
     (event_id,) = await writing
     publisher = Publisher(amqp_url, confirm_timeout_s=10)
-    async with pool(purchases_url, "purchases_relay", size=4) as opened:
+    async with postgres.open_pool(
+        purchases_url,
+        role="purchases_relay",
+        application_name="test",
+        size=4,
+        statement_timeout_s=30,
+        settings={"synchronous_commit": "off"},  # as the relay has it: nothing else of it waits
+    ) as opened:
         relay = Relay(opened, publisher, Wakeup(opened, 0.5), window=100, attempts_max=3)
         window = asyncio.create_task(relay.run_once(100))
         await waits(pair)
