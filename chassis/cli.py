@@ -33,10 +33,10 @@ LOCAL_STACK_RULE = (
 )
 
 
-def console(*, stderr: bool = False) -> Console:
+def console() -> Console:
     """Where to print: a terminal's lines are broken to fit it; those for a program or a file are left whole."""
-    width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDTH_OF_PIPES
-    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+    width = None if sys.stdout.isatty() else WIDTH_OF_PIPES
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 class Commands(click.Group):
