@@ -153,13 +153,29 @@ async def test_labels_of_all_zones_side_by_side(
     """What was labelled is never labelled anew: all zones that exist, in one pair of databases, agree sale by sale."""
     tills: Any = PurchasesServiceStub(purchases_channel)
     async with pool(purchases_db, "purchases_service", size=CONNECTIONS) as opened:
-        sales = [each for name in sorted(zones.names()) for each in await record(opened, name)]
+        sales = [
+            each
+            for name in sorted(zones.names())
+            for each in await record(opened, name, recent_moments(zones.load(name)))
+        ]
     await check_control_totals(tills, sales, page_sizes=(7, 1_000))
     await check_exports(tills, sales)
     await count(purchases_db, analytics_db)
     await check_answers(analytics_db, "UTC", sales)
     await check_proofs(analytics_db, Source(purchases_channel, zones.load("UTC")), sales, rebuilt=5)
     await check_answers(analytics_db, "UTC", sales)
+
+
+async def test_the_first_sale_need_not_be_on_the_first_day(
+    purchases_channel: grpc.aio.Channel, purchases_db: str
+) -> None:
+    """Where clocks were set back after midnight, the days from that of the first sale to that of the last lack one."""
+    back = datetime(2010, 11, 7, 2, 31, tzinfo=UTC)  # 00:01 became 23:01
+    async with pool(purchases_db, "purchases_service", size=CONNECTIONS) as opened:
+        sales = await record(opened, "America/St_Johns", [back - MINUTE / 2, back + HOUR / 2])
+    assert [each.day for each in sales] == [date(2010, 11, 7), date(2010, 11, 6)]
+    await check_control_totals(PurchasesServiceStub(purchases_channel), sales)
+    await check_exports(PurchasesServiceStub(purchases_channel), sales)
 
 
 @pytest.mark.parametrize("zone", ZONES)
@@ -197,14 +213,18 @@ async def sell(tills: Any, zone: ZoneInfo) -> list[Sale]:
     return sales
 
 
-async def record(opened: Pool, name: str) -> list[Sale]:
-    """As a service of that zone does it, around its transitions of the last year."""
+def recent_moments(zone: ZoneInfo) -> list[datetime]:
+    """Around the transitions of the last year."""
+    recent = [moment for moment in transitions(zone) if moment > YEAR_AGO] or [datetime(2026, 3, 1, tzinfo=UTC)]
+    return [moment + step for moment in recent for step in (-HOUR, -timedelta.resolution, HOUR / 2, HOUR)]
+
+
+async def record(opened: Pool, name: str, moments: Sequence[datetime]) -> list[Sale]:
+    """As a service of that zone does it."""
     zone = zones.load(name)
     limits: Any = {"batch_max": 500, "waiting_max": 1_000, "waiting_items_max": 1_000, "flush_timeout_s": 60}
     recorder = Recorder(opened, Partitions(opened), Backlog(opened, 0), zone=zone, **limits)
     number = sorted(zones.names()).index(name)
-    recent = [moment for moment in transitions(zone) if moment > YEAR_AGO] or [datetime(2026, 3, 1, tzinfo=UTC)]
-    moments = [moment + step for moment in recent for step in (-HOUR, -timedelta.resolution, HOUR / 2, HOUR)]
     requests = []
     for moment in moments:
         requests.append(sale((f"{100 + number / 100:.2f}",), branch_id=1 + number % 50))
