@@ -71,6 +71,8 @@ async def known_or_out_of_range(
     Nothing is refused for good by a clock that the database's contradicts.
     """
     holders = await stored.by_keys(connection, [sale.idempotency_key for sale in sales])
+    if holders:
+        await make_durable(connection)
     database_time = await stored.clock(connection)
 
     def answer(sale: Sale) -> Outcome:
