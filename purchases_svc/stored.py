@@ -309,7 +309,7 @@ async def stored_range(connection: Connection) -> tuple[datetime.date, datetime.
     for first, end in windows_back(EARLIEST, newest):
         cursor = await connection.execute(
             "SELECT max(business_day) FROM purchases WHERE purchase_time >= %s AND purchase_time < %s",
-            [first, end],
+            [first - DAY, end],  # a sale of the next day may be a little older, where clocks were set back
             prepare=False,
         )
         ((latest,),) = await cursor.fetchall()
