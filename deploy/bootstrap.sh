@@ -3,6 +3,7 @@
 #
 #   deploy/bootstrap.sh                       .venv: exactly what requirements-dev.txt locks, and the project, editable
 #   deploy/bootstrap.sh rabbitmq [DIRECTORY]  RabbitMQ and its Erlang, unpacked there; else in .local/rabbitmq-server
+#   deploy/bootstrap.sh package DIRECTORY P   any package of Debian, unpacked there
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 cd "$root"
@@ -92,6 +93,11 @@ rabbitmq() {
   fi
 }
 
+package() {
+  one_at_a_time
+  [ -d "$1" ] || { unpack "$1" "$2" && finish "$1"; } || fail "$2 could not be fetched." "$(tail -n 20 "$new/log")"
+}
+
 # unpack DIRECTORY PACKAGE: into DIRECTORY.new/root, with all that it needs and the machine lacks. If it fails,
 # DIRECTORY.new/log says why. `finish` moves it to its place. What was fetched before an interruption is not fetched again.
 unpack() {
@@ -146,10 +152,12 @@ for libraries in "$ROOTDIR"/../*-linux-gnu*; do # what came with it, as the mach
 done
 exec "$BINDIR/erlexec" "$@"
 END
+  ln -sf ../../bin/erl "$1"/erlang/erts-*/bin/erl # with this one, a node starts others
 }
 
 case ${1:-venv} in
 venv) venv ;;
 rabbitmq) rabbitmq "${2:-}" ;;
-*) fail "usage: $0 [rabbitmq [DIRECTORY]]" ;;
+package) package "$2" "$3" ;;
+*) fail "usage: $0 [rabbitmq [DIRECTORY] | package DIRECTORY PACKAGE]" ;;
 esac

@@ -1,6 +1,7 @@
 """Services on a standby, on a server that takes no writes, behind a pooler, and what a primary says of its standbys."""
 
 import asyncio
+import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -258,9 +259,12 @@ async def test_settings_of_others(purchases_db: str) -> None:
 @contextmanager
 def pooler(url: str, directory: Path, mode: str) -> Iterator[str]:
     """pgbouncer before the server; yields the URL through it."""
-    if shutil.which("pgbouncer") is None:
-        subprocess.run(["sh", "deploy/bootstrap.sh", "debian", "pgbouncer"], cwd=ROOT, check=True)
-    program = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
+    program, environ = shutil.which("pgbouncer"), {}
+    if program is None:
+        place = ROOT / ".local" / "pgbouncer"
+        subprocess.run(["sh", "deploy/bootstrap.sh", "package", str(place), "pgbouncer"], cwd=ROOT, check=True)
+        program = str(place / "usr/sbin/pgbouncer")
+        environ["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, (place / "usr/lib").glob("*-linux-gnu*")))
     server, (host, _, port) = urlsplit(url), free_address().partition(":")
     directory.mkdir()
     config = directory / "pgbouncer.ini"
@@ -271,7 +275,7 @@ def pooler(url: str, directory: Path, mode: str) -> Iterator[str]:
         f"unix_socket_dir =\nmax_client_conn = 100\ndefault_pool_size = 20\nserver_reset_query = DISCARD ALL\n"
     )
     command = [*as_ordinary_user(), program, str(config)]
-    process = spawn(command, {}, directory, directory / "log")
+    process = spawn(command, environ, directory, directory / "log")
     through = server._replace(netloc=f"{server.username}:{server.password}@{host}:{port}").geturl()
 
     def up() -> bool:

@@ -213,6 +213,9 @@ def test_rabbitmq_runs_from_packages_that_nobody_installed(tmp_path: Path) -> No
         assert broker.start()
         erlang = broker.ctl("eval", "io:format(code:root_dir()).").partition("ok")[0]
         assert Path(erlang) == place / "usr" / "lib" / "erlang"
+        for erl in (Path(erlang, "bin", "erl"), *Path(erlang).glob("erts-*/bin/erl")):  # a node starts others by it
+            asked = [str(erl), "-noshell", "-eval", "io:format(code:root_dir()), halt()."]
+            assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == erlang
         with pika.BlockingConnection(pika.URLParameters(broker.url)) as connection:
             connection.channel().queue_declare("a_queue", durable=True, arguments={"x-queue-type": "quorum"})
         assert not broker.stop()

@@ -84,6 +84,7 @@ def test_example_event_of_the_specification(processes: Processes, amqp_url: str)
         body.decode()
         .replace(other["event_id"], "019b92cd-80a1-7000-8000-000000000001")
         .replace("2026-01-06T10:14", "2026-01-07T10:14")
+        .replace('"2026-01-06"', '"2026-01-07"')
     )
     with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
         connection.channel().basic_publish("purchases", "purchases.created", text.encode())
