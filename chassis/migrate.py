@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import psycopg
 import structlog
+from psycopg import sql
 
 from chassis.postgres import SESSION, Connection, set_all
 
@@ -60,6 +61,8 @@ def connect(url: str) -> Iterator[psycopg.Connection]:
 def migrate(connection: psycopg.Connection, directory: Path) -> list[str]:
     """Apply what is missing, each file in a transaction of its own; returns the names applied.
 
+    Each time, what everybody may do in a new database is taken away: a dump does not tell of it.
+
     Raises:
         MigrationError: an applied file was changed or is gone, or another migrator holds the lock too long.
         psycopg.Error: a file failed; it left nothing behind.
@@ -74,6 +77,7 @@ def migrate(connection: psycopg.Connection, directory: Path) -> list[str]:
     )
     applied = [Applied(*row) for row in connection.execute(_APPLIED)]
     missing = _missing(read(directory), applied, connection.info)
+    _forbid_temporary_objects(connection)
     for migration in missing:
         with connection.transaction():
             connection.execute(migration.statements)
@@ -83,6 +87,20 @@ def migrate(connection: psycopg.Connection, directory: Path) -> list[str]:
             )
         log.info("migration applied", name=migration.name)
     return [migration.name for migration in missing]
+
+
+def _forbid_temporary_objects(connection: psycopg.Connection) -> None:
+    """Of nothing that a process makes for itself may a function of the owner's ever take notice."""
+    database = sql.Identifier(connection.info.dbname)
+    connection.execute(sql.SQL("REVOKE TEMPORARY ON DATABASE {} FROM PUBLIC").format(database))
+    # Who does not own the database revokes nothing, and PostgreSQL only warns.
+    if connection.execute("SELECT has_database_privilege('public', current_database(), 'TEMPORARY')").fetchone() == (
+        True,
+    ):
+        log.warning(
+            "every login may make temporary tables; an administrator should revoke it",
+            statement=f"REVOKE TEMPORARY ON DATABASE {connection.info.dbname} FROM PUBLIC",
+        )
 
 
 async def require_current(connection: Connection, directory: Path) -> None:

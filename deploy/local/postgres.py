@@ -140,19 +140,26 @@ class Postgres:
             if member_of:
                 connection.execute(sql.SQL("GRANT {} TO {}").format(sql.Identifier(member_of), role))
 
-    def ensure_group(self, name: str, administrator: str) -> None:
-        """A role that processes act as. Whoever made it, the administrator is in it and may put others into it."""
+    def ensure_group(self, name: str, administrator: str, database: str) -> None:
+        """A role that processes act as, in one database. Whoever made it, the administrator is in it and may put others
+        into it.
+        """
         group, owner = sql.Identifier(name), sql.Identifier(administrator)
         with self.connect() as connection:
             if not connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [name]).rowcount:
                 connection.execute(sql.SQL("CREATE ROLE {} NOLOGIN").format(group))
             connection.execute(sql.SQL("GRANT {} TO {} WITH ADMIN OPTION").format(group, owner))
+            grant = sql.SQL("GRANT CONNECT ON DATABASE {} TO {}")
+            connection.execute(grant.format(sql.Identifier(database), group))
 
     def ensure_database(self, name: str, owner: str) -> None:
+        """A database into which only the owner comes, and groups that get the right to."""
+        database = sql.Identifier(name)
         with self.connect() as connection:
             if not connection.execute("SELECT FROM pg_database WHERE datname = %s", [name]).rowcount:
                 statement = sql.SQL("CREATE DATABASE {} OWNER {}")
-                connection.execute(statement.format(sql.Identifier(name), sql.Identifier(owner)))
+                connection.execute(statement.format(database, sql.Identifier(owner)))
+            connection.execute(sql.SQL("REVOKE CONNECT, TEMPORARY ON DATABASE {} FROM PUBLIC").format(database))
 
     def _launch(self, port: int) -> Process:
         options = [f"-c{name}={value}" for name, value in {**self._settings, "port": str(port)}.items()]

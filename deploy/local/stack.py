@@ -156,7 +156,7 @@ class Stack:
                     self.postgres.ensure_database(database.name, database.owner)
                 for service in self.services:
                     if service.database in local_databases:
-                        self.postgres.ensure_group(service.role, service.database.owner)
+                        self.postgres.ensure_group(service.role, service.database.owner, service.database.name)
         if local_broker:
             with terminal.step("RabbitMQ"):
                 self.rabbitmq.wait()

@@ -25,8 +25,8 @@ CREATE ROLE local_relay LOGIN PASSWORD :'relay' IN ROLE purchases_relay;
 CREATE ROLE local_consumer LOGIN PASSWORD :'consumer' IN ROLE analytics_consumer;
 CREATE ROLE local_analytics LOGIN PASSWORD :'analytics' IN ROLE analytics_server;
 
--- Nobody else gets in, and no process into the other database.
-REVOKE CONNECT ON DATABASE purchases, analytics FROM PUBLIC;
+-- Nobody else gets in, and no process into the other database; and nobody makes temporary objects.
+REVOKE CONNECT, TEMPORARY ON DATABASE purchases, analytics FROM PUBLIC;
 GRANT CONNECT ON DATABASE purchases TO purchases_service, purchases_relay;
 GRANT CONNECT ON DATABASE analytics TO analytics_consumer, analytics_server;
 

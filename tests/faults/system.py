@@ -167,6 +167,7 @@ class System:
                 if prepare is not None:
                     prepare(purchases, analytics)
         for service in SERVICES:
+            self.postgres.ensure_group(service.role, service.database.owner, service.database.name)
             self.postgres.ensure_login(service.login, member_of=service.role)
         self.pair_up()
         self.rabbitmq.wait()

@@ -97,17 +97,20 @@ def test_logins_are_made_once_and_hold_one_role(postgres: Postgres) -> None:
     postgres.start()
     postgres.ensure_login("an_owner", creates_roles=True)
     postgres.ensure_database("a_database", "an_owner")
+    postgres.ensure_database("other", "an_owner")
     with postgres.connect() as connection:
         connection.execute("CREATE ROLE a_group NOLOGIN")  # by another than its owner, as the tests' migrations do
     for _ in range(2):
         postgres.ensure_database("a_database", "an_owner")
-        postgres.ensure_group("a_group", "an_owner")
+        postgres.ensure_group("a_group", "an_owner", "a_database")
         postgres.ensure_login("a_member", member_of="a_group")
     with psycopg.connect(postgres.url("a_database", "a_member")) as connection:
         groups = connection.execute(
             "SELECT roleid::regrole::text FROM pg_auth_members WHERE member = to_regrole('a_member')"
         )
         assert groups.fetchall() == [("a_group",)]
+        rights = "SELECT has_database_privilege('a_database', 'TEMP'), has_database_privilege('other', 'CONNECT')"
+        assert connection.execute(rights).fetchone() == (False, False)
     with psycopg.connect(postgres.url("a_database", "an_owner"), autocommit=True) as connection:
         connection.execute("GRANT a_group TO a_member")
         connection.execute("SET ROLE a_group")
