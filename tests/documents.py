@@ -16,6 +16,8 @@ from tests.conftest import ROOT
 PAGES = (
     ROOT / "README.md",
     ROOT / "ARCHITECTURE.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "deploy" / "RUNBOOK.md",
     ROOT / "tests" / "bench" / "README.md",

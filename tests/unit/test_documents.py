@@ -24,7 +24,7 @@ GROUPS: dict[str, click.Group] = {
 }
 ELSEWHERE = re.compile(r"https?://\S+|google/protobuf/\S+")
 FILE = re.compile(r"(?<![\w./*<-])[\w*][\w./*-]*\.(?:py|sql|md|proto|toml|sh|yaml|binpb)\b(?![\w/])")
-FOLDER = re.compile(r"`([\w][\w./-]*/)`")
+FOLDER = re.compile(r"(?:`|^)(\w[\w./-]*/)(?:`| {2})", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 WORDS = re.compile(r"`([^`\n]+)`")
 
