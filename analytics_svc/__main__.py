@@ -6,8 +6,9 @@ from psycopg_pool import PoolTimeout
 from analytics_svc import database
 from analytics_svc.commands import audit, quarantine, rebuild, report
 from analytics_svc.commands.consume import consume
+from analytics_svc.commands.prove import prove
 from analytics_svc.commands.serve import serve
-from analytics_svc.settings import ConsumeSettings, MigrateSettings, ServeSettings
+from analytics_svc.settings import ConsumeSettings, MigrateSettings, ProveSettings, ServeSettings
 from chassis import cli, lifecycle, logs, migrate, settings
 from chassis.errors import PortTaken
 
@@ -17,6 +18,7 @@ commands = cli.Commands(
     {
         "consume": (ConsumeSettings, "consumer"),
         "serve": (ServeSettings, "analytics"),
+        "prove": (ProveSettings, "consumer"),
         "migrate": (MigrateSettings, "consumer"),
     },
     failures=(migrate.MigrationError, PortTaken, psycopg.Error, PoolTimeout),
@@ -43,6 +45,14 @@ def _serve() -> None:
     config = settings.load(ServeSettings)
     logs.configure("analytics-serve", config.log_level)
     lifecycle.run(lambda stop: serve(config, stop))
+
+
+@commands.command("prove", hidden=True)
+def _prove() -> None:
+    """Prove the numbers all the time. `consume` starts it, and it ends with that."""
+    config = settings.load(ProveSettings)
+    logs.configure("analytics-audit", config.log_level)
+    lifecycle.run(lambda stop: prove(config, stop))
 
 
 @commands.command("migrate")

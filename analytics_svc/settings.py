@@ -33,7 +33,12 @@ class MigrateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsumeSettings(MigrateSettings):
+class ProveSettings(MigrateSettings):
+    purchases_target: str = _purchases_target()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsumeSettings(ProveSettings):
     amqp_url: str = setting("AMQP_URL", amqp_url, "URL", "the RabbitMQ that events come from")
     listen: str = setting("CONSUMER_LISTEN", address, "host:port", "where it is called", default="127.0.0.1:50054")
     metrics_listen: str = setting(
@@ -62,9 +67,7 @@ class ConsumeSettings(MigrateSettings):
         "that the ids of counted events are kept, at least; events with an older id are quarantined; 0: for ever",
         default=0,
     )
-    # Whom the keeper, audits and repairs ask.
-    purchases_target: str = _purchases_target()
-    relay_target: str = _relay_target()
+    relay_target: str = _relay_target()  # whom the keeper asks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from retail.analytics.v1 import audit_service_pb2 as pb
 from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub
 
 MONTH_TIMEOUT_S = 60.0  # 31 days: what one call may ask for
-DAYS = datetime.timedelta(days=31)
+DAYS_MAX = 31
 
 
 class Audited(NamedTuple):
@@ -32,15 +32,18 @@ class AuditClient:
         self._call = Calls(attempt_timeout_s=MONTH_TIMEOUT_S, total_timeout_s=total_timeout_s, pause=pause)
 
     def audit(self) -> Audited:
-        """Compare all days, 31 at a time."""
+        """Compare all days on which there may be sales, 31 at a time."""
         today = datetime.datetime.now(datetime.UTC).date()
         known = self._compare(today, today)
         replies = []
         if known.HasField("earliest_sales_date"):
             day, last = (_day(getattr(known, field)) for field in ("earliest_sales_date", "latest_sales_date"))
-            while day <= last:
-                replies.append(self._compare(day, min(day + DAYS - datetime.timedelta(days=1), last)))
-                day += DAYS
+            while True:
+                replies.append(self._compare(day, day + datetime.timedelta(days=min(DAYS_MAX - 1, (last - day).days))))
+                if not replies[-1].HasField("next_sales_date"):
+                    break
+                day = _day(replies[-1].next_sales_date)
+                last = max(last, day)
         rows = [row for reply in replies for row in reply.rows]
         fine = (pb.AUDIT_VERDICT_AGREED, pb.AUDIT_VERDICT_FOREIGN)
         problems = [

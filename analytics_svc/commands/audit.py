@@ -1,7 +1,8 @@
 """`retail-analytics audit [--first DATE] [--last DATE] [--json]`: do the read models say what was recorded?
 
-A client of the consumer's AuditService. Exit code: 0 when all agree, 1 when something differs, 3 when purchases are on
-their way, 4 when nobody answers.
+A client of the consumer's AuditService: it compares sums now, and tells what the continuous audit knows, and how
+old that is. Exit code, by the worse of the two: 0 when all agree, 1 when something differs, 3 when that is not known
+(yet), as purchases are on their way or nobody has audited for long, 4 when nobody answers.
 """
 
 import datetime
@@ -25,8 +26,9 @@ from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub
 
 TIMEOUT_S = 120.0  # for one month
 ROWS_SHOWN_MAX = 40  # of those that agree
-STYLES = {Verdict.AGREED: "green", Verdict.PENDING: "yellow", Verdict.FOREIGN: "yellow", Verdict.DIFFERENT: "red"}
-EXIT_CODES = {Verdict.AGREED: 0, Verdict.PENDING: 3, Verdict.FOREIGN: 1, Verdict.DIFFERENT: 1}
+FOREIGN_SHOWN = 10
+STYLES = {Verdict.AGREED: "green", Verdict.DIFFERENT: "red"}  # and yellow
+EXIT_CODES = {Verdict.AGREED: 0, Verdict.PENDING: 3, Verdict.UNPROVEN: 3, Verdict.FOREIGN: 1, Verdict.DIFFERENT: 1}
 NO_ANSWER = 4
 
 
@@ -40,24 +42,33 @@ DAY = click.DateTime(["%Y-%m-%d"])
 def audit(first: datetime.datetime | None, last: datetime.datetime | None, as_json: bool) -> int:
     """Are the numbers right, and complete?
 
-    Compares what is counted with what was recorded.
+    Compares what is counted with what was recorded, and tells what the continuous audit knows, and how old that is.
     A sum that differs is shown as `recorded → counted`. The exit code is 0 when all agree, 1 when something differs,
-    3 while purchases are on their way, 4 when the consumer does not answer.
+    3 while that is not known, as purchases are on their way or nobody has audited for long, 4 when the consumer does
+    not answer.
     """
     target = cli.of_environment_or_local_stack(ConsumerClientSettings, "consumer").consumer_target
     try:
         with grpc_client.connect_blocking(target) as channel:
-            replies = _ask(AuditServiceStub(channel), first and first.date(), last and last.date())
+            stub: Any = AuditServiceStub(channel)
+            replies = _ask(stub, first and first.date(), last and last.date())
+            status = stub.GetAuditStatus(pb.GetAuditStatusRequest(), timeout=TIMEOUT_S)
     except grpc.RpcError as error:
         click.secho(f"no answer from {target}: {error.code().name}: {error.details()}", fg="red", err=True)
         return NO_ANSWER
-    verdict = worst(Verdict(reply.verdict) for reply in replies)
+    verdict = worst([*(Verdict(reply.verdict) for reply in replies), _known(status)])
     if as_json:
-        found = [json_format.MessageToDict(reply, preserving_proto_field_name=True) for reply in replies]
-        click.echo(json.dumps({"verdict": verdict.name, "comparisons": found}))
+        found = [json_format.MessageToDict(reply, preserving_proto_field_name=True) for reply in (*replies, status)]
+        click.echo(json.dumps({"verdict": verdict.name, "comparisons": found[:-1], "audit": found[-1]}))
     else:
-        _show(replies, verdict, cli.console())
+        _show(replies, status, verdict, cli.console())
     return EXIT_CODES[verdict]
+
+
+def _known(status: pb.GetAuditStatusResponse) -> Verdict:
+    """What the audit knows is worth nothing when it is too old, unless it is bad."""
+    known = Verdict(status.verdict) if status.verdict else Verdict.UNPROVEN
+    return worst([known, Verdict.UNPROVEN]) if status.stale else known
 
 
 def _ask(stub: Any, first: datetime.date | None, last: datetime.date | None) -> list[pb.CompareControlTotalsResponse]:
@@ -70,13 +81,21 @@ def _ask(stub: Any, first: datetime.date | None, last: datetime.date | None) -> 
     last = last or max(_day(reply.latest_sales_date), first)
     replies = []
     while first <= last:
-        end = min(first + datetime.timedelta(days=CONTROL_TOTALS_DAYS_MAX - 1), last)
+        room = (last - first).days
+        end = first + datetime.timedelta(days=min(CONTROL_TOTALS_DAYS_MAX - 1, room))
         replies.append(stub.CompareControlTotals(_request(first, end), timeout=TIMEOUT_S))
-        first = end + datetime.timedelta(days=1)
+        if not replies[-1].HasField("next_sales_date"):
+            break
+        first = _day(replies[-1].next_sales_date)
     return replies or [reply]
 
 
-def _show(replies: list[pb.CompareControlTotalsResponse], verdict: Verdict, console: Console) -> None:
+def _show(
+    replies: list[pb.CompareControlTotalsResponse],
+    status: pb.GetAuditStatusResponse,
+    verdict: Verdict,
+    console: Console,
+) -> None:
     rows = [row for reply in replies for row in reply.rows]
     agreeing = [row for row in rows if Verdict(row.verdict) is Verdict.AGREED]
     hidden = {id(row) for row in agreeing[:-ROWS_SHOWN_MAX]}
@@ -91,7 +110,7 @@ def _show(replies: list[pb.CompareControlTotalsResponse], verdict: Verdict, cons
             str(_day(row.sales_date)),
             str(row.branch_id),
             *(recorded if recorded == counted else f"{recorded} → {counted}" for recorded, counted in both),
-            Text(said.name, STYLES[said]),
+            Text(said.name, _style(said)),
         )
     console.print(table)
     for row in rows:
@@ -99,19 +118,48 @@ def _show(replies: list[pb.CompareControlTotalsResponse], verdict: Verdict, cons
             console.print(f"{_day(row.sales_date)}, branch {row.branch_id}: {row.detail}")
     if hidden:
         console.print(f"{len(hidden):,} earlier rows that agree are not shown.")
-    for finding in dict.fromkeys(_words(finding) for reply in replies for finding in reply.findings):
-        console.print(finding, style="red")
-    foreign = [event_id for reply in replies for event_id in reply.foreign_event_ids]
+    shown = {(row.sales_date.SerializeToString(), row.branch_id) for row in rows if row.detail}
+    for row in status.different_rows:
+        if (row.sales_date.SerializeToString(), row.branch_id) not in shown:
+            console.print(f"{_day(row.sales_date)}, branch {row.branch_id}: {row.detail} (known to the audit)")
+    known = [finding for reply in replies for finding in reply.findings] + list(status.findings)
+    for words in dict.fromkeys(map(_words, known)):
+        console.print(words, style="red")
+    foreign = dict.fromkeys(event_id for reply in replies for event_id in reply.foreign_event_ids)
+    foreign |= dict.fromkeys(status.foreign_event_ids)
     if foreign:
-        console.print(
-            f"{len(foreign):,} counted events that nobody recorded: {', '.join(foreign[:10])} …", style="yellow"
-        )
+        some = ", ".join(list(foreign)[:FOREIGN_SHOWN])
+        console.print(f"{len(foreign):,} counted events that nobody recorded: {some} …", style="yellow")
     pending = sum(reply.pending_count for reply in replies)
+    since = f" since {_time(status.pending_since_time)}" if status.HasField("pending_since_time") and pending else ""
     console.print(
         f"{verdict.name}: {len(agreeing):,} of {len(rows):,} days and branches agree;"
-        f" {sum(row.recorded.purchase_count for row in rows):,} purchases recorded, {pending:,} on their way.",
-        style=STYLES[verdict],
+        f" {sum(row.recorded.purchase_count for row in rows):,} purchases recorded, {pending:,} on their way{since}.",
+        style=_style(verdict),
     )
+    console.print(_age(status), style=_style(_known(status)))
+
+
+def _age(status: pb.GetAuditStatusResponse) -> str:
+    """What the continuous audit says, and how old that is."""
+    if not status.HasField("last_cycle_time"):
+        return "The continuous audit has not looked yet."
+    proven = f"{status.proven_day_count:,} days proven row by row"
+    if status.unproven_day_count:
+        proven += f", {status.unproven_day_count:,} not yet"
+    if status.HasField("last_sweep_time"):
+        proven += f"; everything since {_time(status.last_sweep_time)}"
+    old = " THAT IS TOO OLD: nobody audits." if status.stale else ""
+    said = Verdict(status.verdict).name if status.verdict else "nothing"
+    return f"The continuous audit says {said}: sums compared at {_time(status.last_cycle_time)}; {proven}.{old}"
+
+
+def _style(verdict: Verdict) -> str:
+    return STYLES.get(verdict, "yellow")
+
+
+def _time(moment: Any) -> str:
+    return str(moment.ToDatetime(datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ"))
 
 
 def _sums(side: pb.AuditTotals) -> tuple[str, str, str]:

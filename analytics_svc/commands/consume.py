@@ -7,14 +7,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import structlog
 
 from analytics_svc import database
+from analytics_svc.commands.prove import proving
 from analytics_svc.ingest.consumer import Consumer
 from analytics_svc.ingest.health import Health
 from analytics_svc.ingest.quarantine_server import QuarantineServicer
 from analytics_svc.ingest.settling import Settler
 from analytics_svc.ingest.upkeep import Upkeep
+from analytics_svc.proof import gauges
 from analytics_svc.proof.audit_server import CALL_TIMEOUT_S as AUDIT_TIMEOUT_S
 from analytics_svc.proof.audit_server import AuditServicer
-from analytics_svc.proof.auditor import Auditor
 from analytics_svc.proof.keeper import KEEPER_SESSION, Keeper
 from analytics_svc.settings import ConsumeSettings
 from analytics_svc.upstream import SERVICE_CONFIG, source
@@ -26,7 +27,7 @@ from retail.analytics.v1 import quarantine_service_pb2_grpc as quarantine_grpc
 
 CONSUMER_CONNECTIONS = 2  # one batch at a time; the other is there when one breaks
 UPKEEP_CONNECTIONS = 2  # for upkeep itself, and for whoever looks after the quarantine
-AUDIT_CONNECTIONS = 4  # two for the auditor, one of which holds its lock; for those who ask
+AUDIT_CONNECTIONS = 3  # for those who ask, and for the metrics of what the audit knows
 AUDIT_STATEMENT_TIMEOUT_S = 300.0  # sums over a long history
 APPLY_TIMEOUT_S = 10.0  # for each statement of a batch; the slowest takes some tens of milliseconds
 STOP_TIMEOUT_S = 10.0  # for the batch in flight; what is not applied by then is delivered again
@@ -76,7 +77,11 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             )
             upkeep = Upkeep(upkeep_pool, health, config.log_retention_days)
             log.info("ready", listen=config.listen, metrics=config.metrics_listen, time_zone=config.business_time_zone)
-            async with _keeping(config, outbox), lifecycle.beside(upkeep.run(), Auditor(audit_pool, truth).run()):
+            async with (
+                _keeping(config, outbox),
+                proving(config),
+                lifecycle.beside(upkeep.run(), gauges.show(audit_pool)),
+            ):
                 await _consume_until(stop, consumer, health)
     log.info("stopped")
 

@@ -1,4 +1,4 @@
-"""`retail-analytics rebuild [--days-only]`: the read models from the recorded purchases, while all goes on."""
+"""`retail-analytics rebuild`: the read models from the recorded purchases, while all goes on."""
 
 import asyncio
 
@@ -15,19 +15,19 @@ from chassis.errors import ServiceError
 
 
 @click.command("rebuild")
-@click.option("--days-only", is_flag=True, help="Days and what sums them up; of all time, only what they tell.")
-def command(days_only: bool) -> int:
+def command() -> int:
     """Make the read models anew.
 
-    From the recorded purchases, while sales and answers go on. The exit code is 1 when nothing was changed.
+    From the recorded purchases, while sales and answers go on. The exit code is 1 when it ended before it was done;
+    then do it again. Days whose purchases are past their retention stay as they are.
     """
     config = cli.of_environment_or_local_stack(RebuildSettings, "consumer")
     logs.configure("analytics-rebuild", "WARNING")
-    return asyncio.run(run(config, days_only=days_only, console=cli.console()))
+    return asyncio.run(run(config, console=cli.console()))
 
 
-async def run(config: RebuildSettings, *, days_only: bool, console: Console) -> int:
-    """Rebuild and tell what was wrong; returns the exit code: 0 when it is done, 1 when nothing was changed."""
+async def run(config: RebuildSettings, *, console: Console) -> int:
+    """Rebuild and tell what was wrong; returns the exit code: 0 when it is done, 1 when it ended before."""
     zone = zones.load(config.business_time_zone)
     columns = (
         TextColumn("days"),
@@ -41,7 +41,7 @@ async def run(config: RebuildSettings, *, days_only: bool, console: Console) -> 
 
         def show(now: rebuild.Progress) -> None:
             progress.update(
-                bar, total=now.days, completed=now.days_done, note=f"{now.purchases:,} purchases; {now.stage}"
+                bar, total=now.steps, completed=now.steps_done, note=f"{now.purchases:,} purchases; {now.stage}"
             )
 
         try:
@@ -53,19 +53,21 @@ async def run(config: RebuildSettings, *, days_only: bool, console: Console) -> 
                     config.database_url,
                     truth,
                     truth.today(),
-                    days_only=days_only,
                     show=show,
                     position=Outbox(relay).position,
                 )
         except ServiceError as error:
-            console.print(f"nothing was changed: {error.message}", style="red", markup=False)
+            console.print(f"not done: {error.message}", style="red", markup=False)
             return 1
     wrong = {table: rows for table, rows in rebuilt.repaired.items() if rows}
     console.print(
-        f"{rebuilt.purchases:,} purchases were read; {sum(wrong.values()):,} rows were wrong, missing or surplus."
+        f"{rebuilt.purchases:,} purchases were read, of which {rebuilt.added:,} had not been counted;"
+        f" {sum(wrong.values()):,} rows were wrong, missing or surplus."
     )
     for table, rows in wrong.items():
         console.print(f"  {table}: {rows:,}")
+    if rebuilt.complete_from:
+        console.print(f"Days before {rebuilt.complete_from} stay as they are: their purchases are past the retention.")
     if rebuilt.foreign.total:
         console.print(
             f"{rebuilt.foreign.total:,} events had been counted that nobody recorded; they count no more:",

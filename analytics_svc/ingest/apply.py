@@ -7,7 +7,7 @@ each other and never deadlock. Rows that every batch changes come last, so that 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from analytics_svc.ingest import event_log, quarantine, tail
+from analytics_svc.ingest import event_log, quarantine
 from analytics_svc.ingest.announce import announce
 from analytics_svc.ingest.events import EVENT_TYPE
 from analytics_svc.ingest.quarantine import QuarantinedEvent
@@ -33,36 +33,18 @@ async def apply(
 
     Its isolation must be READ COMMITTED, and this be the first that it does: see `event_log.enter`.
     """
-    floor, rebuilding = await event_log.enter(connection)
+    floor = await event_log.enter(connection)
     below_floor = [event for event in events if event.event_id < floor]
     if below_floor:
         events = [event for event in events if event.event_id >= floor]
-    new, conflicting = await _count(connection, events)
-    if new and rebuilding:
-        await tail.append(connection, new)
+    new, conflicting = await _remember(connection, events)
+    if new:
+        await fold(connection, new)
     quarantined = await quarantine.keep(connection, unfit) if unfit else 0
     if new or quarantined:
         await announce(connection, {(event.day, event.branch_id) for event in new}, counted=bool(new))
     duplicates = len(events) - len(new) - len(conflicting)
     return Applied(len(new), duplicates, quarantined, below_floor, conflicting)
-
-
-async def count(connection: Connection, events: Sequence[PurchaseCreated]) -> list[PurchaseCreated]:
-    """Log the events and add those that were not in the log to every read model; returns these.
-
-    No table is named with its schema: where a session has temporary ones of the same names, it counts into those.
-    """
-    new, _ = await _count(connection, events)
-    return new
-
-
-async def _count(
-    connection: Connection, events: Sequence[PurchaseCreated]
-) -> tuple[list[PurchaseCreated], list[PurchaseCreated]]:
-    new, conflicting = await _remember(connection, events)
-    if new:
-        await fold(connection, new)
-    return new, conflicting
 
 
 async def fold(connection: Connection, new: Sequence[PurchaseCreated]) -> None:

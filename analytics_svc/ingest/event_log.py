@@ -9,26 +9,20 @@ from typing import LiteralString, NamedTuple
 from chassis.postgres import Connection
 
 APPLY_LOCK = 7_265_746_170  # any numbers; advisory locks are per database
-REBUILD_LOCK = 7_265_746_175  # held by a rebuild as long as it must be told what is counted
-FORGET_LOCK = 7_265_746_178  # held by the process that deletes
+FORGET_LOCK = 7_265_746_178  # held by the process that deletes, or by a repair, as nothing may be forgotten meanwhile
 NO_FLOOR = ""  # below every id
 LATE_DAYS = 30  # beyond the retention, that an event in quarantine may have been under way and still hold the floor
 
 
-async def enter(connection: Connection) -> tuple[str, bool]:
-    """Hold the apply lock, shared, until the transaction ends. Comes before whatever is applied.
-
-    Returns the floor, and whether a rebuild is under way, which must be told what is counted. A rebuild that waits for
-    its lock gets it when all transactions that were told of none have ended.
+async def enter(connection: Connection) -> str:
+    """Hold the apply lock, shared, until the transaction ends. Comes before whatever is applied. Returns the floor.
 
     Two statements: a floor read by the one that waits for the lock would be from before the wait.
     """
     await connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", [APPLY_LOCK])
-    cursor = await connection.execute(
-        "SELECT log_floor::text, NOT pg_try_advisory_xact_lock_shared(%s) FROM freshness", [REBUILD_LOCK]
-    )
-    ((floor, rebuilding),) = await cursor.fetchall()
-    return floor or NO_FLOOR, rebuilding
+    cursor = await connection.execute("SELECT log_floor::text FROM freshness")
+    ((floor,),) = await cursor.fetchall()
+    return floor or NO_FLOOR
 
 
 async def exclude_applies(connection: Connection) -> None:

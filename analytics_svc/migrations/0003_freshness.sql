@@ -39,6 +39,19 @@ CREATE TRIGGER log_floor BEFORE UPDATE OF log_floor ON freshness
     FOR EACH ROW WHEN (OLD.log_floor IS NOT NULL) EXECUTE FUNCTION refuse_lower_floor();
 REVOKE ALL ON FUNCTION refuse_lower_floor FROM PUBLIC;
 
+CREATE TABLE forgotten_visits (
+    customer_id uuid,
+    branch_id int,
+    day date,
+    purchases_count bigint NOT NULL CHECK (purchases_count > 0),
+    last_purchase_at timestamptz NOT NULL,
+    PRIMARY KEY (customer_id, branch_id, day)
+);
+COMMENT ON TABLE forgotten_visits IS
+    'What the event log has forgotten of customers. Their rows follow from here and from the log, at any time.';
+CREATE INDEX forgotten_visits_day ON forgotten_visits (day);
+GRANT SELECT, INSERT, DELETE ON forgotten_visits TO analytics_consumer; -- a repair writes those of a day anew
+
 -- Runs as its owner: the consumer itself may delete nothing from the log, so no mistake of it can go above the floor.
 CREATE FUNCTION forget_events(after_id uuid, most int) RETURNS uuid
     LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -48,7 +61,15 @@ CREATE FUNCTION forget_events(after_id uuid, most int) RETURNS uuid
         ORDER BY event_id
         LIMIT most
     ), forgotten AS (
-        DELETE FROM public.analytics_event_log WHERE event_id IN (SELECT event_id FROM old) RETURNING event_id
+        DELETE FROM public.analytics_event_log WHERE event_id IN (SELECT event_id FROM old)
+        RETURNING event_id, day, branch_id, customer_id, purchase_time
+    ), visits AS (
+        INSERT INTO public.forgotten_visits AS stored (customer_id, branch_id, day, purchases_count, last_purchase_at)
+        SELECT customer_id, branch_id, day, count(*), max(purchase_time) FROM forgotten
+        WHERE customer_id IS NOT NULL AND day IS NOT NULL GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
+        ON CONFLICT (customer_id, branch_id, day) DO UPDATE SET
+            purchases_count = stored.purchases_count + excluded.purchases_count,
+            last_purchase_at = greatest(stored.last_purchase_at, excluded.last_purchase_at)
     )
     SELECT event_id FROM forgotten ORDER BY event_id DESC LIMIT 1
 $$;

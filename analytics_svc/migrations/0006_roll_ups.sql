@@ -36,6 +36,7 @@ CREATE TABLE product_sales_monthly (
     revenue_sum numeric(30, 2) NOT NULL CHECK (revenue_sum >= 0),
     PRIMARY KEY (month, product_id)
 ) WITH (fillfactor = 50);
+CREATE INDEX product_sales_monthly_product ON product_sales_monthly (product_id); -- the audit goes by products
 COMMENT ON TABLE product_sales_monthly IS 'product_sales_daily, summed over the branches and the days of a month.';
 COMMENT ON COLUMN product_sales_monthly.month IS 'Its first day.';
 
@@ -46,6 +47,7 @@ CREATE TABLE product_sales_totals (
     revenue_sum numeric(30, 2) NOT NULL CHECK (revenue_sum >= 0),
     PRIMARY KEY (branch_id, product_id)
 ) WITH (fillfactor = 50);
+CREATE INDEX product_sales_totals_product ON product_sales_totals (product_id);
 COMMENT ON TABLE product_sales_totals IS 'product_sales_daily, summed over all days.';
 COMMENT ON COLUMN product_sales_totals.branch_id IS '0 is the whole chain.';
 

@@ -5,85 +5,94 @@ complete_through_time has passed P1's time, everything of P1 is counted or quara
 P1 = P2, all are equal. A day whose sums break this is looked at row by row.
 """
 
-import asyncio
-from datetime import date, datetime
+from collections.abc import Iterable
+from datetime import date, timedelta
 
-from analytics_svc.proof import contradictions
-from analytics_svc.proof.contradictions import Finding
-from analytics_svc.proof.day import complete_through, logged_days, prove_day, read_totals
-from analytics_svc.proof.verdicts import Comparison, Row, Verdict, at_most, difference
-from analytics_svc.upstream.source import Recorded, Source, Totals
+from analytics_svc.proof import parts
+from analytics_svc.proof.day import DayTooLarge, prove_day, read_totals
+from analytics_svc.proof.settled import complete_through, wait_until_complete
+from analytics_svc.proof.verdicts import Comparison, Finding, Row, Verdict, at_most, difference
+from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX, Recorded, Source, Totals
 from chassis.postgres import Pool
 
-COMPLETE_POLL_S = 0.1
 PROVEN_MAX = 5  # days for which one comparison reads all purchases, to tell what their sums mean
 
 
 async def compare(pool: Pool, source: Source, first: date, last: date, *, wait_s: float) -> Comparison:
     """Compare the sums of 31 days at most, and wait `wait_s` at most for purchases on their way.
 
+    Days that had to be looked at row by row are known to the audit afterwards.
+
     Raises:
         PurchasesUnavailable, TimeZonesDiffer: there is nothing to compare with.
     """
     before = await source.control_totals(first, last)
     comparison = await compare_since(pool, source, before, first, last)
-    if comparison.verdict is Verdict.PENDING and await wait_until_complete(pool, before.read_at, wait_s):
+    if comparison.verdict is Verdict.PENDING and await wait_until_complete(pool, source, before.read_at, wait_s):
         comparison = await compare_since(pool, source, before, first, last)
     return comparison
-
-
-async def wait_until_complete(pool: Pool, recorded_by: datetime, wait_s: float) -> bool:
-    """Wait until all that was recorded by then is counted or quarantined, `wait_s` at most; whether it is."""
-    deadline = asyncio.get_running_loop().time() + wait_s
-    while True:
-        async with pool.connection() as connection:
-            through = await complete_through(connection)
-        if through is not None and through >= recorded_by:
-            return True
-        if asyncio.get_running_loop().time() > deadline:
-            return False
-        await asyncio.sleep(COMPLETE_POLL_S)
 
 
 async def compare_since(pool: Pool, source: Source, before: Recorded, first: date, last: date) -> Comparison:
     """Compare with what was recorded before, and what is recorded now."""
     if before.complete_from:
         first = max(first, before.complete_from)  # of what is dropped, the read models alone know
+    if first > last:
+        return Comparison([], [], [])
     async with pool.connection() as connection, connection.transaction():
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         counted = await read_totals(connection, first, last)
         through = await complete_through(connection)
-    complete = through is not None and through >= before.read_at
-    after = (await source.control_totals(first, last)).totals if first <= last else {}
+    after = await source.control_totals(first, last)
+    complete = through is not None and before.read_at <= through <= after.read_at  # later: their clock was wrong
     rows = []
-    for key in sorted(before.totals.keys() | counted.keys() | after.keys()):
+    for key in sorted(before.totals.keys() | counted.keys() | after.totals.keys()):
         if first <= key[0] <= last:
-            sides = (totals.get(key, Totals()) for totals in (before.totals, counted, after))
+            sides = (totals.get(key, Totals()) for totals in (before.totals, counted, after.totals))
             rows.append(_compare(key, *sides, complete=complete))
     findings: list[Finding] = []
     foreign_ids: list[str] = []
     for day in sorted({row.day for row in rows if row.verdict is Verdict.DIFFERENT})[:PROVEN_MAX]:
-        if proven := await prove_day(pool, source, day):
-            rows = sorted([row for row in rows if row.day != day] + proven.rows)
-            findings += proven.findings
-            foreign_ids += proven.foreign_ids
+        async with pool.connection() as connection:
+            began_at = await parts.begin(connection)
+        try:
+            proven = (await prove_day(pool, source, day)).comparison
+        except DayTooLarge:
+            continue
+        async with pool.connection() as connection:
+            await parts.store(connection, parts.of_day(day), began_at, proven)
+        rows = sorted([row for row in rows if row.day != day] + proven.rows)
+        findings += proven.findings
+        foreign_ids += proven.foreign_ids
     return Comparison(rows, findings, foreign_ids)
 
 
-async def find_contradictions(pool: Pool, days: list[date]) -> list[Finding]:
-    """What the read models say against each other, about these days and about all time."""
-    checks = contradictions.find(pool, days, await logged_days(pool, days))
-    return [finding async for findings in checks for finding in findings]
-
-
-async def known_days(pool: Pool, source: Source, day: date) -> tuple[date, date] | None:
-    """The first and the last day on which either side knows a sale. `day` may be any."""
-    recorded = await source.control_totals(day, day)
+async def known_days(
+    pool: Pool, source: Source, first: date, last: date
+) -> tuple[date | None, date | None, date | None]:
+    """Business days of the earliest and latest sale that either side knows, and of the first one after `last`."""
+    recorded = await source.control_totals(first, first)
     async with pool.connection() as connection:
-        cursor = await connection.execute("SELECT min(day), max(day) FROM daily_sales_of_chain")
-        (counted,) = await cursor.fetchall()
-    days = [known for known in (recorded.earliest, recorded.latest, *counted) if known]
-    return (min(days), max(days)) if days else None
+        cursor = await connection.execute(
+            "SELECT min(day), max(day), min(day) FILTER (WHERE day > %s) FROM daily_sales_of_chain", [last]
+        )
+        ((earliest, latest, counted_next),) = await cursor.fetchall()
+    days = [known for known in (recorded.earliest, recorded.latest, earliest, latest) if known]
+    following = [counted_next] if counted_next else []
+    if recorded.earliest and recorded.latest and recorded.latest > last:  # so `last` has a day after it
+        following.append(max(recorded.earliest, last + timedelta(days=1)))
+    return min(days, default=None), max(days, default=None), min(following, default=None)
+
+
+def windows(days: Iterable[date]) -> list[tuple[date, date]]:
+    """The days in as few ranges as may be asked for at once; days of which there is nothing to know cost nothing."""
+    ranges: list[tuple[date, date]] = []
+    for day in sorted(days):
+        if ranges and (day - ranges[-1][0]).days < CONTROL_TOTALS_DAYS_MAX:
+            ranges[-1] = (ranges[-1][0], day)
+        else:
+            ranges.append((day, day))
+    return ranges
 
 
 def _compare(key: tuple[date, int], before: Totals, counted: Totals, after: Totals, *, complete: bool) -> Row:

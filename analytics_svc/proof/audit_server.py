@@ -5,9 +5,8 @@ from typing import Any
 
 from google.protobuf import duration_pb2, message
 
-from analytics_svc.proof import audit, auditor, rebuild
-from analytics_svc.proof.contradictions import Finding
-from analytics_svc.proof.verdicts import Row, Verdict, worst
+from analytics_svc.proof import audit, parts, rebuild
+from analytics_svc.proof.verdicts import Finding, Row, Verdict
 from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX, Source, Totals
 from chassis import wire
 from chassis.errors import FieldReason, InvalidRequest, Violation
@@ -39,18 +38,17 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
         remaining_s = context.time_remaining()
         wait_s = COMPLETE_WAIT_S if remaining_s is None else min(COMPLETE_WAIT_S, remaining_s / 2)
         compared = await audit.compare(self._pool, self._source, first, last, wait_s=wait_s)
-        days = sorted({row.day for row in compared.rows})
-        found = [*compared.findings, *await audit.find_contradictions(self._pool, days)]
         response = pb.CompareControlTotalsResponse(
             rows=map(_row, compared.rows),
-            verdict=_verdict(worst([compared.verdict, *(Verdict.DIFFERENT for _ in found)])),
+            verdict=_verdict(compared.verdict),
             pending_count=compared.pending,
             foreign_event_ids=compared.foreign_ids,
-            findings=map(_finding, dict.fromkeys(found)),
+            findings=map(_finding, dict.fromkeys(compared.findings)),
         )
-        if known := await audit.known_days(self._pool, self._source, first):
-            response.earliest_sales_date.CopyFrom(wire.date(known[0]))
-            response.latest_sales_date.CopyFrom(wire.date(known[1]))
+        known = await audit.known_days(self._pool, self._source, first, last)
+        for field, day in zip(("earliest_sales_date", "latest_sales_date", "next_sales_date"), known, strict=True):
+            if day:
+                getattr(response, field).CopyFrom(wire.date(day))
         return response
 
     async def RebuildDay(self, request: pb.RebuildDayRequest, context: Any) -> pb.RebuildDayResponse:
@@ -61,31 +59,36 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
         rebuilt = await rebuild.rebuild_day(self._database_url, self._source, day)
         return pb.RebuildDayResponse(
             purchase_count=rebuilt.purchases,
-            repaired_row_count=rebuilt.repaired,
+            repaired_row_count=rebuilt.repaired.total(),
             added_purchase_count=rebuilt.added,
             foreign_event_ids=rebuilt.foreign.event_ids,
             foreign_event_count=rebuilt.foreign.total,
-            unrepaired_customer_count=rebuilt.unrepaired_customers,
+            agreed=rebuilt.right,
         )
 
     async def GetAuditStatus(self, request: pb.GetAuditStatusRequest, context: Any) -> pb.GetAuditStatusResponse:
         async with self._pool.connection() as connection:
-            status = await auditor.read_status(connection)
-        response = pb.GetAuditStatusResponse()
-        if status.sweep_day:
-            response.sweep_date.CopyFrom(wire.date(status.sweep_day))
-        if status.sweep_ended_at:
-            response.last_sweep_time.CopyFrom(wire.timestamp(status.sweep_ended_at))
-        if status.report and status.ended_at:
-            report = status.report
-            response.verdict = _verdict(report.verdict)
-            response.last_cycle_time.CopyFrom(wire.timestamp(status.ended_at))
-            response.different_rows.extend(map(_row, report.wrong_rows))
-            response.proven_day_count = report.proven_days
-            response.findings.extend(map(_finding, report.findings))
-            response.foreign_event_ids.extend(report.foreign_ids)
-            response.pending_count = report.pending
-            response.cycle_duration.CopyFrom(duration_pb2.Duration(seconds=int(report.seconds)))
+            status = await parts.read_status(connection)
+        response = pb.GetAuditStatusResponse(
+            verdict=_verdict(status.verdict) if status.verdict else pb.AUDIT_VERDICT_UNSPECIFIED,
+            different_rows=map(_row, status.rows),
+            findings=map(_finding, status.findings),
+            foreign_event_ids=status.foreign_ids,
+            pending_count=status.pending,
+            proven_day_count=status.proven_days,
+            unproven_day_count=status.unproven_days,
+            stale=status.stale,
+            cycle_duration=duration_pb2.Duration(seconds=int(status.compare_duration.total_seconds())),
+        )
+        if status.oldest_day:
+            response.sweep_date.CopyFrom(wire.date(status.oldest_day))
+        for field, moment in (
+            ("last_cycle_time", status.compared_at),
+            ("last_sweep_time", status.oldest_at),
+            ("pending_since_time", status.pending_since),
+        ):
+            if moment:
+                getattr(response, field).CopyFrom(wire.timestamp(moment))
         return response
 
 

@@ -1,232 +1,339 @@
 """The proof of one day, row by row, while sales go on.
 
-The read models and the ids in the log are read in one snapshot, and then the day is exported. Whatever counts in that
-snapshot was recorded before, so the rows must say exactly what the exported purchases with these ids say.
+The day's rows and what the log knows of it are read in one snapshot; then the day is exported. Whatever counts in that
+snapshot was recorded before, so the rows must say exactly what the exported purchases say that count in it: those whose
+ids are in the log, and those below its floor, which the log may have forgotten. What the rows lack or have too much is
+a difference that stays the same while sales go on, as they add to both sides: a repair adds it whenever it likes.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime
 from decimal import Decimal
 from typing import NamedTuple
-from uuid import UUID
 
-from analytics_svc.proof import contradictions
-from analytics_svc.proof.contradictions import Finding
-from analytics_svc.proof.verdicts import Comparison, Row, Verdict, at_most, difference
+from analytics_svc.errors import HistoryDropped
+from analytics_svc.proof import read_models
+from analytics_svc.proof.keeper import unsettled
+from analytics_svc.proof.settled import wait_until_complete
+from analytics_svc.proof.verdicts import Comparison, Finding, Row, Verdict, at_most, difference
 from analytics_svc.purchase import PurchaseCreated
-from analytics_svc.upstream.source import Recorded, Source, Totals
+from analytics_svc.upstream.source import Source, Totals
 from chassis.postgres import Connection, Pool
 
-# Purchases of a day; their ids are held in memory, some 100 bytes each. A larger day is compared by sums only.
-PURCHASES_MAX = 1_000_000
+PURCHASES_MAX = 1_000_000  # of a day; what the log knows of each is held in memory, some 150 bytes
 FOREIGN_IDS_MAX = 1_000  # named
+FETCH_ROWS = 5_000  # at a time, so that nothing else in this process waits for long
+MISTOLD_MAX = 1_000  # log entries that are corrected at once; a repair comes back for the rest
+
+Visit = tuple[str, int]  # customer and branch
+Visits = dict[Visit, tuple[int, datetime]]  # how often, and when last
+# By branch and product, what was sold less what the rows say; both packed into whole numbers, as there may be millions.
+Unsold = dict[int, int]
+PRODUCT_BITS, CENTS_BITS = 64, 100
 
 
-async def prove_day(pool: Pool, source: Source, day: date) -> Comparison | None:
-    """Compare a day row by row; None when only its sums can be: it is too large, or moves and its log has gaps.
+class DayTooLarge(Exception):
+    """It has more purchases than one proof can hold."""
+
+
+class Difference(NamedTuple):
+    """What the rows of a day lack: by branch, and by branch and product. Negative is what they have too much."""
+
+    sums: dict[int, Totals]
+    products: dict[tuple[int, int], tuple[int, int]]  # units and cents
+
+
+class Proof(NamedTuple):
+    day: date
+    purchases: int  # exported
+    comparison: Comparison
+    difference: Difference
+    foreign: list[str]  # ids that count on this day without having been recorded on it
+    mistold: list[PurchaseCreated]  # recorded, of which the log knows something else; some
+    visits: Visits | None  # what the log's forgotten part should say of this day; None: it says so
+
+    @property
+    def right(self) -> bool:
+        return self.comparison.verdict in (Verdict.AGREED, Verdict.PENDING)
+
+
+async def prove_day(
+    pool: Pool,
+    source: Source,
+    day: date,
+    *,
+    wait_s: float = 0.0,
+    count: Callable[[Sequence[PurchaseCreated]], Awaitable[None]] | None = None,
+) -> Proof:
+    """Compare a day row by row, and wait `wait_s` at most for what is on its way; `count` is given what never counted.
+
+    Of a day that the retention has dropped, its rows are compared with each other.
 
     Raises:
+        DayTooLarge: compare its sums.
+        HistoryDropped: the retention has just dropped some of it; the next time is another case.
         PurchasesUnavailable, TimeZonesDiffer: there is nothing to compare with.
     """
     before = await source.control_totals(day, day)
-    if sum(row.purchases for row in before.totals.values()) > PURCHASES_MAX:
-        return None
-    snapshot = await _read_day(pool, source, day, all_logged=bool(await logged_days(pool, [day])))
+    if (purchases := sum(row.purchases for row in before.totals.values())) > PURCHASES_MAX:
+        raise DayTooLarge(f"{purchases:,} purchases, more than {PURCHASES_MAX:,}")
+    snapshot = await _read_day(pool, day)
+    if before.complete_from and day < before.complete_from:
+        torn = _torn(day, snapshot)
+        return Proof(day, 0, Comparison([], torn, []), Difference({}, {}), [], [], None)
     truth = _Truth(snapshot)
     async with aclosing(source.export(day, day)) as chunks:  # type: ignore[type-var]
         async for chunk in chunks:
-            truth.add(chunk)
-    complete = snapshot.complete_through is not None and snapshot.complete_through >= before.read_at
-    if snapshot.logged is None:
-        after = await source.control_totals(day, day)
-        if not complete or after.totals != before.totals:
-            return None
-    foreign = sorted(snapshot.logged - truth.ids) if snapshot.logged else []
-    rows = _rows(day, before, snapshot, truth, len(foreign), complete)
-    findings = []
-    if not foreign:  # of whose products and customers we know nothing
-        findings = [*_wrong_products(day, snapshot, truth), *await _wrong_customers(pool, day, snapshot, truth)]
-    return Comparison(rows, findings, foreign[:FOREIGN_IDS_MAX])
-
-
-async def logged_days(pool: Pool, days: Sequence[date]) -> list[date]:
-    """Those days whose events are all in the log, with their day."""
-    async with pool.connection() as connection:
-        cursor = await connection.execute("SELECT log_has_days_from, log_floor::text FROM audit_status, freshness")
-        ((first, floor),) = await cursor.fetchall()
-    if floor:  # ids are made by time, and a day's events on that day or later
-        floor_day = datetime.fromtimestamp((UUID(floor).int >> 80) / 1000, UTC).date() + timedelta(days=2)
-        first = max(first or floor_day, floor_day)
-    return [day for day in days if first is None or day >= first]
+            if missing := truth.add(chunk):
+                elsewhere = await _logged_elsewhere(pool, day, missing)
+                missing = truth.add_missing(missing, elsewhere)
+            if missing and count:
+                await count(missing)
+    after = await source.control_totals(day, day)
+    if after.complete_from != before.complete_from:
+        raise HistoryDropped(f"the retention has just dropped purchases before {after.complete_from}; try again")
+    waiting: set[str] = set()
+    complete = False
+    if truth.missing:
+        complete = await wait_until_complete(pool, source, after.read_at, wait_s)
+        waiting = await _waiting(pool, list(truth.missing))
+    foreign = sorted(snapshot.logged)
+    rows = _rows(day, snapshot, truth, waiting, len(foreign), complete)
+    found = _difference(snapshot, truth)
+    wrong_visits = truth.visits != snapshot.forgotten
+    findings = [*snapshot.chain, *_findings(day, truth, found, bool(foreign), wrong_visits)]
+    return Proof(
+        day,
+        truth.purchases,
+        Comparison(rows, findings, foreign[:FOREIGN_IDS_MAX]),
+        found,
+        foreign,
+        truth.mistold,
+        truth.visits if wrong_visits else None,
+    )
 
 
 class _Day(NamedTuple):
-    """A day's rows in one snapshot."""
+    """A day in one snapshot."""
 
-    totals: dict[tuple[date, int], Totals]
-    products: dict[tuple[int, int], tuple[int, int]]  # by branch and product: units, cents
-    last_visits: dict[tuple[str, int], datetime]  # of those whose last purchase was on that day, by customer and branch
-    logged: set[str] | None  # ids that count on that day; None: the log has gaps
-    quarantined: set[str]  # ids, of all days, that do not count, from the log's floor on
-    complete_through: datetime | None
+    sums: dict[int, Totals]
+    products: Unsold
+    logged: dict[str, int]  # ids that count on that day, and what the log knows of each, as a number
+    forgotten: Visits  # of those that the log has forgotten
+    floor: str
+    chain: list[Finding]
 
 
 class _Truth:
-    """What the exported purchases say that the rows must say. Where the log has gaps, all purchases must count."""
+    """What the exported purchases say that the rows must say."""
 
     def __init__(self, snapshot: _Day) -> None:
-        self._logged, self._quarantined = snapshot.logged, snapshot.quarantined
-        self.ids: set[str] = set()
-        self.counted: Counter[tuple[int, int]] = Counter()  # by branch and column
-        self.quarantined: Counter[tuple[int, int]] = Counter()
-        self.products: dict[tuple[int, int], list[int]] = {}
-        self.visits: dict[tuple[str, int], tuple[int, datetime]] = {}
+        """It takes from `snapshot.logged` what was recorded: foreign is what is left. So with the products."""
+        self._logged, self._floor, self._products = snapshot.logged, snapshot.floor, snapshot.products
+        self.purchases = 0
+        self.sums: dict[int, list[int]] = {}
+        self.visits: Visits = {}
+        self.mistold: list[PurchaseCreated] = []
+        self.missing: dict[str, tuple[int, Totals]] = {}  # neither logged nor forgotten: branch and amounts by id
 
-    def add(self, events: Sequence[PurchaseCreated]) -> None:
+    def add(self, events: Sequence[PurchaseCreated]) -> list[PurchaseCreated]:
+        """Returns those that do not count on this day in the snapshot."""
+        missing = []
         for event in events:
-            self.ids.add(event.event_id)
-            if event.event_id in self._quarantined:
-                _add(self.quarantined, event)
-            elif self._logged is None or event.event_id in self._logged:
+            self.purchases += 1
+            known = self._logged.pop(event.event_id, None)
+            if known is None and event.event_id >= self._floor:
+                missing.append(event)
+                continue
+            self._count(event)
+            if known is None and event.customer_id:
+                key = (event.customer_id, event.branch_id)
+                times, last = self.visits.get(key, (0, event.purchase_time))
+                self.visits[key] = (times + 1, max(last, event.purchase_time))
+            elif known is not None and known != _told(event):
+                self._mistold(event)
+        return missing
+
+    def add_missing(self, events: Sequence[PurchaseCreated], elsewhere: set[str]) -> list[PurchaseCreated]:
+        """Those that the log has on another day, or on none, will not count by themselves; returns the others."""
+        missing = []
+        for event in events:
+            if event.event_id in elsewhere:
                 self._count(event)
+                self._mistold(event)
+            else:
+                self.missing[event.event_id] = (event.branch_id, _totals(event))
+                missing.append(event)
+        return missing
+
+    def _mistold(self, event: PurchaseCreated) -> None:
+        if len(self.mistold) < MISTOLD_MAX:
+            self.mistold.append(event)
 
     def _count(self, event: PurchaseCreated) -> None:
-        _add(self.counted, event)
+        sums = self.sums.setdefault(event.branch_id, [0] * len(Totals._fields))
+        for column, value in enumerate(_totals(event)):
+            sums[column] += value
         for product_id, quantity, cents in event.items:
-            sold = self.products.setdefault((event.branch_id, product_id), [0, 0])
-            sold[0] += quantity
-            sold[1] += cents
-        if event.customer_id:
-            key = (event.customer_id, event.branch_id)
-            count, last = self.visits.get(key, (0, event.purchase_time))
-            self.visits[key] = (count + 1, max(last, event.purchase_time))
+            _add_sold(self._products, event.branch_id, product_id, quantity, cents)
 
 
-def _add(sums: Counter[tuple[int, int]], event: PurchaseCreated) -> None:
-    items = sum(item.quantity for item in event.items)
-    for column, value in enumerate((1, int(event.customer_id is not None), items, event.cents)):
-        sums[event.branch_id, column] += value
+def _totals(event: PurchaseCreated) -> Totals:
+    return Totals(1, int(event.customer_id is not None), sum(item.quantity for item in event.items), event.cents)
 
 
-def _of_branch(sums: Counter[tuple[int, int]], branch_id: int) -> Totals:
-    return Totals(*(sums[branch_id, column] for column in range(len(Totals._fields))))
+def _add_sold(products: Unsold, branch_id: int, product_id: int, units: int, cents: int) -> None:
+    key = (branch_id << PRODUCT_BITS) + product_id
+    if left := products.pop(key, 0) + (units << CENTS_BITS) + cents:
+        products[key] = left
 
 
-async def _read_day(pool: Pool, source: Source, day: date, *, all_logged: bool) -> _Day:
+def _unpacked(products: Unsold) -> dict[tuple[int, int], tuple[int, int]]:
+    half = 1 << (CENTS_BITS - 1)
+    found = {}
+    for key in sorted(products):
+        units = (products[key] + half) >> CENTS_BITS
+        branch_id = key >> PRODUCT_BITS
+        found[branch_id, key - (branch_id << PRODUCT_BITS)] = (units, products[key] - (units << CENTS_BITS))
+    return found
+
+
+def _told(event: PurchaseCreated) -> int:
+    """What the log should know of an event."""
+    return hash((event.branch_id, event.customer_id, event.purchase_time, event.checksum()))
+
+
+async def _read_day(pool: Pool, day: date) -> _Day:
     async with pool.connection() as connection, connection.transaction():
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         totals = await read_totals(connection, day, day)
-        products = await connection.execute(
-            "SELECT branch_id, product_id, qty_sum, revenue_sum FROM product_sales_daily WHERE day = %s", [day]
+        products: Unsold = {}
+        logged: dict[str, int] = {}
+        async with connection.cursor(name="products") as cursor:
+            await cursor.execute(
+                "SELECT branch_id, product_id, qty_sum, revenue_sum FROM product_sales_daily WHERE day = %s", [day]
+            )
+            while rows := await cursor.fetchmany(FETCH_ROWS):
+                for branch, product, units, revenue in rows:
+                    _add_sold(products, branch, product, -units, -_cents(revenue))
+        async with connection.cursor(name="log") as cursor:
+            await cursor.execute(
+                "SELECT event_id::text, branch_id, customer_id::text, purchase_time, checksum"
+                " FROM analytics_event_log WHERE day = %s",
+                [day],
+            )
+            while rows := await cursor.fetchmany(FETCH_ROWS):
+                logged |= {event_id: hash(tuple(known)) for event_id, *known in rows}
+        forgotten = await connection.execute(
+            "SELECT customer_id::text, branch_id, purchases_count, last_purchase_at FROM forgotten_visits"
+            " WHERE day = %s",
+            [day],
         )
-        last_visits = await connection.execute(
-            """
-            SELECT customer_id::text, branch_id, last_purchase_at FROM customer_loyalty
-            WHERE last_purchase_at >= %(day)s::date - 1 AND last_purchase_at < %(day)s::date + 2 -- it lies in there
-            """,
-            {"day": day},
-        )
-        logged = await connection.execute("SELECT event_id::text FROM analytics_event_log WHERE day = %s", [day])
-        # Below the floor, nobody can tell by its id whether an event is counted: what is recorded must be. So a
-        # duplicate in quarantine excuses nothing, and what RebuildDay counts there is right.
-        quarantined = await connection.execute(
-            """
-            SELECT event_id::text FROM quarantined_events AS kept
-            WHERE event_id >= coalesce((SELECT log_floor FROM freshness), '00000000-0000-0000-0000-000000000000')
-                AND NOT EXISTS (SELECT FROM analytics_event_log AS log WHERE log.event_id = kept.event_id)
-            """
-        )
+        floor = await connection.execute("SELECT coalesce(log_floor::text, '') FROM freshness")
+        chain = await read_models.find_wrong(connection, read_models.DAILY_SALES_OF_CHAIN, str(day), str(day))
         return _Day(
-            totals,
-            {(branch, product): (qty, _cents(revenue)) for branch, product, qty, revenue in await products.fetchall()},
-            {
-                (customer, branch): last
-                for customer, branch, last in await last_visits.fetchall()
-                if source.day_of(last) == day
-            },
-            {event_id for (event_id,) in await logged.fetchall()} if all_logged else None,
-            {event_id for (event_id,) in await quarantined.fetchall()},
-            await complete_through(connection),
+            {branch: row for (_, branch), row in totals.items()},
+            products,
+            logged,
+            {(customer, branch): (count, last) for customer, branch, count, last in await forgotten.fetchall()},
+            (await floor.fetchall())[0][0],
+            chain.findings,
         )
 
 
-def _rows(day: date, before: Recorded, snapshot: _Day, truth: _Truth, foreign: int, complete: bool) -> list[Row]:
-    branches = {branch for _, branch in before.totals.keys() | snapshot.totals.keys()}
-    branches |= {branch for branch, _ in truth.counted}
+async def _logged_elsewhere(pool: Pool, day: date, events: Sequence[PurchaseCreated]) -> set[str]:
+    async with pool.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT event_id::text FROM analytics_event_log WHERE event_id = ANY (%s::uuid[])"
+            " AND day IS DISTINCT FROM %s",
+            [[event.event_id for event in events], day],
+        )
+        return {event_id for (event_id,) in await cursor.fetchall()}
+
+
+async def _waiting(pool: Pool, ids: list[str]) -> set[str]:
+    """Those of the ids that are neither counted nor quarantined by now."""
+    async with pool.connection() as connection:
+        rest = await unsettled(connection, "{" + ",".join(ids) + "}")
+    return set(rest.ids.strip("{}").split(",")) if rest else set()
+
+
+def _rows(day: date, snapshot: _Day, truth: _Truth, waiting: set[str], foreign: int, complete: bool) -> list[Row]:
+    waits: dict[int, list[Totals]] = {}
+    settled: dict[int, list[Totals]] = {}
+    for event_id, (branch, amounts) in truth.missing.items():
+        (waits if event_id in waiting else settled).setdefault(branch, []).append(amounts)
+    branches = snapshot.sums.keys() | truth.sums.keys() | waits.keys() | settled.keys()
+    stored = {branch: snapshot.sums.get(branch, Totals()) for branch in branches}
+    should = {branch: Totals(*truth.sums.get(branch, Totals())) for branch in branches}
+    surplus = sum(stored[branch].purchases - should[branch].purchases for branch in branches)
     rows = []
-    stored = {branch: snapshot.totals.get((day, branch), Totals()) for branch in branches}
-    counted = {branch: _of_branch(truth.counted, branch) for branch in branches}
-    surplus = sum(stored[branch].purchases - counted[branch].purchases for branch in branches)
     for branch in sorted(branches):
-        recorded = before.totals.get((day, branch), Totals())
-        settled = Totals(*map(sum, zip(stored[branch], _of_branch(truth.quarantined, branch), strict=True)))
+        counted = _sum([stored[branch], *settled.get(branch, [])])
+        recorded = _sum([should[branch], *settled.get(branch, []), *waits.get(branch, [])])
         verdict, detail = Verdict.AGREED, ""
-        if stored[branch] != counted[branch]:
-            what = difference(stored[branch], counted[branch])
-            if foreign and surplus == foreign and at_most(counted[branch], stored[branch]):
+        if stored[branch] != should[branch]:
+            what = difference(stored[branch], should[branch])
+            if foreign and surplus == foreign and at_most(should[branch], stored[branch]):
                 verdict, detail = Verdict.FOREIGN, f"{what} of events that nobody recorded"
             else:
-                verdict, detail = Verdict.DIFFERENT, f"{what} against the events in the log"
-        elif not at_most(recorded, settled):
-            what = difference(settled, recorded)
+                verdict, detail = Verdict.DIFFERENT, f"{what} against the purchases that count"
+        elif waits.get(branch):
             if complete:
+                what = difference(counted, recorded)
                 verdict, detail = Verdict.DIFFERENT, f"{what}: recorded, but neither counted nor quarantined"
             else:
                 verdict, detail = Verdict.PENDING, "purchases are on their way"
-        rows.append(Row(day, branch, recorded, settled, verdict, detail))
+        rows.append(Row(day, branch, recorded, counted, verdict, detail))
     return rows
 
 
-def _wrong_products(day: date, snapshot: _Day, truth: _Truth) -> list[Finding]:
-    wrong = []
-    for key in sorted(snapshot.products.keys() | truth.products.keys()):
-        stored, should = snapshot.products.get(key, (0, 0)), tuple(truth.products.get(key, (0, 0)))
-        if stored != should:
-            branch, product = key
-            detail = (
-                f"qty_sum {stored[0]}, not {should[0]}; revenue {stored[1]} cents, not {should[1]}, say the purchases"
-            )
-            name = f"day {day}, branch_id {branch}, product_id {product}"
-            wrong.append(Finding("product_sales_daily", name, detail, day))
-    return wrong[: contradictions.NAMED_MAX]
+def _sum(parts: Sequence[Totals]) -> Totals:
+    return Totals(*map(sum, zip(*parts, strict=True)))
 
 
-async def _wrong_customers(pool: Pool, day: date, snapshot: _Day, truth: _Truth) -> list[Finding]:
-    """Customers who came on that day and whose rows do not say so; the rows only grow, so they may be read later."""
-    wrong = {
-        key: f"last_purchase_at {last}, when nothing was bought"
-        for key, last in snapshot.last_visits.items()
-        if key not in truth.visits or truth.visits[key][1] != last
-    }
-    keys = list(truth.visits)
-    async with pool.connection() as connection:
-        cursor = await connection.execute(
-            """
-            SELECT customer_id::text, branch_id, stored.purchases_count, stored.last_purchase_at
-            FROM unnest(%s::uuid[], %s::int[], %s::bigint[], %s::timestamptz[])
-                AS visit (customer_id, branch_id, purchases_count, last_purchase_at)
-            LEFT JOIN customer_loyalty AS stored USING (customer_id, branch_id)
-            WHERE stored.purchases_count IS NULL OR stored.purchases_count < visit.purchases_count
-                OR stored.last_purchase_at < visit.last_purchase_at
-            """,
-            [
-                [customer for customer, _ in keys],
-                [branch for _, branch in keys],
-                [truth.visits[key][0] for key in keys],
-                [truth.visits[key][1] for key in keys],
-            ],
-        )
-        for customer, branch, count, last in await cursor.fetchall():
-            bought, at = truth.visits[customer, branch]
-            wrong[customer, branch] = (
-                f"purchases_count {count}, last {last}, but {bought} on that day, the last at {at}"
-            )
-    return [
-        Finding("customer_loyalty", f"customer_id {customer}, branch_id {branch}", detail, day)
-        for (customer, branch), detail in sorted(wrong.items())[: contradictions.NAMED_MAX]
+def _difference(snapshot: _Day, truth: _Truth) -> Difference:
+    sums = {}
+    for branch in snapshot.sums.keys() | truth.sums.keys():
+        stored, should = snapshot.sums.get(branch, Totals()), truth.sums.get(branch, Totals())
+        by = Totals(*(ought - is_ for is_, ought in zip(stored, should, strict=True)))
+        if any(by):
+            sums[branch] = by
+    return Difference(sums, _unpacked(snapshot.products))
+
+
+def _findings(day: date, truth: _Truth, found: Difference, foreign: bool, wrong_visits: bool) -> list[Finding]:
+    findings = [
+        Finding("analytics_event_log", f"event_id {event.event_id}", "what was counted is not what was recorded", day)
+        for event in truth.mistold[: read_models.NAMED_MAX]
     ]
+    if wrong_visits:
+        findings.append(Finding("forgotten_visits", f"day {day}", "are not those of the purchases", day))
+    if foreign:  # whose products nobody knows
+        return findings
+    for (branch, product), (units, cents) in list(found.products.items())[: read_models.NAMED_MAX]:
+        detail = f"{-units:+,} in qty_sum and {-cents:+,} cents of revenue against the purchases that count"
+        name = f"day {day}, branch_id {branch}, product_id {product}"
+        findings.append(Finding("product_sales_daily", name, detail, day))
+    return findings
+
+
+def _torn(day: date, snapshot: _Day) -> list[Finding]:
+    """Where a day's products and its sums do not say the same; of a day whose purchases are gone, nobody knows more."""
+    sold: dict[int, list[int]] = {}
+    for (branch, _), (units, cents) in _unpacked(snapshot.products).items():
+        sums = sold.setdefault(branch, [0, 0])
+        sums[0] -= units
+        sums[1] -= cents
+    findings = list(snapshot.chain)
+    for branch in sorted(sold.keys() | snapshot.sums.keys()):
+        totals, products = snapshot.sums.get(branch, Totals()), sold.get(branch, [0, 0])
+        if [totals.items, totals.cents] != products:
+            detail = f"{products[0]} units and {products[1]} cents, not {totals.items} and {totals.cents}, says"
+            name = f"day {day}, branch_id {branch}"
+            findings.append(Finding("product_sales_daily", name, f"{detail} daily_sales_by_branch", day))
+    return findings[: read_models.NAMED_MAX]
 
 
 async def read_totals(connection: Connection, first: date, last: date) -> dict[tuple[date, int], Totals]:
@@ -241,12 +348,6 @@ async def read_totals(connection: Connection, first: date, last: date) -> dict[t
         (day, branch): Totals(purchases, with_customer, items, _cents(revenue))
         for day, branch, purchases, with_customer, items, revenue in await cursor.fetchall()
     }
-
-
-async def complete_through(connection: Connection) -> datetime | None:
-    cursor = await connection.execute("SELECT complete_through_at FROM freshness")
-    ((complete_through,),) = await cursor.fetchall()
-    return complete_through  # type: ignore[no-any-return]
 
 
 def _cents(amount: Decimal) -> int:

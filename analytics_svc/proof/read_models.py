@@ -1,129 +1,269 @@
-"""The read models by name, and how one is made equal to what it should be."""
+"""What each read model must hold: the one description that audit, repair and rebuild go by.
+
+Two tables follow from the recorded purchases, day by day (`day.py`): what branches and what products sold. The event
+log follows from them, too. All other tables follow from these three, within a range of their keys.
+"""
 
 from collections.abc import Mapping
 from typing import Any, LiteralString, NamedTuple
 
+from analytics_svc.proof.verdicts import Finding
 from chassis.postgres import Connection
+
+DAY, CUSTOMERS, PRODUCTS, BRANCHES = "day", "customers", "products", "branches"  # by what ranges are cut
+NAMED_MAX = 20  # wrong rows of a model in one range that are named; all are counted
 
 SUMS: tuple[LiteralString, ...] = ("revenue_sum", "items_sum", "purchases_count", "purchases_with_customer_count")
 SOLD: tuple[LiteralString, ...] = ("qty_sum", "revenue_sum")
 VISITS: tuple[LiteralString, ...] = ("purchases_count", "last_purchase_at")
+_SUM_SUMS: LiteralString = """
+    sum(revenue_sum) AS revenue_sum, sum(items_sum) AS items_sum, sum(purchases_count) AS purchases_count,
+    sum(purchases_with_customer_count) AS purchases_with_customer_count
+"""
+_SUM_SOLD: LiteralString = "sum(qty_sum) AS qty_sum, sum(revenue_sum) AS revenue_sum"
+_MONTH: LiteralString = "date(date_trunc('month', day::timestamp))"
 
 
 class ReadModel(NamedTuple):
-    """A table whose rows follow from the purchases."""
+    """A table whose rows follow from others."""
 
     name: LiteralString
     key: tuple[LiteralString, ...]
     values: tuple[LiteralString, ...]
+    kind: LiteralString  # its ranges are from %(first)s to %(last)s, both included, of this:
+    cut: LiteralString = ""  # expression of its key
+    should: LiteralString = ""  # the rows that it must have within such a range
+    says: LiteralString = "say the purchases"
 
 
-PRODUCT_SALES_DAILY = ReadModel("product_sales_daily", ("day", "branch_id", "product_id"), SOLD)
-DAILY_SALES_BY_BRANCH = ReadModel("daily_sales_by_branch", ("day", "branch_id"), SUMS)
-DAILY_SALES_OF_CHAIN = ReadModel("daily_sales_of_chain", ("day",), SUMS)
-CUSTOMER_LOYALTY = ReadModel("customer_loyalty", ("customer_id", "branch_id"), VISITS)
-CUSTOMER_LOYALTY_CHAIN = ReadModel("customer_loyalty_chain", ("customer_id",), VISITS)
-MONTHLY_SALES_BY_BRANCH = ReadModel("monthly_sales_by_branch", ("branch_id", "month"), SUMS)
-PRODUCT_SALES_MONTHLY = ReadModel("product_sales_monthly", ("month", "product_id"), SOLD)
-PRODUCT_SALES_TOTALS = ReadModel("product_sales_totals", ("branch_id", "product_id"), SOLD)
-SALES_TOTALS = ReadModel("sales_totals", ("branch_id",), (*SUMS, "unique_customers_count"))
-
-BY_DAY = (PRODUCT_SALES_DAILY, DAILY_SALES_BY_BRANCH, DAILY_SALES_OF_CHAIN)
-CUSTOMERS = (CUSTOMER_LOYALTY, CUSTOMER_LOYALTY_CHAIN)
-ROLL_UPS = (MONTHLY_SALES_BY_BRANCH, PRODUCT_SALES_MONTHLY, PRODUCT_SALES_TOTALS, SALES_TOTALS)
-ALL = (*BY_DAY, *CUSTOMERS, *ROLL_UPS)
-LOG: LiteralString = "analytics_event_log"
-
-# What the tables by day and by customer say that the roll-ups should hold; the narrower, the cheaper.
-OF_CHAIN: LiteralString = """
-    SELECT day, sum(revenue_sum) AS revenue_sum, sum(items_sum) AS items_sum, sum(purchases_count) AS purchases_count,
-        sum(purchases_with_customer_count) AS purchases_with_customer_count
-    FROM public.daily_sales_by_branch
-    GROUP BY day
-"""
-OF_MONTHS: LiteralString = """
-    SELECT coalesce(branch_id, 0) AS branch_id, month, sum(revenue_sum) AS revenue_sum, sum(items_sum) AS items_sum,
-        sum(purchases_count) AS purchases_count, sum(purchases_with_customer_count) AS purchases_with_customer_count
-    FROM public.daily_sales_by_branch, date(date_trunc('month', day::timestamp)) AS month
-    GROUP BY GROUPING SETS ((branch_id, month), (month))
-"""
-PRODUCTS_OF_MONTHS: LiteralString = """
-    SELECT month, product_id, sum(qty_sum) AS qty_sum, sum(revenue_sum) AS revenue_sum
-    FROM unnest(%(months)s::date[]) AS month
-    JOIN public.product_sales_daily ON day >= month AND day < month + interval '1 month'
-    GROUP BY month, product_id
-"""
-PRODUCTS_OF_ALL_MONTHS: LiteralString = """
-    SELECT month, product_id, sum(qty_sum) AS qty_sum, sum(revenue_sum) AS revenue_sum
-    FROM public.product_sales_daily, date(date_trunc('month', day::timestamp)) AS month
-    GROUP BY month, product_id
-"""
-PRODUCTS_OF_ALL_TIME: LiteralString = """
-    SELECT coalesce(branch_id, 0) AS branch_id, product_id, sum(qty_sum) AS qty_sum, sum(revenue_sum) AS revenue_sum
-    FROM public.product_sales_daily
-    GROUP BY GROUPING SETS ((branch_id, product_id), (product_id))
-"""
-SOME_PRODUCTS_OF_ALL_TIME: LiteralString = """
-    SELECT coalesce(branch_id, 0) AS branch_id, product_id, sum(qty_sum) AS qty_sum, sum(revenue_sum) AS revenue_sum
-    FROM public.product_sales_daily
-    WHERE product_id = ANY (%(product_ids)s)
-    GROUP BY GROUPING SETS ((branch_id, product_id), (product_id))
-"""
-OF_ALL_TIME: LiteralString = """
-    SELECT branch_id, revenue_sum, items_sum, purchases_count, purchases_with_customer_count,
-        coalesce(customers, 0) AS unique_customers_count
+DAILY_SALES_BY_BRANCH = ReadModel(
+    "daily_sales_by_branch",
+    ("day", "branch_id"),
+    SUMS,
+    DAY,
+)
+PRODUCT_SALES_DAILY = ReadModel(
+    "product_sales_daily",
+    ("day", "branch_id", "product_id"),
+    SOLD,
+    DAY,
+)
+DAILY_SALES_OF_CHAIN = ReadModel(
+    "daily_sales_of_chain",
+    ("day",),
+    SUMS,
+    DAY,
+    "day BETWEEN %(first)s::date AND %(last)s::date",
+    f"""
+    SELECT day, {_SUM_SUMS} FROM daily_sales_by_branch
+    WHERE day BETWEEN %(first)s::date AND %(last)s::date GROUP BY day
+    """,
+    "says daily_sales_by_branch",
+)
+_BRANCHES: LiteralString = "branch_id BETWEEN %(first)s::bigint AND %(last)s::bigint"
+MONTHLY_SALES_BY_BRANCH = ReadModel(
+    "monthly_sales_by_branch",
+    ("branch_id", "month"),
+    SUMS,
+    BRANCHES,
+    _BRANCHES,
+    f"""
+    SELECT branch_id, {_MONTH} AS month, {_SUM_SUMS} FROM daily_sales_by_branch WHERE {_BRANCHES} GROUP BY 1, 2
+    UNION ALL
+    SELECT 0, {_MONTH}, {_SUM_SUMS} FROM daily_sales_of_chain WHERE %(first)s::bigint = 0 GROUP BY 2
+    """,
+    "say the days",
+)
+SALES_TOTALS = ReadModel(
+    "sales_totals",
+    ("branch_id",),
+    (*SUMS, "unique_customers_count"),
+    BRANCHES,
+    _BRANCHES,
+    f"""
+    SELECT sums.*, coalesce(customers, 0) AS unique_customers_count
     FROM (
-        SELECT coalesce(branch_id, 0) AS branch_id, sum(revenue_sum) AS revenue_sum, sum(items_sum) AS items_sum,
-            sum(purchases_count) AS purchases_count, sum(purchases_with_customer_count) AS purchases_with_customer_count
-        FROM public.daily_sales_by_branch
-        GROUP BY GROUPING SETS ((branch_id), ())
-        HAVING count(*) > 0
+        SELECT branch_id, {_SUM_SUMS} FROM daily_sales_by_branch WHERE {_BRANCHES} GROUP BY branch_id
+        UNION ALL
+        SELECT 0, {_SUM_SUMS} FROM daily_sales_of_chain WHERE %(first)s::bigint = 0 HAVING count(*) > 0
     ) AS sums
     LEFT JOIN (
-        SELECT branch_id, count(*) FROM public.customer_loyalty GROUP BY branch_id
-        UNION ALL SELECT 0, count(*) FROM public.customer_loyalty_chain
+        SELECT branch_id, count(*) FROM customer_loyalty WHERE {_BRANCHES} GROUP BY branch_id
+        UNION ALL
+        SELECT 0, count(*) FROM customer_loyalty_chain WHERE %(first)s::bigint = 0
     ) AS came (branch_id, customers) USING (branch_id)
+    """,
+    "say the days and the customers' rows",
+)
+_PRODUCTS: LiteralString = "product_id BETWEEN %(first)s::bigint AND %(last)s::bigint"
+PRODUCT_SALES_MONTHLY = ReadModel(
+    "product_sales_monthly",
+    ("month", "product_id"),
+    SOLD,
+    PRODUCTS,
+    _PRODUCTS,
+    f"SELECT {_MONTH} AS month, product_id, {_SUM_SOLD} FROM product_sales_daily WHERE {_PRODUCTS} GROUP BY 1, 2",
+    "says product_sales_daily",
+)
+PRODUCT_SALES_TOTALS = ReadModel(
+    "product_sales_totals",
+    ("branch_id", "product_id"),
+    SOLD,
+    PRODUCTS,
+    _PRODUCTS,
+    f"""
+    SELECT coalesce(branch_id, 0) AS branch_id, product_id, {_SUM_SOLD} FROM product_sales_daily WHERE {_PRODUCTS}
+    GROUP BY GROUPING SETS ((branch_id, product_id), (product_id))
+    """,
+    "says product_sales_daily",
+)
+_CUSTOMERS: LiteralString = "customer_id BETWEEN %(first)s::uuid AND %(last)s::uuid"
+_VISITS: LiteralString = f"""
+    SELECT customer_id, branch_id, count(*) AS purchases_count, max(purchase_time) AS last_purchase_at
+    FROM analytics_event_log WHERE customer_id IS NOT NULL AND day IS NOT NULL AND {_CUSTOMERS} GROUP BY 1, 2
+    UNION ALL
+    SELECT customer_id, branch_id, purchases_count, last_purchase_at FROM forgotten_visits WHERE {_CUSTOMERS}
 """
+_SUM_VISITS: LiteralString = "sum(purchases_count) AS purchases_count, max(last_purchase_at) AS last_purchase_at"
+CUSTOMER_LOYALTY = ReadModel(
+    "customer_loyalty",
+    ("customer_id", "branch_id"),
+    VISITS,
+    CUSTOMERS,
+    _CUSTOMERS,
+    f"SELECT customer_id, branch_id, {_SUM_VISITS} FROM ({_VISITS}) AS visits GROUP BY 1, 2",
+    "says the event log",
+)
+CUSTOMER_LOYALTY_CHAIN = ReadModel(
+    "customer_loyalty_chain",
+    ("customer_id",),
+    VISITS,
+    CUSTOMERS,
+    _CUSTOMERS,
+    f"SELECT customer_id, {_SUM_VISITS} FROM ({_VISITS}) AS visits GROUP BY 1",
+    "says the event log",
+)
+
+DERIVED = (
+    DAILY_SALES_OF_CHAIN,
+    CUSTOMER_LOYALTY,
+    CUSTOMER_LOYALTY_CHAIN,
+    PRODUCT_SALES_MONTHLY,
+    PRODUCT_SALES_TOTALS,
+    MONTHLY_SALES_BY_BRANCH,
+    SALES_TOTALS,  # after the customers' rows, which it counts
+)
 
 
-async def replace(
-    connection: Connection,
-    model: ReadModel,
-    should: LiteralString | None = None,
-    where: LiteralString = "true",
-    values: Mapping[str, Any] | None = None,
-) -> list[tuple[Any, ...]]:
-    """Make the rows that fulfil `where` equal to those of `should`; returns the keys of the rows that were wrong.
+class Wrong(NamedTuple):
+    """What is wrong with a model within a range."""
 
-    Without `should`, they are the rows of this session's temporary table of the same name. Only differences are
-    written, so queries never see a gap, and what is right costs no more than a comparison.
-    """
-    fresh = f"({should})" if should else f"pg_temp.{model.name}"
-    key, columns = ", ".join(model.key), ", ".join((*model.key, *model.values))
-    old = ", ".join(f"stored.{column}" for column in model.values)
-    new = ", ".join(f"fresh.{column}" for column in model.values)
-    wrong = await connection.execute(
+    findings: list[Finding]  # some
+    keys: list[Any]  # those of the range that have a wrong row, in order: days, branches, products or customers
+
+
+def of_kind(kind: str) -> list[ReadModel]:
+    return [model for model in DERIVED if model.kind == kind]
+
+
+async def find_wrong(connection: Connection, model: ReadModel, first: str, last: str) -> Wrong:
+    """Compare a model with what it follows from, in one snapshot: right rows are right under any load."""
+    column = _COLUMNS[model.kind]
+    key = ", ".join(model.key)
+    cursor = await connection.execute(
         f"""
-        WITH fresh AS (SELECT {columns} FROM {fresh} AS fresh WHERE {where}),
-        stored AS (SELECT {columns} FROM public.{model.name} AS stored WHERE {where}),
-        wrong AS (
-            SELECT {key}, {new}, fresh IS NULL AS surplus
-            FROM stored FULL JOIN fresh USING ({key})
-            WHERE ({old}) IS DISTINCT FROM ({new})
-        ),
-        deleted AS (
-            DELETE FROM public.{model.name} AS stored USING wrong
-            WHERE surplus AND ({", ".join(f"stored.{column}" for column in model.key)})
-                = ({", ".join(f"wrong.{column}" for column in model.key)})
-        ),
-        written AS (
-            INSERT INTO public.{model.name} ({columns})
-            SELECT {columns} FROM wrong WHERE NOT surplus ORDER BY {key}
-            ON CONFLICT ({key}) DO UPDATE SET
-                {", ".join(f"{column} = excluded.{column}" for column in model.values)}
-        )
-        SELECT {key} FROM wrong
+        SELECT {key}, {_prefixed("stored", model.values)}, {_prefixed("should", model.values)}
+        FROM (SELECT * FROM {model.name} WHERE {model.cut}) AS stored FULL JOIN ({model.should}) AS should USING ({key})
+        WHERE ({_prefixed("stored", model.values)}) IS DISTINCT FROM ({_prefixed("should", model.values)})
+        ORDER BY {column}, {key}
         """,
-        values or {},
+        {"first": first, "last": last},
     )
-    return await wrong.fetchall()
+    rows = await cursor.fetchall()
+    place = model.key.index(column)
+    return Wrong([_finding(model, row) for row in rows[:NAMED_MAX]], list(dict.fromkeys(row[place] for row in rows)))
+
+
+async def replace(connection: Connection, model: ReadModel, first: str, last: str) -> int:
+    """Make the rows of a range what they should be; returns how many were wrong. Alone with the apply lock."""
+    key, columns = ", ".join(model.key), ", ".join((*model.key, *model.values))
+    cursor = await connection.execute(
+        f"""
+        WITH wrong AS (
+            SELECT {key}, {_prefixed("should", model.values)}, should IS NULL AS surplus
+            FROM (SELECT * FROM {model.name} WHERE {model.cut}) AS stored
+            FULL JOIN ({model.should}) AS should USING ({key})
+            WHERE ({_prefixed("stored", model.values)}) IS DISTINCT FROM ({_prefixed("should", model.values)})
+        ), deleted AS (
+            DELETE FROM {model.name} AS stored USING wrong
+            WHERE surplus AND ({_prefixed("stored", model.key)}) = ({_prefixed("wrong", model.key)})
+        ), written AS (
+            INSERT INTO {model.name} ({columns}) SELECT {columns} FROM wrong WHERE NOT surplus ORDER BY {key}
+            ON CONFLICT ({key}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in model.values)}
+        )
+        SELECT count(*) FROM wrong
+        """,
+        {"first": first, "last": last},
+    )
+    ((wrong,),) = await cursor.fetchall()
+    return int(wrong)
+
+
+async def add(connection: Connection, model: ReadModel, delta: LiteralString, values: Mapping[str, Any]) -> int:
+    """Add differences to a model; returns how many rows they change. Alone with the apply lock.
+
+    Not as apply() does it: what is taken away would be refused as a row before it meets the one that it changes.
+    """
+    key, columns = ", ".join(model.key), ", ".join((*model.key, *model.values))
+    same = f"({_prefixed('stored', model.key)}) = ({_prefixed('delta', model.key)})"
+    cursor = await connection.execute(
+        f"""
+        WITH delta AS ({delta}), updated AS (
+            UPDATE {model.name} AS stored
+            SET {", ".join(f"{name} = stored.{name} + delta.{name}" for name in model.values)}
+            FROM delta WHERE {same}
+        ), inserted AS (
+            INSERT INTO {model.name} ({columns}) SELECT {columns} FROM delta
+            WHERE NOT EXISTS (SELECT FROM {model.name} AS stored WHERE {same}) ORDER BY {key}
+        )
+        SELECT count(*) FROM delta
+        """,
+        values,
+    )
+    ((rows,),) = await cursor.fetchall()
+    empty = " AND ".join(f"stored.{name} = 0" for name in model.values)  # who never sold has no row
+    await connection.execute(
+        f"WITH delta AS ({delta}) DELETE FROM {model.name} AS stored USING delta WHERE {same} AND {empty}", values
+    )
+    return int(rows)
+
+
+_COLUMNS: dict[str, LiteralString] = {
+    DAY: "day",
+    CUSTOMERS: "customer_id",
+    PRODUCTS: "product_id",
+    BRANCHES: "branch_id",
+}
+
+
+def _prefixed(table: LiteralString, columns: tuple[LiteralString, ...]) -> LiteralString:
+    return ", ".join(f"{table}.{column}" for column in columns)
+
+
+def _finding(model: ReadModel, row: tuple[Any, ...]) -> Finding:
+    keys, values = row[: len(model.key)], row[len(model.key) :]
+    named = dict(zip(model.key, keys, strict=True))
+    pairs = zip(model.values, values[: len(model.values)], values[len(model.values) :], strict=True)
+    differences = [
+        f"{column} {_text(stored)}, not {_text(should)}" for column, stored, should in pairs if stored != should
+    ]
+    return Finding(
+        model.name,
+        ", ".join(f"{column} {value}" for column, value in named.items()),
+        f"{'; '.join(differences)}, {model.says}",
+        named.get("day"),
+    )
+
+
+def _text(value: Any) -> str:
+    return "missing" if value is None else str(value)

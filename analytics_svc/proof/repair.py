@@ -1,168 +1,217 @@
-"""What a rebuild reads and writes in its final transaction: this session's temporary tables against the real ones.
+"""Making what is wrong right, in short transactions, each alone with the apply lock, while sales go on.
 
-Every function takes the rebuild's connection and commits nothing.
+Every transaction leaves the read models no worse than it found them, so a repair may die at any point: the next one
+finds what is left to do.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from datetime import date, datetime
-from typing import LiteralString, NamedTuple
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import date
+from typing import LiteralString, NamedTuple, TypeVar
 
+from analytics_svc.ingest import event_log
+from analytics_svc.ingest.announce import EVERYTHING, announce
 from analytics_svc.proof import read_models
-from analytics_svc.proof.read_models import BY_DAY, replace
-from chassis.postgres import Connection
+from analytics_svc.proof.day import Difference, Proof, Visits
+from analytics_svc.proof.parts import Part
+from analytics_svc.proof.read_models import BRANCHES, CUSTOMERS, DAY, PRODUCTS
+from analytics_svc.proof.verdicts import Comparison
+from analytics_svc.purchase import PurchaseCreated
+from chassis.postgres import Connection, Pool
 
-FOREIGN_IDS_MAX = 1_000  # named; all are counted
+# Written by one transaction, in less than a second.
+ROWS_AT_ONCE = 5_000  # differences
+KEYS_AT_ONCE = 20  # products, customers or branches, made anew from their history
+IDS_AT_ONCE = 5_000
 
-
-class Foreign(NamedTuple):
-    """Events that were counted without having been recorded: published by others, or lost by a restore there."""
-
-    total: int
-    event_ids: list[str]  # some of them
-
-
-async def wrong_customers(connection: Connection, day: date, day_of: Callable[[datetime], date]) -> list[str]:
-    """Customers whose rows contradict each other, or what they bought on that day."""
-    cursor = await connection.execute(
-        """
-        SELECT customer_id::text FROM (
-            SELECT customer_id, sum(purchases_count) AS purchases_count, max(last_purchase_at) AS last_purchase_at
-            FROM public.customer_loyalty GROUP BY customer_id
-        ) AS branches FULL JOIN public.customer_loyalty_chain AS chain USING (customer_id)
-        WHERE (branches.purchases_count, branches.last_purchase_at)
-            IS DISTINCT FROM (chain.purchases_count, chain.last_purchase_at)
-        UNION
-        SELECT customer_id::text
-        FROM pg_temp.customer_loyalty AS fresh
-        LEFT JOIN public.customer_loyalty AS stored USING (customer_id, branch_id)
-        WHERE stored.last_purchase_at IS NULL OR stored.last_purchase_at < fresh.last_purchase_at
-            OR stored.purchases_count < fresh.purchases_count
-        """
-    )
-    wrong = {customer_id for (customer_id,) in await cursor.fetchall()}
-    # Who came last on that day came then as often as the day says, and at no other time.
-    cursor = await connection.execute(
-        """
-        SELECT customer_id::text, stored.last_purchase_at
-        FROM public.customer_loyalty AS stored
-        LEFT JOIN pg_temp.customer_loyalty AS fresh USING (customer_id, branch_id)
-        WHERE stored.last_purchase_at >= %(day)s::date - 1 AND stored.last_purchase_at < %(day)s::date + 2
-            AND stored.last_purchase_at IS DISTINCT FROM fresh.last_purchase_at
-        """,
-        {"day": day},
-    )
-    wrong |= {customer_id for customer_id, last in await cursor.fetchall() if day_of(last) == day}
-    return sorted(wrong)
+Repaired = Counter[str]  # wrong rows by read model
+T = TypeVar("T")
 
 
-async def _wrong_products(connection: Connection) -> set[int]:
-    """Products whose sums of all time are not those of the months, or of which the branches are not the chain."""
-    cursor = await connection.execute(
-        """
-        SELECT product_id FROM (
-            SELECT product_id,
-                sum(qty_sum) FILTER (WHERE branch_id = 0) AS qty,
-                sum(qty_sum) FILTER (WHERE branch_id > 0) AS branch_qty,
-                sum(revenue_sum) FILTER (WHERE branch_id = 0) AS revenue,
-                sum(revenue_sum) FILTER (WHERE branch_id > 0) AS branch_revenue
-            FROM public.product_sales_totals GROUP BY product_id
-        ) AS totals FULL JOIN (
-            SELECT product_id, sum(qty_sum) AS qty, sum(revenue_sum) AS revenue
-            FROM public.product_sales_monthly GROUP BY product_id
-        ) AS months USING (product_id)
-        WHERE (totals.qty, branch_qty, totals.revenue, branch_revenue)
-            IS DISTINCT FROM (months.qty, months.qty, months.revenue, months.revenue)
-        """
-    )
-    return {product_id for (product_id,) in await cursor.fetchall()}
+@asynccontextmanager
+async def writing(pool: Pool) -> AsyncIterator[Connection]:
+    """A transaction that nothing is counted beside."""
+    async with pool.connection() as connection, connection.transaction():
+        await event_log.exclude_applies(connection)
+        yield connection
+        await announce(connection, EVERYTHING, counted=False)
 
 
-async def replace_day(connection: Connection, day: date, customers: Sequence[str]) -> int:
-    """Write what the day and the customers should be, then what follows from them; returns how many rows were wrong."""
-    month = day.replace(day=1)
-    values = {"day": day, "months": [month], "month": month, "customers": list(customers)}
-    wrong = {model: await replace(connection, model, where="day = %(day)s", values=values) for model in BY_DAY}
-    repaired = sum(map(len, wrong.values()))
-    if customers:
-        for model in read_models.CUSTOMERS:
-            where = "customer_id = ANY (%(customers)s::uuid[])"
-            repaired += len(await replace(connection, model, where=where, values=values))
-    for model, should, where in (
-        (read_models.MONTHLY_SALES_BY_BRANCH, read_models.OF_MONTHS, "month = %(month)s"),
-        (read_models.PRODUCT_SALES_MONTHLY, read_models.PRODUCTS_OF_MONTHS, "month = %(month)s"),
-        (read_models.SALES_TOTALS, read_models.OF_ALL_TIME, "true"),
-    ):
-        repaired += len(await replace(connection, model, should, where, values))
-    products = {product_id for _, _, product_id in wrong[read_models.PRODUCT_SALES_DAILY]}
-    products |= await _wrong_products(connection)
-    if products:
-        values = {"product_ids": sorted(products)}
-        where = "product_id = ANY (%(product_ids)s)"
-        should = read_models.SOME_PRODUCTS_OF_ALL_TIME
-        repaired += len(await replace(connection, read_models.PRODUCT_SALES_TOTALS, should, where, values))
+async def prove_range(pool: Pool, part: Part) -> Comparison:
+    """Look at all models whose rows in this range follow from others."""
+    findings = []
+    for model in read_models.of_kind(part.kind):
+        async with pool.connection() as connection:
+            findings += (await read_models.find_wrong(connection, model, part.first, part.last)).findings
+    return Comparison([], findings, [])
+
+
+async def mend_range(pool: Pool, part: Part) -> Repaired:
+    """Make the rows of this range what the others say; what is right is only looked at."""
+    repaired = Repaired()
+    for model in read_models.of_kind(part.kind):
+        async with pool.connection() as connection:
+            wrong = await read_models.find_wrong(connection, model, part.first, part.last)
+        for keys in _some(wrong.keys, KEYS_AT_ONCE):
+            async with writing(pool) as connection:
+                for key in keys:
+                    repaired[model.name] += await read_models.replace(connection, model, str(key), str(key))
     return repaired
 
 
-async def replace_all(connection: Connection, complete_from: date | None) -> dict[str, int]:
-    if complete_from is None:
-        return {model.name: len(await replace(connection, model)) for model in read_models.ALL}
-    values = {"day": complete_from}
-    repaired = {
-        model.name: len(await replace(connection, model, where="day >= %(day)s", values=values)) for model in BY_DAY
-    }
-    for model, should in (
-        (read_models.MONTHLY_SALES_BY_BRANCH, read_models.OF_MONTHS),
-        (read_models.PRODUCT_SALES_MONTHLY, read_models.PRODUCTS_OF_ALL_MONTHS),
-        (read_models.PRODUCT_SALES_TOTALS, read_models.PRODUCTS_OF_ALL_TIME),
-        (read_models.SALES_TOTALS, read_models.OF_ALL_TIME),
-    ):
-        repaired[model.name] = len(await replace(connection, model, should))
-    return repaired
+class Touched(NamedTuple):
+    """Whose rows follow from what was changed."""
+
+    customers: set[str]
+    products: set[int]
+    branches: set[int]
 
 
-async def suspects(connection: Connection, where: LiteralString, day: date) -> dict[str, str | None]:
-    """Events of these days that count without having been exported, and the purchases that they announced."""
-    cursor = await connection.execute(
-        f"""
-        SELECT event_id::text, purchase_id::text FROM public.analytics_event_log AS stored
-        WHERE {where}
-            AND NOT EXISTS (SELECT FROM pg_temp.analytics_event_log AS fresh WHERE fresh.event_id = stored.event_id)
-            AND NOT EXISTS (SELECT FROM rebuild_tail AS late WHERE late.event_id = stored.event_id)
-        """,
-        {"day": day},
-    )
-    return dict(await cursor.fetchall())
+async def mend_day(pool: Pool, proof: Proof) -> tuple[Repaired, Touched]:
+    """Write what the proof found to be different. What follows from it is for `mend_touched`, or `mend_range`.
 
-
-async def take_out_foreign(connection: Connection, event_ids: Collection[str]) -> Foreign:
-    """Note on which days the log's events count now; returns those of the given ones that count no more.
-
-    Their ids stay: delivered again, they must not count, either.
+    The sums of months and of all time are not changed by the same difference: whether they have it, too, is another
+    question, which they are asked themselves.
     """
-    await connection.execute(
-        """
-        INSERT INTO public.analytics_event_log (event_id, day, event_type)
-        SELECT event_id, day, event_type FROM pg_temp.analytics_event_log AS fresh
-        WHERE NOT EXISTS (SELECT FROM public.analytics_event_log AS stored WHERE stored.event_id = fresh.event_id)
-            AND event_id >= coalesce((SELECT log_floor FROM freshness), '00000000-0000-0000-0000-000000000000')
-        ORDER BY event_id
-        """
-    )
-    await connection.execute(
-        """
-        UPDATE public.analytics_event_log AS stored SET day = fresh.day
-        FROM pg_temp.analytics_event_log AS fresh
-        WHERE stored.event_id = fresh.event_id AND stored.day IS DISTINCT FROM fresh.day
-        """
-    )
+    repaired = Repaired()
+    for portion in _portions(proof.difference):
+        async with writing(pool) as connection:
+            repaired += await _add(connection, proof.day, portion)
+    customers = set()
+    for ids in _some(proof.foreign, IDS_AT_ONCE):
+        async with writing(pool) as connection:
+            customers |= await _take_out(connection, proof.day, ids)
+    if proof.mistold or proof.visits is not None:
+        async with writing(pool) as connection:
+            customers |= await _correct(connection, proof.day, proof.mistold)
+            if proof.visits is not None:
+                customers |= await _write_visits(connection, proof.day, proof.visits)
+    repaired["analytics_event_log"] += len(proof.foreign) + len(proof.mistold)
+    repaired += await mend_range(pool, Part(DAY, str(proof.day), str(proof.day)))
+    products = {product for _, product in proof.difference.products}
+    return +repaired, Touched(customers, products, set(proof.difference.sums))
+
+
+async def mend_touched(pool: Pool, touched: Touched) -> Repaired:
+    """Each of these customers, products and branches by itself, and the chain."""
+    repaired = Repaired()
+    for kind, keys in (
+        (CUSTOMERS, touched.customers),
+        (PRODUCTS, touched.products),
+        (BRANCHES, touched.branches | {0}),
+    ):
+        for key in sorted(map(str, keys)):
+            repaired += await mend_range(pool, Part(kind, key, key))
+    return repaired
+
+
+def _some(values: Sequence[T], most: int) -> Iterator[Sequence[T]]:
+    return (values[start : start + most] for start in range(0, len(values), most))
+
+
+def _portions(found: Difference) -> Iterator[Difference]:
+    """Some branches at a time: their sums and their products change together."""
+    products: dict[int, dict[tuple[int, int], tuple[int, int]]] = {branch: {} for branch in found.sums}
+    for key, sold in found.products.items():
+        products.setdefault(key[0], {})[key] = sold
+    portion = Difference({}, {})
+    for branch in sorted(products):
+        if branch in found.sums:
+            portion.sums[branch] = found.sums[branch]
+        portion.products.update(products[branch])
+        if len(portion.sums) + len(portion.products) >= ROWS_AT_ONCE:
+            yield portion
+            portion = Difference({}, {})
+    if portion != ({}, {}):
+        yield portion
+
+
+_SUMS: LiteralString = """
+    SELECT %(day)s::date AS day, branch_id, cents * 0.01 AS revenue_sum, items_sum, purchases_count,
+        purchases_with_customer_count
+    FROM unnest(%(branches)s::bigint[], %(purchases)s::bigint[], %(with_customer)s::bigint[], %(items)s::bigint[],
+            %(cents)s::numeric[])
+        AS sums (branch_id, purchases_count, purchases_with_customer_count, items_sum, cents)
+"""
+_PRODUCTS: LiteralString = """
+    SELECT %(day)s::date AS day, branch_id, product_id, qty_sum, cents * 0.01 AS revenue_sum
+    FROM unnest(%(branches)s::bigint[], %(products)s::bigint[], %(units)s::bigint[], %(cents)s::numeric[])
+        AS sold (branch_id, product_id, qty_sum, cents)
+"""
+
+
+async def _add(connection: Connection, day: date, found: Difference) -> Repaired:
+    repaired = Repaired()
+    if found.sums:
+        purchases, with_customer, items, cents = (list(column) for column in zip(*found.sums.values(), strict=True))
+        values = {"day": day, "branches": list(found.sums), "purchases": purchases, "with_customer": with_customer}
+        model = read_models.DAILY_SALES_BY_BRANCH
+        values |= {"items": items, "cents": cents}
+        repaired[model.name] += await read_models.add(connection, model, _SUMS, values)
+    if found.products:
+        branches, products = (list(column) for column in zip(*found.products, strict=True))
+        units, cents = (list(column) for column in zip(*found.products.values(), strict=True))
+        sold = {"day": day, "branches": branches, "products": products, "units": units, "cents": cents}
+        model = read_models.PRODUCT_SALES_DAILY
+        repaired[model.name] += await read_models.add(connection, model, _PRODUCTS, sold)
+    return repaired
+
+
+async def _take_out(connection: Connection, day: date, ids: Sequence[str]) -> set[str]:
+    """Let these events count no more; returns their customers. Their ids stay: delivered again, they must not count."""
     cursor = await connection.execute(
-        """
-        UPDATE public.analytics_event_log AS stored SET day = NULL
-        WHERE event_id = ANY (%s::uuid[])
-            AND NOT EXISTS (SELECT FROM pg_temp.analytics_event_log AS fresh WHERE fresh.event_id = stored.event_id)
-        RETURNING event_id::text
-        """,
-        [list(event_ids)],
+        "UPDATE analytics_event_log SET day = NULL WHERE day = %s AND event_id = ANY (%s::uuid[])"
+        " RETURNING customer_id::text",
+        [day, list(ids)],
     )
-    event_ids = sorted(event_id for (event_id,) in await cursor.fetchall())
-    return Foreign(len(event_ids), event_ids[:FOREIGN_IDS_MAX])
+    return {customer for (customer,) in await cursor.fetchall() if customer}
+
+
+async def _correct(connection: Connection, day: date, events: Sequence[PurchaseCreated]) -> set[str]:
+    """Let the log know of these events what was recorded; returns the customers that it had and has."""
+    cursor = await connection.execute(
+        "SELECT DISTINCT customer_id::text FROM analytics_event_log WHERE event_id = ANY (%s::uuid[])",
+        [[event.event_id for event in events]],
+    )
+    had = {customer for (customer,) in await cursor.fetchall() if customer}
+    await connection.execute(
+        """
+        UPDATE analytics_event_log AS log SET day = %s, branch_id = event.branch_id,
+            customer_id = event.customer_id, purchase_time = event.purchase_time, purchase_id = event.purchase_id,
+            checksum = event.checksum
+        FROM unnest(%s::uuid[], %s::bigint[], %s::uuid[], %s::timestamptz[], %s::uuid[], %s::bigint[])
+            AS event (event_id, branch_id, customer_id, purchase_time, purchase_id, checksum)
+        WHERE log.event_id = event.event_id
+        """,
+        [
+            day,
+            [event.event_id for event in events],
+            [event.branch_id for event in events],
+            [event.customer_id for event in events],
+            [event.purchase_time for event in events],
+            [event.purchase_id for event in events],
+            [event.checksum() for event in events],
+        ],
+    )
+    return had | {event.customer_id for event in events if event.customer_id}
+
+
+async def _write_visits(connection: Connection, day: date, visits: Visits) -> set[str]:
+    """What the log has forgotten of this day; returns the customers concerned. Nothing may be forgotten meanwhile."""
+    cursor = await connection.execute("DELETE FROM forgotten_visits WHERE day = %s RETURNING customer_id::text", [day])
+    had = {customer for (customer,) in await cursor.fetchall()}
+    await connection.execute(
+        """
+        INSERT INTO forgotten_visits (day, customer_id, branch_id, purchases_count, last_purchase_at)
+        SELECT %s, * FROM unnest(%s::uuid[], %s::bigint[], %s::bigint[], %s::timestamptz[])
+        """,
+        [
+            day,
+            [customer for customer, _ in visits],
+            [branch for _, branch in visits],
+            [count for count, _ in visits.values()],
+            [last for _, last in visits.values()],
+        ],
+    )
+    return had | {customer for customer, _ in visits}

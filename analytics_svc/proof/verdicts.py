@@ -5,7 +5,6 @@ from datetime import date
 from enum import IntEnum
 from typing import NamedTuple
 
-from analytics_svc.proof.contradictions import Finding
 from analytics_svc.upstream.source import Totals
 
 
@@ -16,11 +15,15 @@ class Verdict(IntEnum):
     PENDING = 2
     DIFFERENT = 3
     FOREIGN = 4
+    UNPROVEN = 5  # the look at it failed, whatever it is
+
+
+SEVERITY = (Verdict.AGREED, Verdict.PENDING, Verdict.UNPROVEN, Verdict.FOREIGN, Verdict.DIFFERENT)
+WRONG = (Verdict.DIFFERENT, Verdict.FOREIGN)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    order = (Verdict.AGREED, Verdict.PENDING, Verdict.FOREIGN, Verdict.DIFFERENT)
-    return max(verdicts, key=order.index, default=Verdict.AGREED)
+    return max(verdicts, key=SEVERITY.index, default=Verdict.AGREED)
 
 
 class Row(NamedTuple):
@@ -32,6 +35,15 @@ class Row(NamedTuple):
     counted: Totals  # quarantined purchases included, where they are known
     verdict: Verdict
     detail: str = ""
+
+
+class Finding(NamedTuple):
+    """A row, or a sum of rows, that is wrong by what others or the recorded purchases say."""
+
+    table: str
+    key: str  # such as `day 2026-03-01, branch_id 2`
+    detail: str
+    day: date | None  # rebuilding this day repairs it; None: any day
 
 
 class Comparison(NamedTuple):
@@ -47,7 +59,8 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        return worst([*(row.verdict for row in self.rows), *(Verdict.DIFFERENT for _ in self.findings)])
+        foreign = [Verdict.FOREIGN] if self.foreign_ids else []
+        return worst([*(row.verdict for row in self.rows), *(Verdict.DIFFERENT for _ in self.findings), *foreign])
 
 
 def at_most(some: Totals, others: Totals) -> bool:

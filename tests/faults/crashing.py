@@ -56,10 +56,9 @@ STEPS: dict[str, dict[str, Step]] = {
         "after_commit": Step("analytics_svc.ingest.settling", "Settler.settle", "after"),
         "again": Step("analytics_svc.ingest.trials", "begin", "after"),
         "alone": Step("analytics_svc.ingest.settling", "Settler._settle_alone", "during"),
-        "rebuild_count": Step("analytics_svc.proof.rebuild", "_count_apart", "after"),
-        "rebuild_write": Step("analytics_svc.proof.repair", "replace_day", "before"),
-        "rebuild_written": Step("analytics_svc.proof.repair", "replace_day", "after"),
-        "audit_store": Step("analytics_svc.proof.auditor", "_store", "before"),
+        "rebuild_proof": Step("analytics_svc.proof.rebuild", "_prove", "after"),
+        "rebuild_store": Step("analytics_svc.proof.parts", "store", "before"),
+        "rebuild_stored": Step("analytics_svc.proof.parts", "store", "after"),
         "keeper_list": Step("analytics_svc.proof.keeper", "Keeper._list", "during"),
         "keeper_store": Step("analytics_svc.proof.keeper", "store", "before"),
         "keeper_stored": Step("analytics_svc.proof.keeper", "store", "after"),
@@ -69,10 +68,14 @@ STEPS: dict[str, dict[str, Step]] = {
         "in_drop": Step("purchases_svc.retention", "_drop", "during"),
         "after_drop": Step("purchases_svc.retention", "_drop", "after"),
     },
+    "audit": {
+        "audit_proof": Step("analytics_svc.proof.auditor", "Auditor._prove", "after"),
+        "audit_store": Step("analytics_svc.proof.parts", "store", "before"),
+    },
     "rebuild": {
-        "after_count": Step("analytics_svc.proof.rebuild", "_count_apart", "after"),
-        "before_write": Step("analytics_svc.proof.repair", "replace_all", "before"),
-        "after_write": Step("analytics_svc.proof.repair", "replace_all", "after"),
+        "after_proof": Step("analytics_svc.proof.rebuild", "_prove", "after"),
+        "before_store": Step("analytics_svc.proof.parts", "store", "before"),
+        "in_ranges": Step("analytics_svc.proof.rebuild", "_rebuild_range", "after"),
     },
 }
 PROCESSES = {
@@ -80,6 +83,7 @@ PROCESSES = {
     ("purchases_svc", "partitions"): "retention",
     ("relay_svc", "serve"): "relay",
     ("analytics_svc", "consume"): "consumer",
+    ("analytics_svc", "prove"): "audit",
     ("analytics_svc", "serve"): "analytics",
     ("analytics_svc", "rebuild"): "rebuild",
 }
@@ -160,6 +164,9 @@ def main() -> None:
     service = importlib.import_module(f"{package}.__main__")
     if planted := os.environ.get("PLANTED"):
         importlib.import_module(f"tests.faults.planted.{planted}").plant()
+    if (package, arguments[0]) == ("analytics_svc", "consume"):  # which starts another process of ours
+        prove: Any = importlib.import_module("analytics_svc.commands.prove")
+        prove.COMMAND = (sys.executable, "-m", __spec__.name, package, "prove")
     trigger = Trigger(os.environ.get("FAULT_FILE"), os.environ.get("FAULT"))
     for name, step in STEPS[PROCESSES[package, arguments[0]]].items():
         wrap(name, step, trigger)

@@ -24,10 +24,9 @@ RARE = {  # reached about once a second at best, or once at all: at the first ti
     "after_upload",
     "in_partition",
     "after_partition",
-    "rebuild_count",
-    "rebuild_write",
-    "rebuild_written",
-    "audit_store",
+    "rebuild_proof",
+    "rebuild_store",
+    "rebuild_stored",
 }
 SYSCALLS_MAX = 60  # one full sale makes fewer of them in any process
 READY_TIMEOUT_S = 60.0
@@ -45,6 +44,7 @@ class ProcessFaults:
             "drain.kill": self._drain,
             "stop": self._stop,
             **{f"{service}.{step}": self._at_step(service, step) for service in services for step in STEPS[service]},
+            **{f"audit.{step}": self._audit_dies(step) for step in STEPS["audit"]},
             **{f"syscall.{service}": self._at_syscall(service) for service in services},
             "rebuild.day": self._rebuild_day,
             "rebuild.everything": self._rebuild,
@@ -109,8 +109,23 @@ class ProcessFaults:
             if step.startswith("rebuild"):
                 # What died half way is done again, and must find that nothing is wrong.
                 stack.enter_context(self._repairs.day_meanwhile(instances[0], chance))
-            hit = self._disarmed(instances, any, AUDIT_TIMEOUT_S if step == "audit_store" else STEP_TIMEOUT_S)
+            hit = self._disarmed(instances, any, STEP_TIMEOUT_S)
             return all(self._back(instance) for instance in instances) and hit
+
+    def _audit_dies(self, step: str) -> Callable[[random.Random], bool]:
+        def fault(_: random.Random) -> bool:
+            """The process of the audit dies by kill -9; its consumer goes on and starts another one."""
+            instances = self._system.of("consumer")
+            with ExitStack() as stack:
+                for instance in instances:
+                    stack.enter_context(instance.lock)
+                if not self._ready(instances):
+                    return False
+                for instance in instances:
+                    self._arm(instance, f"audit.{step}:1")
+                return self._disarmed(instances, any, AUDIT_TIMEOUT_S)
+
+        return fault
 
     def _die_again(self, consumers: list[Instance], *, alone: bool) -> bool:
         """The same messages see a consumer die that counts them, another that tries them again, and one that tries one

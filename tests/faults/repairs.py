@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from zoneinfo import ZoneInfo
 
 import grpc
-import psycopg
 from google.type import date_pb2
 
 from retail.analytics.v1.audit_service_pb2 import RebuildDayRequest
@@ -69,10 +68,9 @@ class Repairs:
 
     def _try_everything(self, like: Instance, fault: str) -> int:
         """The exit code, negative for a signal."""
-        counts_before = self._counts_before()
         environ = {name: value for name, value in like.environ.items() if name != "FAULT_FILE"}
         done = subprocess.run(
-            [sys.executable, "-m", "tests.faults.crashing", "analytics_svc", "rebuild", "--days-only"],
+            [sys.executable, "-m", "tests.faults.crashing", "analytics_svc", "rebuild"],
             env=environ | ({"FAULT": fault} if fault else {}),
             cwd=ROOT,
             capture_output=True,
@@ -81,22 +79,10 @@ class Repairs:
             check=False,
         )
         wrong = re.search(r"([\d,]+) rows were wrong", done.stdout)
-        if (counts_before and wrong and wrong.group(1) != "0") or "nobody recorded" in done.stdout:
+        if (wrong and wrong.group(1) != "0") or "nobody recorded" in done.stdout:
             self._ledger.write("wrong", number=0, why=f"a rebuild of everything says: {done.stdout}")
         self._ledger.write("rebuild", code=done.returncode, said=(done.stdout + done.stderr)[-2000:])
         return done.returncode
-
-    def _counts_before(self) -> bool:
-        """Whether a rebuild counts first what is still on its way: it does once retention has dropped anything.
-
-        Else it puts the rows right for these sales, too, and calls them wrong.
-        """
-        try:
-            with self._system.database("purchases") as connection:
-                row = connection.execute("SELECT dropped_before > '2000-01-01' FROM chain_settings").fetchone()
-        except psycopg.Error:
-            return False
-        return row == (True,)
 
     def _insist(self, attempt: Callable[[], bool]) -> bool:
         """Try until it is done, or the run ends."""

@@ -12,7 +12,6 @@ from zoneinfo import ZoneInfo
 import psycopg
 import pytest
 
-from analytics_svc.ingest import event_log, tail
 from analytics_svc.ingest.apply import Applied, apply, fold
 from analytics_svc.ingest.events import decode
 from analytics_svc.ingest.quarantine import QuarantinedEvent
@@ -196,20 +195,6 @@ async def test_rivals_with_the_same_poison_do_not_deadlock(consumer_pool: postgr
     await asyncio.gather(applier(1), applier(-1))
     assert read_models(analytics_db) == expected(sales)
     assert query(analytics_db, "SELECT quarantined_count FROM freshness") == [(60,)]
-
-
-async def test_a_rebuild_is_told_what_is_counted(consumer_pool: postgres.Pool, analytics_db: str) -> None:
-    """While a rebuild holds or awaits its lock, what is counted is in its tail as well, whole; else nothing."""
-    before, during, after = (decoded(some_sales(5, seed=seed)) for seed in (21, 22, 23))
-    await apply_batch(consumer_pool, before)
-    async with await psycopg.AsyncConnection.connect(analytics_db) as rebuild:
-        await rebuild.execute("SELECT pg_advisory_lock(%s)", [event_log.REBUILD_LOCK])
-        await apply_batch(consumer_pool, during + before)
-    await apply_batch(consumer_pool, after)
-    async with consumer_pool.connection() as connection:
-        taken = [*await tail.take(connection, 3), *await tail.take(connection, 3)]
-        assert await tail.take(connection, 3) == []
-    assert sorted(taken) == sorted(during)
 
 
 REFUSED = {

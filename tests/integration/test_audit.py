@@ -1,6 +1,9 @@
 """The audit: what is right is proven, what is wrong is found, named and repaired, in every table and under load."""
 
 import asyncio
+import contextlib
+import itertools
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, timedelta
@@ -11,7 +14,10 @@ import grpc
 import psycopg
 import pytest
 
-from analytics_svc.proof import audit, auditor, rebuild
+from analytics_svc.commands import audit as audit_command
+from analytics_svc.errors import TimeZonesDiffer
+from analytics_svc.ingest.apply import fold
+from analytics_svc.proof import audit, parts, rebuild
 from analytics_svc.proof.audit_server import AuditServicer
 from analytics_svc.proof.auditor import AUDIT_LOCK, Auditor
 from analytics_svc.proof.day import prove_day
@@ -20,10 +26,10 @@ from analytics_svc.upstream.source import Source
 from chassis import grpc_server, wire
 from retail.analytics.v1 import audit_service_pb2 as pb
 from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub, add_AuditServiceServicer_to_server
-from tests.conftest import eventually
-from tests.integration.chain import DAYS, FIRST, UTC_ZONE, Chain, enough, load
+from tests.conftest import eventually, pool
+from tests.integration.chain import DAYS, FIRST, TABLES, UTC_ZONE, Chain, enough, load
 from tests.integration.conftest import free_address
-from tests.integration.purchase_events import query, sold
+from tests.integration.purchase_events import query, read_models, sold
 from tests.integration.sales import refusal
 from tests.integration.test_apply import decoded
 
@@ -34,9 +40,22 @@ async def compare(chain: Chain) -> Comparison:
     return await audit.compare(chain.pool, chain.source, FIRST, LAST, wait_s=0)
 
 
-def complete(chain: Chain, at: str = "now() + interval '1 day'") -> None:
+def complete(chain: Chain, at: str = "clock_timestamp()") -> None:
     """As the keeper does it: whatever was recorded before is counted or quarantined."""
     query(chain.url, f"UPDATE freshness SET complete_through_at = {at}")
+
+
+class Kept:
+    """A source as it is asked while the keeper keeps up."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain, self.export, self.today = chain, chain.source.export, chain.source.today
+        self.recorded_day = chain.source.recorded_day
+
+    async def control_totals(self, first: date, last: date) -> Any:
+        recorded = await self._chain.source.control_totals(first, last)
+        complete(self._chain)
+        return recorded
 
 
 async def test_what_is_counted_agrees(chain: Chain) -> None:
@@ -48,9 +67,8 @@ async def test_what_is_counted_agrees(chain: Chain) -> None:
     assert sum(row.counted.purchases for row in compared.rows) == 80
     for day in (FIRST, LAST):
         proven = await prove_day(chain.pool, chain.source, day)
-        assert proven
-        assert (proven.verdict, proven.findings) == (Verdict.AGREED, [])
-    assert await audit.find_contradictions(chain.pool, [FIRST, LAST]) == []
+        assert (proven.comparison.verdict, proven.comparison.findings) == (Verdict.AGREED, [])
+    assert (await sweep(chain)).verdict is Verdict.AGREED
 
 
 async def test_purchases_on_their_way_are_pending(chain: Chain) -> None:
@@ -60,8 +78,7 @@ async def test_purchases_on_their_way_are_pending(chain: Chain) -> None:
     await chain.apply(recorded[:-4])
     compared = await compare(chain)
     assert (compared.verdict, compared.pending) == (Verdict.PENDING, 4)
-    complete(chain)
-    compared = await compare(chain)
+    compared = await audit.compare(chain.pool, Kept(chain), FIRST, LAST, wait_s=5)  # type: ignore[arg-type]
     assert compared.verdict is Verdict.DIFFERENT
     assert all("neither counted nor quarantined" in row.detail for row in compared.rows if row.detail)
     await chain.apply(recorded)
@@ -79,8 +96,7 @@ async def test_quarantined_purchases_are_accounted_for(chain: Chain) -> None:
     for event_id, body in ((recorded[-1].event_id, "a"), (recorded[0].event_id, "b")):
         query(chain.url, insert.format(f"'{event_id}'", body))
     query(chain.url, insert.format("NULL", "c"))
-    complete(chain)
-    compared = await compare(chain)
+    compared = await audit.compare(chain.pool, Kept(chain), FIRST, LAST, wait_s=5)  # type: ignore[arg-type]
     assert compared.verdict is Verdict.AGREED
     assert sum(row.counted.purchases for row in compared.rows) == 20
 
@@ -105,7 +121,7 @@ async def test_foreign_events_are_named(chain: Chain) -> None:
     assert everything.foreign == (1, [foreign[1].event_id])
     await chain.apply(decoded(foreign))
     assert (await compare(chain)).verdict is Verdict.AGREED
-    assert await audit.find_contradictions(chain.pool, [FIRST, LAST]) == []
+    assert (await sweep(chain)).verdict is Verdict.AGREED
 
 
 # Every column of every read model, and rows that are gone or should not be there.
@@ -162,19 +178,23 @@ CORRUPTIONS = {
         "DELETE FROM {} WHERE customer_id = %(customer)s",
     ],
 }
-QUICK: dict[str, Any] = {"cpu_share": 1_000.0, "cycle_pause_s": 0, "complete_wait_s": 0}  # spares nothing
-NAMED_BY = {"customer_loyalty_chain": "customer_loyalty", "daily_sales_by_branch": "daily_sales_of_chain"}
+NAMED_BY = {"daily_sales_by_branch": "daily_sales_of_chain"}
 
 
-@pytest.fixture
-def quick(chain: Chain) -> Auditor:
-    """An auditor that need not spare anything."""
-    return Auditor(chain.pool, chain.source, **QUICK)
+def auditor(chain: Chain, source: Any = None) -> Auditor:
+    """With the production limits; the tests do not rest between its works."""
+    return Auditor(chain.pool, source or chain.source, complete_wait_s=0.1)
 
 
-async def cycle(chain: Chain, quick: Auditor) -> auditor.Report:
-    async with chain.pool.connection() as connection:
-        return await quick.run_once(connection)
+async def sweep(chain: Chain, worker: Auditor | None = None) -> parts.Status:
+    """Compare, then prove every part once at least; returns what the audit says."""
+    worker = worker or auditor(chain)
+    async with pool(chain.url, "analytics_consumer", size=1) as opened, opened.connection() as connection:
+        await worker.compare(connection)
+        began = await parts.begin(connection)
+        while query(chain.url, f"SELECT 1 FROM audit_parts WHERE tried_at IS NULL OR tried_at < '{began}'"):
+            await worker.prove(connection)
+        return await parts.read_status(connection)
 
 
 REPAIRS_MAX = 3
@@ -186,93 +206,258 @@ def change(url: str, statement: str, values: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("table", CORRUPTIONS)
-async def test_any_cell_changed_by_hand_is_found_and_repaired_under_load(
-    chain: Chain, quick: Auditor, table: str
-) -> None:
-    """In each table, while sales go on: found within one cycle, named, repaired by RebuildDay, and green again."""
+async def test_any_cell_changed_by_hand_is_found_and_repaired_under_load(chain: Chain, table: str) -> None:
+    """In each table, while sales go on: found within one sweep, named, repaired by RebuildDay, and green again."""
     await chain.sell(150, seed=6)
     await chain.apply(await chain.recorded())
-    await cycle(chain, quick)
+    await sweep(chain)
     values = {"customer": chain.customers[0], "branch": 1}
     async with load(chain, seed=2_000) as so_far:
         await eventually(lambda: enough(so_far, 10), "sales go on")
         for corruption in CORRUPTIONS[table]:
             # In a thread: it may have to wait for a row that a sale has locked, and the sales are in our loop.
             assert await asyncio.to_thread(change, chain.url, corruption.format(table), values), corruption
-            found = await cycle(chain, quick)
+            found = await sweep(chain)
             assert found.verdict is Verdict.DIFFERENT, corruption
             named = {finding.table for finding in found.findings}
-            assert NAMED_BY.get(table, table) in named or found.wrong_rows, corruption
-            # A sale in between may hide which customer's row it is; the next cycle, after that day's repair, tells.
-            for _ in range(REPAIRS_MAX):
-                for day in found.doubtful_days or {LAST}:
-                    await rebuild.rebuild_day(chain.url, chain.source, min(max(day, FIRST), LAST))
-                after = found = await cycle(chain, quick)
-                if after.verdict in (Verdict.AGREED, Verdict.PENDING):
-                    break
-            assert after.verdict in (Verdict.AGREED, Verdict.PENDING), (corruption, after)
+            assert NAMED_BY.get(table, table) in named or found.rows, corruption
+            rebuilt = await rebuild.rebuild_day(chain.url, chain.source, date(2026, 3, 2))
+            assert rebuilt.repaired[table], corruption
+            assert (await status(chain)).verdict in (Verdict.AGREED, Verdict.PENDING), corruption
     assert (await compare(chain)).verdict is Verdict.AGREED
+    assert (await sweep(chain)).verdict is Verdict.AGREED
     # Without the load, not a row differs from a rebuild of everything.
-    assert not any((await rebuild.rebuild_all(chain.url, chain.source, FIRST)).repaired.values())
+    assert not (await rebuild.rebuild_all(chain.url, chain.source, FIRST)).repaired.total()
 
 
-async def test_the_sweep_comes_round(chain: Chain, quick: Auditor) -> None:
-    """Every day is proven row by row in turn; days that nobody has touched, too."""
+async def status(chain: Chain) -> parts.Status:
+    async with chain.pool.connection() as connection:
+        return await parts.read_status(connection)
+
+
+# Four cells that make up for each other in every sum that there is.
+FOUR_CELLS = """
+    UPDATE product_sales_daily
+    SET qty_sum = qty_sum {} CASE WHEN (branch_id = 1) = (product_id = 1001) THEN 1 ELSE -1 END
+    WHERE day = '{}' AND branch_id IN (1, 2) AND product_id IN (1001, 1002)
+"""
+
+
+async def test_what_was_found_stays_found(chain: Chain) -> None:
+    """However often the audit looks elsewhere, in whatever process; until it is proven right."""
     await chain.sell(60, seed=7)
     await chain.apply(await chain.recorded())
-    await cycle(chain, quick)
-    query(chain.url, "UPDATE audit_status SET started_at = now() + interval '1 hour', sweep_day = NULL")
-    # Four cells that make up for each other in every sum that there is.
-    change = "qty_sum = qty_sum + CASE WHEN (branch_id = 1) = (product_id = 1001) THEN 1 ELSE -1 END"
-    cells = "day = '2026-03-03' AND branch_id IN (1, 2) AND product_id IN (1001, 1002)"
-    query(chain.url, f"UPDATE product_sales_daily SET {change} WHERE {cells}")
-    verdicts = []
-    for _ in range(DAYS + 1):
-        report = await cycle(chain, quick)
-        verdicts.append(report.verdict)
-        query(chain.url, "UPDATE audit_status SET started_at = now() + interval '1 hour'")
-    assert verdicts == [Verdict.AGREED, Verdict.AGREED, Verdict.DIFFERENT, Verdict.DIFFERENT]
-    assert {finding.key for finding in report.findings} >= {"day 2026-03-03, branch_id 1, product_id 1001"}
-    assert query(chain.url, "SELECT sweep_day, sweep_ended_at IS NULL FROM audit_status") == [(None, False)]
+    assert (await sweep(chain)).verdict is Verdict.AGREED
+    query(chain.url, FOUR_CELLS.format("+", FIRST))
+    found = await sweep(chain)
+    assert {finding.key for finding in found.findings} >= {f"day {FIRST}, branch_id 1, product_id 1001"}
+    worker = auditor(chain)
+    async with pool(chain.url, "analytics_consumer", size=1) as opened, opened.connection() as connection:
+        for number in range(12):
+            if number % 4 == 0:
+                worker = auditor(chain)
+                await worker.compare(connection)
+            await worker.prove(connection)
+            assert (await status(chain)).verdict is Verdict.DIFFERENT
+    query(chain.url, FOUR_CELLS.format("-", FIRST))
+    assert (await sweep(chain)).verdict is Verdict.AGREED
 
 
-async def test_the_sweep_saves_for_one_day_only(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After weeks with nothing to do, days are proven one at a time, each when there was time for it."""
-    await chain.sell(60, seed=7)
+async def test_customers_wrong_in_both_tables_alike(chain: Chain) -> None:
+    """The log knows how often a customer came, and when last: found within one sweep, by name, and repaired."""
+    await chain.sell(60, seed=8)
     await chain.apply(await chain.recorded())
-    monkeypatch.setattr(auditor, "SECONDS_PER_PURCHASE", 10.0)  # minutes for each of the days
-    rested = Auditor(chain.pool, chain.source, **(QUICK | {"cpu_share": 2.0}))
-    rested._credited_at -= timedelta(weeks=4).total_seconds()
-    for _ in range(3):
-        await cycle(chain, rested)
-        assert query(chain.url, "SELECT sweep_day FROM audit_status") == [(FIRST,)]
+    right = read_models(chain.url)
+    who = chain.customers[0]
+    for corruption in (
+        "purchases_count = purchases_count + 5",
+        "last_purchase_at = last_purchase_at - interval '9 days'",
+    ):
+        for table in ("customer_loyalty", "customer_loyalty_chain"):
+            query(chain.url, f"UPDATE {table} SET {corruption} WHERE customer_id = '{who}'")
+        found = await sweep(chain)
+        assert {f.table for f in found.findings} == {"customer_loyalty", "customer_loyalty_chain"}
+        assert all(who in finding.key for finding in found.findings)
+        await rebuild.rebuild_day(chain.url, chain.source, LAST)
+        assert (await status(chain)).verdict is Verdict.AGREED
+        assert read_models(chain.url) == right
 
 
-async def test_the_sweep_saves_for_what_a_day_has_become(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A day that had just begun when its purchases were counted has many more when there was time for those few."""
-    await chain.sell(10, seed=7, days=1)
+async def test_a_wrong_body_that_came_first(chain: Chain) -> None:
+    """An event with a sale's id and other products at the same price: the audit names it, RebuildDay puts it right."""
+    await chain.sell(20, seed=9)
+    recorded = await chain.recorded()
+    forged = recorded[0]._replace(items=[item._replace(product_id=item.product_id + 500) for item in recorded[0].items])
+    await chain.apply([forged, *recorded])
+    found = await sweep(chain)
+    assert found.verdict is Verdict.DIFFERENT
+    assert f"event_id {forged.event_id}" in {finding.key for finding in found.findings}
+    rebuilt = await rebuild.rebuild_day(chain.url, chain.source, forged.day)
+    assert (rebuilt.right, (await status(chain)).verdict) == (True, Verdict.AGREED)
+    assert read_models(chain.url) == await counted_anew(chain)
+
+
+async def test_a_purchase_counted_twice_leaves_the_customers_rows_too(chain: Chain) -> None:
+    """Under a second event id, of a customer who came again later: taking it out is a subtraction, in every table."""
+    await chain.sell(40, seed=10)
+    recorded = await chain.recorded()
+    await chain.apply(recorded)
+    right = read_models(chain.url)
+    twice = next(event for event in recorded if event.customer_id and event.day == FIRST)
+    await chain.apply([twice._replace(event_id=str(uuid.uuid4()))])
+    assert (await sweep(chain)).verdict is Verdict.FOREIGN
+    rebuilt = await rebuild.rebuild_day(chain.url, chain.source, FIRST)
+    assert (rebuilt.right, rebuilt.foreign.total) == (True, 1)
+    assert read_models(chain.url) == right
+    assert (await sweep(chain)).verdict is Verdict.AGREED
+
+
+@pytest.mark.parametrize("far", [date.min, date.max])
+async def test_a_day_at_the_end_of_the_calendar(chain: Chain, far: date) -> None:
+    """However it got there, it is foreign, named and taken out; everything else is audited, by hand, too."""
+    await chain.sell(20, seed=12)
+    recorded = await chain.recorded()
+    await chain.apply([*recorded, recorded[0]._replace(event_id=str(uuid.uuid4()), day=far)])
+    found = await sweep(chain)
+    assert found.verdict is Verdict.FOREIGN
+    assert {row.day for row in found.rows} == {far}
+    async with serving(chain, chain.source) as stub:
+        asked = []
+        real = stub.CompareControlTotals
+
+        class Counting:
+            GetAuditStatus = stub.GetAuditStatus
+
+            @staticmethod
+            def CompareControlTotals(request: Any, timeout: float) -> Any:  # noqa: N802
+                asked.append(request)
+                return asyncio.run_coroutine_threadsafe(call(request), loop).result(timeout)
+
+        async def call(request: Any) -> Any:
+            return await real(request)
+
+        loop = asyncio.get_running_loop()
+        replies = await asyncio.to_thread(audit_command._ask, Counting, None, None)
+        assert len(asked) <= 4
+        assert {row.verdict for reply in replies for row in reply.rows} == {1, 4}
+        rebuilt = await stub.RebuildDay(pb.RebuildDayRequest(sales_date=wire.date(far)))
+        assert (rebuilt.foreign_event_count, rebuilt.agreed) == (1, True)
+    assert (await sweep(chain)).verdict is Verdict.AGREED
+    assert read_models(chain.url) == await counted_anew(chain)
+
+
+async def test_a_check_that_fails_is_a_finding(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named with the reason, and everything else is proven; what was wrong stays wrong meanwhile."""
+    await chain.sell(20, seed=13)
     await chain.apply(await chain.recorded())
-    monkeypatch.setattr(auditor, "SECONDS_PER_PURCHASE", 10.0)
-    saving = Auditor(chain.pool, chain.source, **(QUICK | {"cpu_share": 2.0}))  # a second of work for each that passes
+    query(chain.url, "ALTER TABLE product_sales_monthly RENAME qty_sum TO gone")
+    found = await sweep(chain)
+    assert found.verdict is Verdict.UNPROVEN
+    assert [finding.table for finding in found.findings] == ["products"]
+    assert "qty_sum" in found.findings[0].detail
+    query(chain.url, "UPDATE sales_totals SET items_sum = items_sum + 1 WHERE branch_id = 0")
+    found = await sweep(chain)
+    assert found.verdict is Verdict.DIFFERENT
+    assert {finding.table for finding in found.findings} == {"products", "sales_totals"}
+    query(chain.url, "ALTER TABLE sales_totals RENAME items_sum TO gone")
+    assert (await sweep(chain)).verdict is Verdict.DIFFERENT
+    query(chain.url, "ALTER TABLE sales_totals RENAME gone TO items_sum")
+    query(chain.url, "ALTER TABLE product_sales_monthly RENAME gone TO qty_sum")
+    query(chain.url, "UPDATE sales_totals SET items_sum = items_sum - 1 WHERE branch_id = 0")
+    assert (await sweep(chain)).verdict is Verdict.AGREED
 
-    async def proven(after_s: float) -> bool:
-        saving._credited_at -= after_s
-        await cycle(chain, saving)
-        return query(chain.url, "SELECT sweep_day FROM audit_status") == [(FIRST,)]
 
-    assert not await proven(after_s=0)
-    await chain.sell(90, seed=8, days=1)
+async def test_days_that_the_retention_has_dropped(chain: Chain, purchases_db: str) -> None:
+    """Nobody knows what was recorded then: they are never foreign, wrong before or touched since or not."""
+    await chain.sell(60, seed=14)
     await chain.apply(await chain.recorded())
-    assert not await proven(after_s=100)
-    assert await proven(after_s=900)
+    query(chain.url, FOUR_CELLS.format("+", FIRST))
+    assert (await sweep(chain)).verdict is Verdict.DIFFERENT
+    query(purchases_db, "UPDATE chain_settings SET dropped_before = '2026-03-02'")
+    query(purchases_db, "DELETE FROM purchase_items WHERE purchase_time < '2026-03-02Z'")
+    query(purchases_db, "DELETE FROM purchases WHERE purchase_time < '2026-03-02Z'")
+    found = await sweep(chain)
+    assert (found.rows, found.foreign_ids) == ([], [])
+    assert {finding.table for finding in found.findings} == {"product_sales_totals"}  # this the tables know themselves
+    query(chain.url, FOUR_CELLS.format("-", FIRST))
+    assert (await sweep(chain)).verdict is Verdict.AGREED
+    query(chain.url, f"UPDATE daily_sales_by_branch SET items_sum = items_sum + 1 WHERE day = '{FIRST}'")
+    assert (await sweep(chain)).verdict is Verdict.DIFFERENT
+
+
+async def test_ranges_are_cut_as_they_grow(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No look at a long history takes longer than one at a short one; together the ranges have everything."""
+    monkeypatch.setattr(parts, "RANGE_KEYS", {"branches": 1, "products": 1, "customers": 3})
+    await chain.sell(60, seed=15)
+    await chain.apply(await chain.recorded())
+    for _ in range(6):
+        assert (await sweep(chain)).verdict is Verdict.AGREED
+    ranges = query(chain.url, "SELECT kind, first, last FROM audit_parts WHERE kind <> 'day'")
+    assert len([1 for kind, *_ in ranges if kind == "customers"]) >= 3
+    for kind, number in (("branches", int), ("products", int), ("customers", lambda key: uuid.UUID(key).int)):
+        ends = sorted((number(first), number(last)) for which, first, last in ranges if which == kind)
+        assert ends[0][0] == 0
+        assert all(end + 1 == start for (_, end), (start, _) in itertools.pairwise(ends))
+        assert ends[-1][1] in (2**63 - 1, 2**128 - 1)
+    for table, where in (("customer_loyalty_chain", "true"), ("product_sales_totals", "product_id = 1003")):
+        query(chain.url, f"DELETE FROM {table} WHERE {where}")
+    assert (await sweep(chain)).verdict is Verdict.DIFFERENT
+    await rebuild.rebuild_day(chain.url, chain.source, FIRST)
+    assert (await status(chain)).verdict is Verdict.AGREED
+
+
+async def test_what_is_old_says_so(chain: Chain) -> None:
+    """Nobody has looked, or not for long: that is told with whatever was found."""
+    assert (await status(chain)).stale
+    found = await sweep(chain)
+    assert not found.stale
+    assert found.oldest_at and found.compared_at
+    query(chain.url, "UPDATE audit_status SET compared_at = compared_at - interval '16 minutes'")
+    assert (await status(chain)).stale
+
+
+async def test_pending_tells_since_when(chain: Chain) -> None:
+    """What is on its way for longer and longer keeps the time at which that began."""
+    await chain.sell(10, seed=16)
+    recorded = await chain.recorded()
+    await chain.apply(recorded[:-2])
+    since = (await sweep(chain)).pending_since
+    found = await sweep(chain)
+    assert (found.verdict, found.pending, found.pending_since) == (Verdict.PENDING, 2, since)
+    await chain.apply(recorded)
+    assert (await sweep(chain)).pending_since is None
+
+
+async def test_a_recorded_day_that_was_never_counted(chain: Chain) -> None:
+    """No event tells of it: the audit looks through the recorded months, too."""
+    await chain.sell(10, seed=17, days=1)
+    found = await sweep(chain, auditor(chain, Kept(chain)))
+    for _ in range(2):
+        found = await sweep(chain, auditor(chain, Kept(chain)))
+    assert found.verdict is Verdict.DIFFERENT
+    assert all("neither counted nor quarantined" in row.detail for row in found.rows)
+
+
+async def counted_anew(chain: Chain) -> dict[str, Any]:
+    """The read models of the recorded purchases, counted into another schema."""
+    query(chain.url, "DROP SCHEMA IF EXISTS anew CASCADE")
+    query(chain.url, "CREATE SCHEMA anew")
+    with psycopg.connect(chain.url) as connection:
+        for table in TABLES.split(", "):
+            connection.execute(f"CREATE TABLE anew.{table} (LIKE public.{table} INCLUDING ALL)".encode())
+    async with await psycopg.AsyncConnection.connect(chain.url, options="-c search_path=anew") as connection_:
+        await fold(connection_, await chain.recorded())
+    return read_models(chain.url, "anew")
 
 
 async def test_today_is_the_chains(chain: Chain, purchases_channel: grpc.aio.Channel) -> None:
     """Around the world, it is two days or three at any time; the audit looks at the chain's."""
     for zone in (ZoneInfo("Etc/GMT-14"), ZoneInfo("Etc/GMT+12")):
-        abroad = Auditor(chain.pool, Source(purchases_channel, zone))
-        async with chain.pool.connection() as connection:
-            assert await abroad._touched_days(connection, None) == {datetime.now(zone).date()}
+        source = Source(purchases_channel, zone)
+        with contextlib.suppress(TimeZonesDiffer):
+            async with pool(chain.url, "analytics_consumer", size=1) as opened, opened.connection() as connection:
+                await auditor(chain, source).compare(connection)
+        assert query(chain.url, f"SELECT 1 FROM audit_parts WHERE first = '{datetime.now(zone).date()}'")
 
 
 async def test_below_the_floor_what_is_recorded_must_be_counted(chain: Chain) -> None:
@@ -282,7 +467,7 @@ async def test_below_the_floor_what_is_recorded_must_be_counted(chain: Chain) ->
     late, duplicate = [event for event in recorded if event.day == FIRST][:2]
     await chain.apply([event for event in recorded if event is not late])
     query(chain.url, "UPDATE freshness SET log_floor = '7fffffff-0000-0000-0000-000000000000'")
-    query(chain.url, "DELETE FROM analytics_event_log")
+    query(chain.url, f"SELECT forget_events('{uuid.UUID(int=0)}', 1000)")
     await chain.apply([late, duplicate])  # are not counted, and end in quarantine
     for event in (late, duplicate):
         query(
@@ -290,32 +475,32 @@ async def test_below_the_floor_what_is_recorded_must_be_counted(chain: Chain) ->
             "INSERT INTO quarantined_events (event_id, reason, detail, body, properties)"
             f" VALUES ('{event.event_id}', 'OLDER_THAN_FLOOR', '', '', '{{}}')",
         )
-    complete(chain)
-    lost = await compare(chain)
+    lost = await audit.compare(chain.pool, Kept(chain), FIRST, LAST, wait_s=5)  # type: ignore[arg-type]
     assert lost.verdict is Verdict.DIFFERENT
     assert [row.day for row in lost.rows if row.verdict is Verdict.DIFFERENT] == [FIRST]
     await rebuild.rebuild_day(chain.url, chain.source, FIRST)
-    proven = await prove_day(chain.pool, chain.source, FIRST)
-    assert proven
-    assert (proven.verdict, proven.findings) == (Verdict.AGREED, [])
-    assert (await compare(chain)).verdict is Verdict.AGREED
+    assert (await sweep(chain)).verdict is Verdict.AGREED
+    assert read_models(chain.url) == await counted_anew(chain)
     before = query(chain.url, "SELECT * FROM daily_sales_by_branch ORDER BY 1, 2")
     await chain.apply(recorded)  # comes once more
     assert query(chain.url, "SELECT * FROM daily_sales_by_branch ORDER BY 1, 2") == before
 
 
-async def test_a_log_with_gaps_is_no_error(chain: Chain, quick: Auditor) -> None:
-    """Where the log was forgotten, or is from before it had days, sums and rows are proven all the same."""
-    await chain.sell(40, seed=8)
+async def test_customers_of_whom_the_log_has_forgotten_something(chain: Chain) -> None:
+    """Their rows follow from what is kept of the forgotten, and from the log; wrong ones are found and repaired."""
+    await chain.sell(60, seed=8)
     await chain.apply(await chain.recorded())
-    complete(chain)
-    query(chain.url, "UPDATE audit_status SET log_has_days_from = '2026-03-03'")
-    query(chain.url, "UPDATE analytics_event_log SET day = NULL WHERE day < '2026-03-03'")
-    assert (await cycle(chain, quick)).verdict is Verdict.AGREED
-    query(chain.url, "UPDATE product_sales_daily SET product_id = 77 WHERE day = '2026-03-01' AND product_id = 1001")
-    proven = await prove_day(chain.pool, chain.source, FIRST)
-    assert proven
-    assert {finding.table for finding in proven.findings} == {"product_sales_daily"}
+    middle = sorted(event_id for event_id, _ in chain.ids())[30]
+    query(chain.url, f"UPDATE freshness SET log_floor = '{middle}'")
+    query(chain.url, f"SELECT forget_events('{uuid.UUID(int=0)}', 1000)")
+    assert (await sweep(chain)).verdict is Verdict.AGREED
+    right = read_models(chain.url)
+    query(chain.url, f"UPDATE customer_loyalty SET purchases_count = 77 WHERE customer_id = '{chain.customers[0]}'")
+    query(chain.url, "DELETE FROM forgotten_visits WHERE day = '2026-03-02'")
+    assert {finding.table for finding in (await sweep(chain)).findings} >= {"customer_loyalty", "forgotten_visits"}
+    await rebuild.rebuild_day(chain.url, chain.source, date(2026, 3, 2))
+    assert (await status(chain)).verdict is Verdict.AGREED
+    assert read_models(chain.url) == right
 
 
 @asynccontextmanager
@@ -335,17 +520,19 @@ async def desk(chain: Chain) -> AsyncIterator[Any]:
         yield stub
 
 
-async def test_the_service_compares_repairs_and_tells(chain: Chain, desk: Any, quick: Auditor) -> None:
-    """Over gRPC: the comparison's rows and findings, a repair and what it did, and the last cycle."""
+async def test_the_service_compares_repairs_and_tells(chain: Chain, desk: Any) -> None:
+    """Over gRPC: the comparison's rows, a repair and what it did, and what the audit knows."""
     await chain.sell(40, seed=9)
     recorded = await chain.recorded()
     await chain.apply(recorded[:-3])
     query(chain.url, "UPDATE sales_totals SET items_sum = items_sum + 1 WHERE branch_id = 0")
     request = pb.CompareControlTotalsRequest(first_date=wire.date(FIRST), last_date=wire.date(LAST))
     compared = await desk.CompareControlTotals(request, timeout=1)
-    assert compared.verdict == pb.AUDIT_VERDICT_DIFFERENT
-    assert compared.pending_count == 3
-    assert [(finding.table, finding.key) for finding in compared.findings] == [("sales_totals", "branch_id 0")]
+    assert (compared.verdict, compared.pending_count) == (pb.AUDIT_VERDICT_PENDING, 3)
+    await sweep(chain)
+    known = await desk.GetAuditStatus(pb.GetAuditStatusRequest())
+    assert known.verdict == pb.AUDIT_VERDICT_DIFFERENT
+    assert [(finding.table, finding.key) for finding in known.findings] == [("sales_totals", "branch_id 0")]
     added = 0
     for number in range(DAYS):
         day = wire.date(FIRST + timedelta(days=number))
@@ -356,11 +543,11 @@ async def test_the_service_compares_repairs_and_tells(chain: Chain, desk: Any, q
     compared = await desk.CompareControlTotals(request)
     assert (compared.verdict, compared.pending_count, list(compared.findings)) == (pb.AUDIT_VERDICT_AGREED, 0, [])
     assert sum(row.recorded.purchase_count for row in compared.rows) == 40
-    assert not (await desk.GetAuditStatus(pb.GetAuditStatusRequest())).HasField("last_cycle_time")
-    await cycle(chain, quick)
-    status = await desk.GetAuditStatus(pb.GetAuditStatusRequest())
-    assert (status.verdict, status.proven_day_count) == (pb.AUDIT_VERDICT_AGREED, DAYS)
-    assert status.last_cycle_time.seconds > 1_700_000_000
+    await sweep(chain)
+    known = await desk.GetAuditStatus(pb.GetAuditStatusRequest())
+    assert (known.verdict, known.proven_day_count, known.stale) == (pb.AUDIT_VERDICT_AGREED, DAYS + 1, False)  # today
+    assert known.last_cycle_time.seconds > 1_700_000_000
+    assert known.last_sweep_time.seconds > 1_700_000_000
 
 
 async def test_bad_requests_name_every_field(desk: Any) -> None:
@@ -392,13 +579,16 @@ async def test_another_zone_and_a_missing_service_are_refused(
     assert refusals == [zone, zone, away, away]
 
 
-async def test_one_process_audits(chain: Chain, quick: Auditor) -> None:
-    """Of two that run, one works; when it ends, the other takes over."""
+async def test_one_process_audits(chain: Chain) -> None:
+    """Of two that run, one works; when it ends, the other takes over, and knows what the first one found."""
     await chain.sell(10, seed=10)
     await chain.apply(await chain.recorded())
+    query(chain.url, "UPDATE sales_totals SET items_sum = items_sum + 1")
 
-    async def audited(since: datetime) -> bool:
-        return query(chain.url, f"SELECT ended_at > '{since.isoformat()}' FROM audit_status") == [(True,)]
+    async def looked(since: datetime) -> bool:
+        proven = f"SELECT max(tried_at) > '{since}' AND max(verdict) = 3 FROM audit_parts"
+        compared = f"SELECT compared_at > '{since}' FROM audit_status"
+        return query(chain.url, proven) == [(True,)] == query(chain.url, compared)
 
     async def holders() -> int:
         ((count,),) = query(
@@ -407,14 +597,16 @@ async def test_one_process_audits(chain: Chain, quick: Auditor) -> None:
         )
         return int(count)
 
-    first, second = (asyncio.create_task(one.run()) for one in (quick, Auditor(chain.pool, chain.source, **QUICK)))
-    try:
-        for task in (first, second):
-            since = datetime.now(UTC)
-            await eventually(lambda since=since: audited(since), "a cycle")  # type: ignore[misc]
-            assert await holders() == 1
-            task.cancel()
-            await asyncio.wait({task})
-    finally:
-        second.cancel()
-        await asyncio.wait({second})
+    async with pool(chain.url, "analytics_consumer", size=6) as opened:
+        both = [Auditor(opened, chain.source, cpu_share=1, pause_s=0.1, complete_wait_s=0) for _ in range(2)]
+        first, second = (asyncio.create_task(one.run()) for one in both)
+        try:
+            for task in (first, second):
+                since = datetime.now(UTC)
+                await eventually(lambda since=since: looked(since), "both works go on")  # type: ignore[misc]
+                assert await holders() == 1
+                task.cancel()
+                await asyncio.wait({task})
+        finally:
+            second.cancel()
+            await asyncio.wait({second})

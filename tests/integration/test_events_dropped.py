@@ -14,7 +14,7 @@ from analytics_svc.upstream.outbox import EventsDropped, Outbox
 from relay_svc import retention
 from relay_svc.settings import ServeSettings
 from tests.conftest import WAIT_S, eventually, pool, today
-from tests.integration.chain import FIRST, TABLES, Chain
+from tests.integration.chain import DAYS, FIRST, TABLES, Chain
 from tests.integration.conftest import free_address, running
 from tests.integration.outbox_events import make_days
 from tests.integration.purchase_events import query, read_models
@@ -80,7 +80,8 @@ async def test_analytics_lost_after_the_outbox_has_dropped_days(
         assert mark(chain.url) == (None, None)
 
         query(chain.url, f"TRUNCATE {TABLES}")
-        source: Any = Meanwhile(chain.source, 2, lambda: chain.sell(5, seed=32))  # when all has been exported
+        asked = 3 + 2 * DAYS  # times, until all has been exported
+        source: Any = Meanwhile(chain.source, asked + 1, lambda: chain.sell(5, seed=32))
         rebuilt = await rebuild.rebuild_all(chain.url, source, FIRST, position=outbox.position)
         assert rebuilt.purchases == 60
         _, promised = mark(chain.url)
@@ -123,5 +124,5 @@ async def test_purchases_that_were_dropped_are_not_promised(chain: Chain, purcha
     """A rebuild of what is left has not counted them, so it says nothing about them."""
     await chain.sell(20, seed=34)
     query(purchases_db, "UPDATE chain_settings SET dropped_before = '2026-03-02'")
-    await rebuild.rebuild_all(chain.url, chain.source, FIRST, days_only=True, position=outbox.position)
+    await rebuild.rebuild_all(chain.url, chain.source, FIRST, position=outbox.position)
     assert mark(chain.url) == (None, None)

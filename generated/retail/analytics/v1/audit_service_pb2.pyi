@@ -41,6 +41,8 @@ class _AuditVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditVer
     """They differ by events that were counted but never recorded: published by
     others, or lost by the purchases' database in a restore.
     """
+    AUDIT_VERDICT_UNPROVEN: _AuditVerdict.ValueType  # 5
+    """It could not be looked at; a finding says why."""
 
 class AuditVerdict(_AuditVerdict, metaclass=_AuditVerdictEnumTypeWrapper):
     """What a comparison says."""
@@ -57,6 +59,8 @@ AUDIT_VERDICT_FOREIGN: AuditVerdict.ValueType  # 4
 """They differ by events that were counted but never recorded: published by
 others, or lost by the purchases' database in a restore.
 """
+AUDIT_VERDICT_UNPROVEN: AuditVerdict.ValueType  # 5
+"""It could not be looked at; a finding says why."""
 Global___AuditVerdict: _TypeAlias = AuditVerdict  # noqa: Y015
 
 @_typing.final
@@ -224,6 +228,7 @@ class CompareControlTotalsResponse(_message.Message):
     FINDINGS_FIELD_NUMBER: _builtins.int
     EARLIEST_SALES_DATE_FIELD_NUMBER: _builtins.int
     LATEST_SALES_DATE_FIELD_NUMBER: _builtins.int
+    NEXT_SALES_DATE_FIELD_NUMBER: _builtins.int
     verdict: Global___AuditVerdict.ValueType
     """The worst of the rows' verdicts; DIFFERENT when there are findings."""
     pending_count: _builtins.int
@@ -242,8 +247,8 @@ class CompareControlTotalsResponse(_message.Message):
 
     @_builtins.property
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditFinding]:
-        """What is wrong with the read models of these days and of all time, beyond
-        the sums.
+        """What is wrong with days whose sums differ, row by row. GetAuditStatus tells
+        what is wrong beyond the sums.
         """
 
     @_builtins.property
@@ -256,6 +261,12 @@ class CompareControlTotalsResponse(_message.Message):
     def latest_sales_date(self) -> _date_pb2.Date:
         """Business day of the latest sale that either side knows."""
 
+    @_builtins.property
+    def next_sales_date(self) -> _date_pb2.Date:
+        """The first business day after last_date on which there may be a sale that
+        either side knows; absent when there is none.
+        """
+
     def __init__(
         self,
         *,
@@ -266,10 +277,11 @@ class CompareControlTotalsResponse(_message.Message):
         findings: _abc.Iterable[Global___AuditFinding] | None = ...,
         earliest_sales_date: _date_pb2.Date | None = ...,
         latest_sales_date: _date_pb2.Date | None = ...,
+        next_sales_date: _date_pb2.Date | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["earliest_sales_date", b"earliest_sales_date", "latest_sales_date", b"latest_sales_date"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["earliest_sales_date", b"earliest_sales_date", "latest_sales_date", b"latest_sales_date", "next_sales_date", b"next_sales_date"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["earliest_sales_date", b"earliest_sales_date", "findings", b"findings", "foreign_event_ids", b"foreign_event_ids", "latest_sales_date", b"latest_sales_date", "pending_count", b"pending_count", "rows", b"rows", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["earliest_sales_date", b"earliest_sales_date", "findings", b"findings", "foreign_event_ids", b"foreign_event_ids", "latest_sales_date", b"latest_sales_date", "next_sales_date", b"next_sales_date", "pending_count", b"pending_count", "rows", b"rows", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,7 +322,7 @@ class RebuildDayResponse(_message.Message):
     ADDED_PURCHASE_COUNT_FIELD_NUMBER: _builtins.int
     FOREIGN_EVENT_IDS_FIELD_NUMBER: _builtins.int
     FOREIGN_EVENT_COUNT_FIELD_NUMBER: _builtins.int
-    UNREPAIRED_CUSTOMER_COUNT_FIELD_NUMBER: _builtins.int
+    AGREED_FIELD_NUMBER: _builtins.int
     purchase_count: _builtins.int
     """Purchases of that day."""
     repaired_row_count: _builtins.int
@@ -319,8 +331,8 @@ class RebuildDayResponse(_message.Message):
     """Purchases that had not been counted yet."""
     foreign_event_count: _builtins.int
     """Number of these events."""
-    unrepaired_customer_count: _builtins.int
-    """Customers whose rows are wrong, but that only a full rebuild can repair."""
+    agreed: _builtins.bool
+    """The day is right now, by the audit's own proof."""
     @_builtins.property
     def foreign_event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Counted events without a recorded purchase. They count no more, not even
@@ -335,11 +347,11 @@ class RebuildDayResponse(_message.Message):
         added_purchase_count: _builtins.int = ...,
         foreign_event_ids: _abc.Iterable[_builtins.str] | None = ...,
         foreign_event_count: _builtins.int = ...,
-        unrepaired_customer_count: _builtins.int = ...,
+        agreed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_purchase_count", b"added_purchase_count", "foreign_event_count", b"foreign_event_count", "foreign_event_ids", b"foreign_event_ids", "purchase_count", b"purchase_count", "repaired_row_count", b"repaired_row_count", "unrepaired_customer_count", b"unrepaired_customer_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_purchase_count", b"added_purchase_count", "agreed", b"agreed", "foreign_event_count", b"foreign_event_count", "foreign_event_ids", b"foreign_event_ids", "purchase_count", b"purchase_count", "repaired_row_count", b"repaired_row_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -378,19 +390,30 @@ class GetAuditStatusResponse(_message.Message):
     CYCLE_DURATION_FIELD_NUMBER: _builtins.int
     SWEEP_DATE_FIELD_NUMBER: _builtins.int
     LAST_SWEEP_TIME_FIELD_NUMBER: _builtins.int
+    PENDING_SINCE_TIME_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    UNPROVEN_DAY_COUNT_FIELD_NUMBER: _builtins.int
     verdict: Global___AuditVerdict.ValueType
-    """The verdict of the last complete cycle."""
+    """The worst verdict of all that was looked at. What is wrong stays wrong until
+    it is proven right.
+    """
     proven_day_count: _builtins.int
-    """Business days proven in the last cycle."""
+    """Business days whose last proof, row by row, found nothing wrong."""
     pending_count: _builtins.int
     """Purchases that were on their way."""
+    stale: _builtins.bool
+    """Nobody audits: the verdict is older than it should be."""
+    unproven_day_count: _builtins.int
+    """Business days that were never proven row by row; their sums were compared."""
     @_builtins.property
     def last_cycle_time(self) -> _timestamp_pb2.Timestamp:
-        """When that cycle ended; absent before the first."""
+        """When the sums of all days that change were compared last; absent before the
+        first time.
+        """
 
     @_builtins.property
     def different_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditRow]:
-        """Rows that differ."""
+        """Rows that differ or wait."""
 
     @_builtins.property
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditFinding]:
@@ -402,19 +425,23 @@ class GetAuditStatusResponse(_message.Message):
 
     @_builtins.property
     def cycle_duration(self) -> _duration_pb2.Duration:
-        """How long the cycle took, pauses included: the time within which a change of
-        what it looks at is found.
+        """How long one look at all days that change takes, pauses included: the time
+        within which a lost purchase is found.
         """
 
     @_builtins.property
     def sweep_date(self) -> _date_pb2.Date:
-        """The last business day that the sweep through all days has compared row by
-        row; absent before the first and after the last.
-        """
+        """The business day whose proof, row by row, is the oldest."""
 
     @_builtins.property
     def last_sweep_time(self) -> _timestamp_pb2.Timestamp:
-        """When the last complete sweep ended; absent before the first."""
+        """Everything was proven since then, every day and every range of branches,
+        products and customers; absent while something never was.
+        """
+
+    @_builtins.property
+    def pending_since_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when purchases are on their way; absent when none is."""
 
     def __init__(
         self,
@@ -429,10 +456,13 @@ class GetAuditStatusResponse(_message.Message):
         cycle_duration: _duration_pb2.Duration | None = ...,
         sweep_date: _date_pb2.Date | None = ...,
         last_sweep_time: _timestamp_pb2.Timestamp | None = ...,
+        pending_since_time: _timestamp_pb2.Timestamp | None = ...,
+        stale: _builtins.bool = ...,
+        unproven_day_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cycle_duration", b"cycle_duration", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "sweep_date", b"sweep_date"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cycle_duration", b"cycle_duration", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_since_time", b"pending_since_time", "sweep_date", b"sweep_date"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle_duration", b"cycle_duration", "different_rows", b"different_rows", "findings", b"findings", "foreign_event_ids", b"foreign_event_ids", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_count", b"pending_count", "proven_day_count", b"proven_day_count", "sweep_date", b"sweep_date", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle_duration", b"cycle_duration", "different_rows", b"different_rows", "findings", b"findings", "foreign_event_ids", b"foreign_event_ids", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_count", b"pending_count", "pending_since_time", b"pending_since_time", "proven_day_count", b"proven_day_count", "stale", b"stale", "sweep_date", b"sweep_date", "unproven_day_count", b"unproven_day_count", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,17 +76,17 @@ class AuditServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RebuildDay(self, request, context):
-        """Rebuilds the read models of one business day from the recorded purchases
-        while live events go on, with everything that sums up that day, and the
-        rows of customers that are wrong. Purchases that were never counted are
-        counted. Safe to repeat.
+        """Repairs the read models of one business day from the recorded purchases
+        while live events go on, with everything that sums up that day, and
+        whatever else the audit knows to be wrong with products, customers and
+        branches. Purchases that were never counted are counted. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAuditStatus(self, request, context):
-        """Tells what the continuous audit found last.
+        """Tells what the continuous audit knows, and how old that is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,13 +43,13 @@ class AuditServiceStub:
     CompareControlTotals: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.CompareControlTotalsRequest, _audit_service_pb2.CompareControlTotalsResponse]
     """Compares recorded purchases and read models, per business day and branch."""
     RebuildDay: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.RebuildDayRequest, _audit_service_pb2.RebuildDayResponse]
-    """Rebuilds the read models of one business day from the recorded purchases
-    while live events go on, with everything that sums up that day, and the
-    rows of customers that are wrong. Purchases that were never counted are
-    counted. Safe to repeat.
+    """Repairs the read models of one business day from the recorded purchases
+    while live events go on, with everything that sums up that day, and
+    whatever else the audit knows to be wrong with products, customers and
+    branches. Purchases that were never counted are counted. Safe to repeat.
     """
     GetAuditStatus: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.GetAuditStatusRequest, _audit_service_pb2.GetAuditStatusResponse]
-    """Tells what the continuous audit found last."""
+    """Tells what the continuous audit knows, and how old that is."""
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
@@ -66,13 +66,13 @@ class AuditServiceAsyncStub(AuditServiceStub):
     CompareControlTotals: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.CompareControlTotalsRequest, _audit_service_pb2.CompareControlTotalsResponse]  # type: ignore[assignment]
     """Compares recorded purchases and read models, per business day and branch."""
     RebuildDay: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.RebuildDayRequest, _audit_service_pb2.RebuildDayResponse]  # type: ignore[assignment]
-    """Rebuilds the read models of one business day from the recorded purchases
-    while live events go on, with everything that sums up that day, and the
-    rows of customers that are wrong. Purchases that were never counted are
-    counted. Safe to repeat.
+    """Repairs the read models of one business day from the recorded purchases
+    while live events go on, with everything that sums up that day, and
+    whatever else the audit knows to be wrong with products, customers and
+    branches. Purchases that were never counted are counted. Safe to repeat.
     """
     GetAuditStatus: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.GetAuditStatusRequest, _audit_service_pb2.GetAuditStatusResponse]  # type: ignore[assignment]
-    """Tells what the continuous audit found last."""
+    """Tells what the continuous audit knows, and how old that is."""
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     """Proves that the read models equal the recorded purchases, and repairs them.
@@ -98,10 +98,10 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_service_pb2.RebuildDayRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_service_pb2.RebuildDayResponse, _abc.Awaitable[_audit_service_pb2.RebuildDayResponse]]:
-        """Rebuilds the read models of one business day from the recorded purchases
-        while live events go on, with everything that sums up that day, and the
-        rows of customers that are wrong. Purchases that were never counted are
-        counted. Safe to repeat.
+        """Repairs the read models of one business day from the recorded purchases
+        while live events go on, with everything that sums up that day, and
+        whatever else the audit knows to be wrong with products, customers and
+        branches. Purchases that were never counted are counted. Safe to repeat.
         """
 
     @_abc_1.abstractmethod
@@ -110,6 +110,6 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_service_pb2.GetAuditStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_service_pb2.GetAuditStatusResponse, _abc.Awaitable[_audit_service_pb2.GetAuditStatusResponse]]:
-        """Tells what the continuous audit found last."""
+        """Tells what the continuous audit knows, and how old that is."""
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,343 @@
+"""What has been proven, when, and what was found: a row for each business day, and for each range of branches, products
+and customers. What is wrong stays wrong until it is proven right, whoever looks; what the audit says is what is here.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import date, datetime, timedelta
+from enum import Enum
+from typing import Any, LiteralString, NamedTuple
+from uuid import UUID
+
+import structlog
+
+from analytics_svc.proof.read_models import BRANCHES, CUSTOMERS, DAY, PRODUCTS
+from analytics_svc.proof.verdicts import WRONG, Comparison, Finding, Row, Verdict, worst
+from analytics_svc.upstream.source import Totals
+from chassis.postgres import Connection
+
+# Keys of one range: some seconds' work in a big chain. A range that has twice as many is cut.
+RANGE_KEYS = {BRANCHES: 50, PRODUCTS: 200, CUSTOMERS: 5_000}
+_KEYS_OF: dict[str, LiteralString] = {
+    BRANCHES: "SELECT branch_id FROM sales_totals WHERE branch_id BETWEEN %(first)s::bigint AND %(last)s::bigint",
+    PRODUCTS: "SELECT product_id FROM product_sales_totals"
+    " WHERE branch_id = 0 AND product_id BETWEEN %(first)s::bigint AND %(last)s::bigint",
+    CUSTOMERS: "SELECT customer_id FROM customer_loyalty_chain"
+    " WHERE customer_id BETWEEN %(first)s::uuid AND %(last)s::uuid",
+}
+# What was counted just before a look may have become visible only after it: a transaction's time is its start.
+LATE_COMMIT = timedelta(seconds=60)
+NAMED_MAX = 50  # parts that are wrong and told of, the longest wrong first
+STALE_AFTER = timedelta(minutes=15)  # at least; three times what a look at everything that changes took
+
+
+LOGGED_MAX = 10  # rows and ids of a part that turns out wrong
+
+log = structlog.get_logger()
+
+
+class Turn(Enum):
+    """Whose turn it is to be proven. Each comes in turn, so that none waits for another to be settled."""
+
+    WRONG = "verdict <> 1"
+    TOUCHED = "touched_at + interval '60 seconds' > coalesce(proven_at, '-infinity')"
+    OLDEST = "true"
+
+
+class Part(NamedTuple):
+    kind: str
+    first: str  # keys as text, both included; of a day both are the day
+    last: str
+
+    @property
+    def day(self) -> date:
+        return date.fromisoformat(self.first)
+
+
+class Status(NamedTuple):
+    """What the audit says."""
+
+    verdict: Verdict | None  # None: nothing was looked at so far
+    compared_at: datetime | None  # when the sums of all days that change were compared last
+    compare_duration: timedelta
+    stale: bool  # that is too long ago: nobody audits
+    rows: list[Row]
+    findings: list[Finding]
+    foreign_ids: list[str]
+    pending: int
+    pending_since: datetime | None
+    proven_days: int
+    unproven_days: int  # that were never proven row by row
+    oldest_day: date | None  # the one whose proof is the oldest
+    oldest_at: datetime | None  # everything was proven since; None while something never was
+
+
+def of_day(day: date) -> Part:
+    return Part(DAY, str(day), str(day))
+
+
+async def note_days(connection: Connection, days: Iterable[date]) -> None:
+    """Let these days be known."""
+    await connection.execute(
+        "INSERT INTO audit_parts (kind, first, last) SELECT 'day', day, day FROM unnest(%s::text[]) AS day ORDER BY day"
+        " ON CONFLICT DO NOTHING",
+        [sorted({str(day) for day in days})],
+    )
+
+
+async def note_counted(connection: Connection) -> set[date]:
+    """Let the days be known on which anything counts, and since when; returns those touched since the last look."""
+    await connection.execute(
+        "INSERT INTO audit_parts (kind, first, last) SELECT 'day', day, day FROM daily_sales_of_chain ORDER BY day"
+        " ON CONFLICT DO NOTHING"
+    )
+    cursor = await connection.execute(
+        """
+        INSERT INTO audit_parts AS part (kind, first, last, touched_at)
+        SELECT 'day', day, day, max(processed_at) FROM analytics_event_log
+        WHERE processed_at >= coalesce((SELECT looked_from FROM audit_status), '-infinity') - %s AND day IS NOT NULL
+        GROUP BY day ORDER BY day
+        ON CONFLICT (kind, first) DO UPDATE SET touched_at = greatest(part.touched_at, excluded.touched_at)
+        RETURNING first
+        """,
+        [LATE_COMMIT],
+    )
+    return {date.fromisoformat(first) for (first,) in await cursor.fetchall()}
+
+
+async def store_compared(connection: Connection, at: datetime, duration: timedelta) -> None:
+    """The sums of all days that change were compared: with what was counted until then. They are again after that."""
+    await connection.execute(
+        "UPDATE audit_status SET looked_from = %s, compared_at = clock_timestamp(), compare_duration = %s",
+        [at, duration],
+    )
+
+
+async def next_window(connection: Connection) -> date | None:
+    """From where on recorded days are to be looked through."""
+    ((day,),) = await (await connection.execute("SELECT next_window FROM audit_status")).fetchall()
+    return day  # type: ignore[no-any-return]
+
+
+async def set_next_window(connection: Connection, day: date) -> None:
+    await connection.execute("UPDATE audit_status SET next_window = %s", [day])
+
+
+async def days_not_agreed(connection: Connection) -> set[date]:
+    cursor = await connection.execute("SELECT first FROM audit_parts WHERE kind = 'day' AND verdict <> 1")
+    return {date.fromisoformat(first) for (first,) in await cursor.fetchall()}
+
+
+async def pick(connection: Connection, turn: Turn) -> Part | None:
+    """Of those whose turn it is, the one that was tried longest ago."""
+    cursor = await connection.execute(
+        f"SELECT kind, first, last FROM audit_parts WHERE {turn.value}"
+        " ORDER BY tried_at NULLS FIRST, kind, first LIMIT 1"
+    )
+    row = await cursor.fetchone()
+    return Part(*row) if row else None
+
+
+async def known_wrong(connection: Connection, kind: str) -> list[Part]:
+    cursor = await connection.execute(
+        "SELECT kind, first, last FROM audit_parts WHERE kind = %s AND verdict <> 1 ORDER BY first", [kind]
+    )
+    return [Part(*row) for row in await cursor.fetchall()]
+
+
+async def ranges(connection: Connection, kind: str) -> list[Part]:
+    """All parts of a kind that has ranges, none of them too large."""
+    parts = []
+    cursor = await connection.execute(
+        "SELECT kind, first, last FROM audit_parts WHERE kind = %s ORDER BY first", [kind]
+    )
+    for row in await cursor.fetchall():
+        part, rest = Part(*row), True
+        while rest:
+            cut_part = await cut(connection, part)
+            parts.append(cut_part)
+            rest = cut_part.last != part.last
+            if rest:
+                part = Part(kind, _text(kind, _number(kind, cut_part.last) + 1), part.last)
+    return parts
+
+
+async def cut(connection: Connection, part: Part) -> Part:
+    """Cut a part that has grown too large; returns its beginning, the rest comes first among those never proven."""
+    if part.kind == DAY:
+        return part
+    keys = RANGE_KEYS[part.kind]
+    column = {BRANCHES: "branch_id", PRODUCTS: "product_id", CUSTOMERS: "customer_id"}[part.kind]
+    cursor = await connection.execute(
+        f"""
+        SELECT key FROM (
+            SELECT {column}::text AS key, row_number() OVER (ORDER BY {column}) AS number
+            FROM ({_KEYS_OF[part.kind]} ORDER BY {column} LIMIT %(keys)s * 2 + 1) AS keys
+        ) AS numbered WHERE number = %(keys)s + 1 AND EXISTS (
+            {_KEYS_OF[part.kind]} ORDER BY {column} OFFSET %(keys)s * 2 LIMIT 1
+        )
+        """,
+        {"first": part.first, "last": part.last, "keys": keys},
+    )
+    row = await cursor.fetchone()
+    if row is None:
+        return part
+    last = _text(part.kind, _number(part.kind, row[0]) - 1)
+    async with connection.transaction():
+        await connection.execute(
+            "UPDATE audit_parts SET last = %s WHERE kind = %s AND first = %s", [last, part.kind, part.first]
+        )
+        await connection.execute(
+            "INSERT INTO audit_parts (kind, first, last, verdict, since, found, tried_at)"
+            " SELECT kind, %s, %s, verdict, since, found, tried_at FROM audit_parts WHERE kind = %s AND first = %s",
+            [row[0], part.last, part.kind, part.first],
+        )
+    return Part(part.kind, part.first, last)
+
+
+def _number(kind: str, key: str) -> int:
+    return UUID(key).int if kind == CUSTOMERS else int(key)
+
+
+def _text(kind: str, number: int) -> str:
+    return str(UUID(int=number)) if kind == CUSTOMERS else str(number)
+
+
+async def begin(connection: Connection) -> datetime:
+    """The time from which a proof that begins now is good."""
+    ((now,),) = await (await connection.execute("SELECT clock_timestamp()")).fetchall()
+    return now  # type: ignore[no-any-return]
+
+
+async def store(connection: Connection, part: Part, began_at: datetime, found: Comparison) -> None:
+    """What a proof has found; from now on that is what is known of this part."""
+    named = Comparison([row for row in found.rows if row.verdict is not Verdict.AGREED], *found[1:])
+    before = await _verdict(connection, part)
+    await _store(connection, part, found.verdict, named, began_at)
+    if found.verdict in WRONG and before not in WRONG:
+        _tell(part, named)
+
+
+async def _verdict(connection: Connection, part: Part) -> int | None:
+    cursor = await connection.execute(
+        "SELECT verdict FROM audit_parts WHERE (kind, first) = (%s, %s)", [part.kind, part.first]
+    )
+    row = await cursor.fetchone()
+    return row[0] if row else None
+
+
+def _tell(part: Part, found: Comparison) -> None:
+    """Once, when it is found: it stays to be seen in GetAuditStatus and the metrics until it is right."""
+    for row in found.rows[:LOGGED_MAX]:
+        log.error("sums are wrong", day=part.first, branch_id=row.branch_id, verdict=row.verdict.name, why=row.detail)
+    for finding in found.findings[:LOGGED_MAX]:
+        log.error("read model is wrong", table=finding.table, key=finding.key, detail=finding.detail)
+    if found.foreign_ids:
+        some = found.foreign_ids[:LOGGED_MAX]
+        log.error("events that nobody recorded are counted", day=part.first, some=some, count=len(found.foreign_ids))
+
+
+async def store_failure(connection: Connection, part: Part, why: str) -> None:
+    """It could not be looked at: that is a finding, too; what was found wrong stays so."""
+    finding = Finding(part.kind, f"{part.first} to {part.last}", f"not proven: {why}", None)
+    await _store(connection, part, Verdict.UNPROVEN, Comparison([], [finding], []), None, "1, 2, 5")
+
+
+async def store_sums(connection: Connection, day: date, rows: Sequence[Row]) -> None:
+    """What a comparison of sums says of a day, which is no proof: at best, that purchases are on their way.
+
+    Where sums differ that no proof has explained, one is due.
+    """
+    differing = [row for row in rows if row.verdict in WRONG]
+    found = Comparison(differing or [row for row in rows if row.verdict is Verdict.PENDING], [], [])
+    await _store(connection, of_day(day), Verdict.UNPROVEN if differing else found.verdict, found, None, "1, 2")
+
+
+async def _store(
+    connection: Connection,
+    part: Part,
+    verdict: Verdict,
+    found: Comparison,
+    proven_at: datetime | None,
+    over: LiteralString = "1, 2, 3, 4, 5",
+) -> None:
+    """`over`: the verdicts that this one may take the place of."""
+    tried = "part.tried_at" if over == "1, 2" else "statement_timestamp()"
+    await connection.execute(
+        """
+        INSERT INTO audit_parts (kind, first, last) VALUES (%(kind)s, %(first)s, %(last)s) ON CONFLICT DO NOTHING
+        """,
+        part._asdict(),
+    )
+    await connection.execute(
+        f"""
+        UPDATE audit_parts AS part SET
+            tried_at = {tried},
+            proven_at = coalesce(%(proven_at)s, part.proven_at),
+            verdict = CASE WHEN free THEN %(verdict)s ELSE verdict END,
+            since = CASE WHEN free AND verdict IS DISTINCT FROM %(verdict)s THEN statement_timestamp() ELSE since END,
+            found = CASE WHEN free THEN %(found)s ELSE found END
+        FROM (SELECT kind, first, coalesce(verdict, 1) IN ({over}) AS free FROM audit_parts) AS known
+        WHERE (part.kind, part.first) = (%(kind)s, %(first)s) AND (known.kind, known.first) = (part.kind, part.first)
+        """,
+        part._asdict()
+        | {
+            "verdict": int(verdict),
+            "found": None if verdict is Verdict.AGREED else json.dumps(found, default=str),
+            "proven_at": proven_at,
+        },
+    )
+
+
+async def read_status(connection: Connection) -> Status:
+    async with connection.transaction():
+        cursor = await connection.execute(
+            """
+            SELECT compared_at, compare_duration,
+                compared_at IS NULL OR now() > compared_at + greatest(%s, 3 * compare_duration) AS stale,
+                (SELECT array_agg(DISTINCT verdict) FROM audit_parts WHERE verdict IS NOT NULL),
+                (SELECT min(since) FROM audit_parts WHERE verdict = 2),
+                (SELECT count(*) FROM audit_parts WHERE kind = 'day' AND verdict = 1 AND proven_at IS NOT NULL),
+                (SELECT count(*) FROM audit_parts WHERE kind = 'day' AND proven_at IS NULL),
+                (SELECT first FROM audit_parts WHERE kind = 'day' AND proven_at IS NOT NULL ORDER BY proven_at LIMIT 1),
+                (SELECT CASE WHEN count(*) = count(proven_at) THEN min(proven_at) END FROM audit_parts)
+            FROM audit_status
+            """,
+            [STALE_AFTER],
+        )
+        (
+            (at, duration, stale, verdicts, pending_since, proven, unproven, oldest_day, oldest_at),
+        ) = await cursor.fetchall()
+        cursor = await connection.execute(
+            "SELECT found FROM audit_parts WHERE verdict <> 1 AND found IS NOT NULL"
+            " ORDER BY since, kind, first LIMIT %s",
+            [NAMED_MAX],
+        )
+        found = [_parse(found) for (found,) in await cursor.fetchall()]
+    return Status(
+        verdict=worst(map(Verdict, verdicts)) if verdicts else None,
+        compared_at=at,
+        compare_duration=duration,
+        stale=stale,
+        rows=[row for part in found for row in part.rows],
+        findings=list(dict.fromkeys(finding for part in found for finding in part.findings)),
+        foreign_ids=sorted({event_id for part in found for event_id in part.foreign_ids}),
+        pending=sum(part.pending for part in found),
+        pending_since=pending_since,
+        proven_days=proven,
+        unproven_days=unproven,
+        oldest_day=date.fromisoformat(oldest_day) if oldest_day else None,
+        oldest_at=oldest_at,
+    )
+
+
+def _parse(found: list[Any]) -> Comparison:
+    rows, findings, foreign_ids = found
+    return Comparison(
+        [
+            Row(date.fromisoformat(day), branch, Totals(*recorded), Totals(*counted), Verdict(said), detail)
+            for day, branch, recorded, counted, said, detail in rows
+        ],
+        [Finding(table, key, detail, date.fromisoformat(day) if day else None) for table, key, detail, day in findings],
+        foreign_ids,
+    )
