@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -22,6 +22,7 @@ from analytics_svc.proof.audit_server import AuditServicer
 from analytics_svc.proof.auditor import AUDIT_LOCK, Auditor
 from analytics_svc.proof.day import prove_day
 from analytics_svc.proof.verdicts import Comparison, Verdict
+from analytics_svc.purchase import PurchaseCreated
 from analytics_svc.upstream.source import Source
 from chassis import grpc_server, wire
 from retail.analytics.v1 import audit_service_pb2 as pb
@@ -440,13 +441,17 @@ async def test_a_recorded_day_that_was_never_counted(chain: Chain) -> None:
 
 async def counted_anew(chain: Chain) -> dict[str, Any]:
     """The read models of the recorded purchases, counted into another schema."""
+    return await anew(chain, await chain.recorded())
+
+
+async def anew(chain: Chain, events: Sequence[PurchaseCreated]) -> dict[str, Any]:
     query(chain.url, "DROP SCHEMA IF EXISTS anew CASCADE")
     query(chain.url, "CREATE SCHEMA anew")
-    with psycopg.connect(chain.url) as connection:
-        for table in TABLES.split(", "):
-            connection.execute(f"CREATE TABLE anew.{table} (LIKE public.{table} INCLUDING ALL)".encode())
-    async with await psycopg.AsyncConnection.connect(chain.url, options="-c search_path=anew") as connection_:
-        await fold(connection_, await chain.recorded())
+    for table in TABLES.split(", "):
+        query(chain.url, f"CREATE TABLE anew.{table} (LIKE public.{table} INCLUDING ALL)")
+    if events:
+        async with await psycopg.AsyncConnection.connect(chain.url, options="-c search_path=anew") as connection:
+            await fold(connection, events)
     return read_models(chain.url, "anew")
 
 
