@@ -15,6 +15,7 @@ from chassis.wire import PageTokens
 from purchases_svc import record, retention, server, stored, workers
 from purchases_svc.backlog import Backlog
 from purchases_svc.commands import partitions as partitions_command
+from purchases_svc.commands import retention as retention_command
 from purchases_svc.partitions import Partitions
 from purchases_svc.primary import Primary
 from purchases_svc.settings import MigrateSettings, ServeSettings
@@ -76,12 +77,14 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         async with write_pool.connection() as connection:
             await migrate.require_current(connection, MIGRATIONS)
             time_zone, page_token_key = await stored.settings(connection)
+            kept_months = await retention.kept_months(connection)
         require_time_zone(config.business_time_zone, time_zone)
         zone = zones.load(time_zone)
 
         partitions = Partitions(write_pool)
         await partitions.look_ahead()  # before the first sale has to wait for it
         backlog = Backlog(read_pool, config.outbox_max)
+        retaining = retention.Retention(retention_pool, kept_months)
         primary = Primary(read_pool, host.set_serving, standby_required=config.require_sync_standby)
         recorder = record.Recorder(
             write_pool,
@@ -92,7 +95,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             waiting_max=config.waiting_max,
             waiting_items_max=config.waiting_items_max,
             flush_timeout_s=config.flush_timeout_s,
-            retention_months=config.retention_months,
+            retention_months=lambda: retaining.months,
             standby_required=config.require_sync_standby,
         )
         tokens = PageTokens(page_token_key)
@@ -113,7 +116,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             host.listening(config.listen, services, share_port=worker is not None),
             lifecycle.beside(
                 partitions.keep(),
-                retention.keep(retention_pool, config.retention_months),
+                retaining.keep(),
                 backlog.watch(),
                 primary.watch(),
             ),
@@ -182,11 +185,26 @@ def _migrate() -> None:
 def _partitions(drop: bool) -> None:
     """Show the months, or let old ones go.
 
-    For each its size, and what PURCHASES_RETENTION_MONTHS does with it.
+    For each its size, and what retention does with it; see `retention`.
     """
     config = cli.of_environment_or_local_stack(ServeSettings, "purchases")
     logs.configure("purchases-partitions", config.log_level)
     asyncio.run(partitions_command.run(config, drop=drop))
+
+
+@commands.command("retention")
+@click.option("--keep-months", type=click.IntRange(0, 1_200), help="Full months of purchases, besides the current one.")
+@click.option("--keep-outbox-days", type=click.IntRange(0, 3_650), help="Full days of the outbox, besides today.")
+def _retention(keep_months: int | None, keep_outbox_days: int | None) -> None:
+    """Show how long is kept, or decide it; 0 keeps everything.
+
+    The database's owner decides: PURCHASES_DATABASE_URL is the one that `migrate` has. Services carry it out within the
+    hour, and `retail-purchases partitions --drop` and `retail-relay partitions --drop` at once. A month of purchases or
+    a day of the outbox goes only when all its events are sent, a day only when they are known to be counted, too.
+    """
+    config = cli.of_environment_or_local_stack(MigrateSettings, "purchases")
+    logs.configure("purchases-retention", config.log_level)
+    retention_command.run(config.database_url, keep_months, keep_outbox_days)
 
 
 main = commands.run

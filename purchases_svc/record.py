@@ -10,7 +10,7 @@ partition yet waits for it apart, and so does one that needs a row which somebod
 
 import asyncio
 import datetime
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
 from typing import Any
@@ -69,7 +69,7 @@ class Recorder:
         waiting_max: int,
         waiting_items_max: int,
         flush_timeout_s: float,
-        retention_months: int = 0,
+        retention_months: Callable[[], int] = lambda: 0,
         standby_required: bool = False,
     ) -> None:
         """`pool` has CONNECTIONS connections; `zone` cuts business days. `batch_max` sales go in one flush, which has
@@ -179,7 +179,7 @@ class Recorder:
 
     def _earliest(self, now: datetime.datetime) -> datetime.datetime:
         """Months that retention may drop, and their keys with them, take in no sales: one could come in twice."""
-        kept = horizon(self._retention_months, now.date())
+        kept = horizon(self._retention_months(), now.date())
         return max(EARLIEST, datetime.datetime.combine(kept, datetime.time(), datetime.UTC)) if kept else EARLIEST
 
     async def _look_up(self, entries: Sequence[Entry]) -> None:

@@ -1,4 +1,8 @@
-"""Dropping months that are older than the retention, and telling the operator what there is."""
+"""Dropping months that are older than the retention, and telling the operator what there is.
+
+How long purchases are kept is stored in the database. Only its owner writes it (`retail-purchases retention`), so that
+no service can drop more, whatever has got hold of it.
+"""
 
 import asyncio
 import datetime
@@ -8,7 +12,7 @@ import psycopg
 import structlog
 from psycopg_pool import PoolTimeout
 
-from chassis.postgres import Pool
+from chassis.postgres import Connection, Pool
 
 LOOK_EVERY_S = 3600.0
 TRY_AGAIN_S = 60.0
@@ -49,18 +53,33 @@ async def months(pool: Pool) -> list[Month]:
         return [Month(*row) for row in await cursor.fetchall()]
 
 
-async def drop_old_months(pool: Pool, keep_months: int, today: datetime.date) -> list[datetime.date]:
+async def kept_months(connection: Connection) -> int:
+    """Full ones that are kept besides the current one; 0: all."""
+    cursor = await connection.execute("SELECT keep_months FROM chain_settings")
+    ((kept,),) = await cursor.fetchall()
+    return int(kept)
+
+
+async def first_kept(pool: Pool) -> datetime.date | None:
+    """The first month that is kept, by the database's clock; None when everything is."""
+    async with pool.connection() as connection:
+        cursor = await connection.execute("SELECT retention_horizon()")
+        ((month,),) = await cursor.fetchall()
+        return month  # type: ignore[no-any-return]
+
+
+async def drop_old_months(pool: Pool) -> list[datetime.date]:
     """Drop what is older than the retention and wholly sent; returns the months dropped.
 
     What could not be locked within a second, or is not sent, stays until the next time.
     """
     await delete_keys(pool)  # of months that were dropped by somebody who did not come that far
-    first_kept = horizon(keep_months, today)
+    horizon = await first_kept(pool)
     dropped = []
     for month in await months(pool):
-        if first_kept is None or month.month >= first_kept:
+        if horizon is None or month.month >= horizon:
             break
-        reason = "some of its events are not sent" if month.unsent else await _drop(pool, month.month, keep_months)
+        reason = "some of its events are not sent" if month.unsent else await _drop(pool, month.month)
         if reason:
             log.warning("a month past its retention is kept", month=month.month, reason=reason)
         else:
@@ -70,12 +89,12 @@ async def drop_old_months(pool: Pool, keep_months: int, today: datetime.date) ->
     return dropped
 
 
-async def _drop(pool: Pool, month: datetime.date, keep_months: int) -> str | None:
+async def _drop(pool: Pool, month: datetime.date) -> str | None:
     """Drop one month; or why not. From when it is closed, its sales are refused, also while it cannot be dropped."""
     async with pool.connection() as connection:
         try:
-            await connection.execute("SELECT close_purchases_month(%s, %s)", [month, keep_months])  # commits
-            cursor = await connection.execute("SELECT drop_purchases_month(%s, %s)", [month, keep_months])
+            await connection.execute("SELECT close_purchases_month(%s)", [month])  # commits
+            cursor = await connection.execute("SELECT drop_purchases_month(%s)", [month])
             row = await cursor.fetchone()
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             return "it is in use"
@@ -98,13 +117,22 @@ async def delete_keys(pool: Pool) -> None:
                 last = row[0]
 
 
-async def keep(pool: Pool, keep_months: int) -> None:
-    """Drop what is past its retention, now and every hour; `keep_months` 0 drops nothing. It may end at any point."""
-    while keep_months:
-        try:
-            await drop_old_months(pool, keep_months, datetime.datetime.now(datetime.UTC).date())
-        except (psycopg.Error, PoolTimeout) as error:
-            log.warning("retention did not get through", error=error)
-            await asyncio.sleep(TRY_AGAIN_S)
-        else:
-            await asyncio.sleep(LOOK_EVERY_S)
+class Retention:
+    """Knows how many months are kept, and lets older ones go."""
+
+    def __init__(self, pool: Pool, months: int) -> None:
+        self._pool, self.months = pool, months
+
+    async def keep(self) -> None:
+        """Drop what is past its retention, now and every hour. It may end at any point."""
+        while True:
+            try:
+                async with self._pool.connection() as connection:
+                    self.months = await kept_months(connection)
+                if self.months:
+                    await drop_old_months(self._pool)
+            except (psycopg.Error, PoolTimeout) as error:
+                log.warning("retention did not get through", error=error)
+                await asyncio.sleep(TRY_AGAIN_S)
+            else:
+                await asyncio.sleep(LOOK_EVERY_S)

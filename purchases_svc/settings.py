@@ -62,14 +62,6 @@ class ServeSettings(MigrateSettings):
         "that may wait in the outbox; with more, sales are refused with OUTBOX_FULL; 0: no limit",
         default=1_000_000,
     )
-    retention_months: int = setting(
-        "PURCHASES_RETENTION_MONTHS",
-        integer(0, 1_200),
-        "months",
-        "full ones kept besides the current one: older ones are dropped once all their events are sent, and sales of "
-        "that age are refused; `retail-purchases partitions` shows what would go; 0: everything is kept",
-        default=0,
-    )
     workers: int = setting("PURCHASES_WORKERS", integer(1, 64), "processes", "that share the port", default=1)
     read_connections: int = setting(
         "PURCHASES_READ_CONNECTIONS", integer(1, 100), "connections", "to the database, for reading", default=4

@@ -71,7 +71,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
                 tasks.create_task(relay.run(stop))
                 tasks.create_task(inspection.measure(service_pool, stop))
                 tasks.create_task(lost.keep(service_pool, publisher, stop))
-                tasks.create_task(retention.keep(service_pool, stop, config.retention_days))
+                tasks.create_task(retention.keep(service_pool, stop))
                 await host.set_serving(True)
                 log.info("serving", listen=config.listen, metrics=config.metrics_listen)
                 await stop.wait()
@@ -108,7 +108,7 @@ commands.add_command(outbox_commands.requeue)
 def _partitions(drop: bool, as_json: bool) -> None:
     """Show the outbox's days, or let old ones go.
 
-    For each its size, and what RELAY_OUTBOX_RETENTION_DAYS does with it.
+    For each its size, and what retention does with it; `retail-purchases retention` decides how long it is.
     """
     config = cli.of_environment_or_local_stack(PartitionsSettings, "relay")
     logs.configure("relay-partitions", config.log_level)

@@ -35,9 +35,12 @@ class Day(NamedTuple):
         return f"keep: {self.kept_for}" if self.kept_for else "drop"
 
 
-def first_kept(keep_days: int, today: datetime.date) -> datetime.date | None:
-    """The first day that is kept, today besides `keep_days` full ones; None when everything is."""
-    return today - datetime.timedelta(days=keep_days) if keep_days else None
+async def first_kept(pool: Pool) -> datetime.date | None:
+    """The first day that is kept, as the database's owner has decided; None when everything is."""
+    async with pool.connection() as connection:
+        cursor = await connection.execute("SELECT outbox_horizon()")
+        ((day,),) = await cursor.fetchall()
+        return day  # type: ignore[no-any-return]
 
 
 async def days(pool: Pool) -> list[Day]:
@@ -47,14 +50,16 @@ async def days(pool: Pool) -> list[Day]:
         return [Day(*row) for row in await cursor.fetchall()]
 
 
-async def drop_old_days(pool: Pool, keep_days: int, today: datetime.date) -> list[datetime.date]:
+async def drop_old_days(pool: Pool) -> list[datetime.date]:
     """Drop what is older than the retention, sent and listed; returns the days dropped. The rest waits."""
-    horizon = first_kept(keep_days, today)
-    dropped = []
+    horizon = await first_kept(pool)
+    dropped: list[datetime.date] = []
+    if horizon is None:
+        return dropped
     for day in await days(pool):
-        if horizon is None or day.day >= horizon:
+        if day.day >= horizon:
             break
-        if reason := day.kept_for or await _drop(pool, day.day, keep_days):
+        if reason := day.kept_for or await _drop(pool, day.day):
             log.warning("a day of the outbox past its retention is kept", day=day.day, reason=reason)
         else:
             log.info("day of the outbox dropped", day=day.day, bytes=day.bytes)
@@ -62,22 +67,22 @@ async def drop_old_days(pool: Pool, keep_days: int, today: datetime.date) -> lis
     return dropped
 
 
-async def _drop(pool: Pool, day: datetime.date, keep_days: int) -> str | None:
+async def _drop(pool: Pool, day: datetime.date) -> str | None:
     """Drop one day; or why not."""
     async with pool.connection() as connection:
         try:
-            cursor = await connection.execute("SELECT drop_outbox_day(%s, %s)", [day, keep_days])
+            cursor = await connection.execute("SELECT drop_outbox_day(%s)", [day])
             row = await cursor.fetchone()
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             return "it is in use"
     return row[0] if row else None
 
 
-async def keep(pool: Pool, stop: asyncio.Event, keep_days: int) -> None:
-    """Drop what is past its retention, now and every hour; `keep_days` 0 drops nothing."""
-    while keep_days and not stop.is_set():
+async def keep(pool: Pool, stop: asyncio.Event) -> None:
+    """Drop what is past its retention, now and every hour."""
+    while not stop.is_set():
         try:
-            await drop_old_days(pool, keep_days, datetime.datetime.now(datetime.UTC).date())
+            await drop_old_days(pool)
         except (psycopg.Error, PoolTimeout) as error:
             log.warning("retention did not get through", error=error)
             await wait_set(stop, TRY_AGAIN_S)

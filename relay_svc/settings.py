@@ -10,17 +10,6 @@ def _database_url() -> Any:
     return setting("PURCHASES_DATABASE_URL", postgres_url, "URL", "the database with the outbox")
 
 
-def _retention_days() -> Any:
-    return setting(
-        "RELAY_OUTBOX_RETENTION_DAYS",
-        integer(0, 3650),
-        "days",
-        "full ones that a sent event is kept after it was recorded; a day goes only when all of it is sent and known "
-        "to the reader of committed events; `retail-relay partitions` shows what would go; 0: everything is kept",
-        default=0,
-    )
-
-
 @dataclass(frozen=True)
 class ServeSettings:
     database_url: str = _database_url()
@@ -53,13 +42,11 @@ class ServeSettings:
         "that may fail by an event's own fault before it is given up as FAILED",
         default=5,
     )
-    retention_days: int = _retention_days()
 
 
 @dataclass(frozen=True)
 class PartitionsSettings:
     database_url: str = _database_url()
-    retention_days: int = _retention_days()
     log_level: str = log_level("WARNING")
 
 

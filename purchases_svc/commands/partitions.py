@@ -19,12 +19,11 @@ async def run(config: ServeSettings, drop: bool) -> None:
         size=1,
         statement_timeout_s=retention.STATEMENT_TIMEOUT_S,
     ) as pool:
-        today = datetime.datetime.now(datetime.UTC).date()
         console = cli.console()
         if drop:
-            dropped = await retention.drop_old_months(pool, config.retention_months, today)
+            dropped = await retention.drop_old_months(pool)
             console.print(f"Dropped: {', '.join(f'{month:%Y-%m}' for month in dropped) or 'nothing'}.")
-        show(await retention.months(pool), retention.horizon(config.retention_months, today), console)
+        show(await retention.months(pool), await retention.first_kept(pool), console)
 
 
 def show(months: list[retention.Month], horizon: datetime.date | None, console: Console) -> None:
@@ -37,11 +36,11 @@ def show(months: list[retention.Month], horizon: datetime.date | None, console: 
         )
     console.print(table)
     if horizon is None:
-        console.print("Retention is off: PURCHASES_RETENTION_MONTHS is not set, and everything is kept.")
+        console.print("Everything is kept; `retail-purchases retention` decides that.")
         return
     going = [month for month in months if month.verdict(horizon) == "drop"]
     console.print(
         f"Months before {horizon:%Y-%m} may go: {len(going)} of {len(months)}, "
         f"{sum(month.bytes for month in going) / 2**20:,.1f} MiB, as soon as all their events are sent. "
-        "`--drop` drops now; a service with this setting does so every hour."
+        "`--drop` drops now; services do so every hour."
     )

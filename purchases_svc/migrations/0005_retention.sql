@@ -1,23 +1,30 @@
 -- Dropping months that are older than the retention, in steps: close, drop, delete the keys. The functions run as their
--- owner, since services may neither delete nor run DDL. They refuse the current month and the last, and every month
--- that the caller's retention keeps.
+-- owner, since services may neither delete nor run DDL. How long purchases are kept is the owner's word in
+-- chain_settings; whoever calls only carries it out.
 
--- The first month that is kept.
-CREATE FUNCTION retention_horizon(keep_months int) RETURNS date
-    LANGUAGE sql STABLE STRICT SET timezone = 'UTC'
-    RETURN (date_trunc('month', now()) - keep_months * interval '1 month')::date;
+-- The first month that is kept; null: all are.
+CREATE FUNCTION retention_horizon() RETURNS date
+    LANGUAGE sql STABLE SET timezone = 'UTC'
+    RETURN (SELECT (date_trunc('month', now()) - keep_months * interval '1 month')::date
+        FROM public.chain_settings WHERE keep_months > 0);
+
+-- Whether it is a month, and one that is kept no longer. Years before Christ have names like ours.
+CREATE FUNCTION is_past_retention(month date) RETURNS boolean
+    LANGUAGE sql STABLE SET timezone = 'UTC'
+    RETURN coalesce(month >= '2000-01-01' AND month = date_trunc('month', month) AND month < public.retention_horizon(),
+        false);
 
 -- Closes a month that is past the retention: what is being written to it is finished first, and nothing can be written
 -- to it any more. To be called in a transaction of its own, since it must hold no other lock. Whoever only looked, and
 -- dropped then, would lose what commits in between.
-CREATE FUNCTION close_purchases_month(month date, keep_months int) RETURNS void
+CREATE FUNCTION close_purchases_month(month date) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' SET timezone = 'UTC'
 AS $$
 DECLARE
     purchases text := 'purchases_' || to_char(month, 'YYYY_MM');
 BEGIN
-    IF keep_months < 1 OR month <> date_trunc('month', month) OR month >= public.retention_horizon(keep_months) THEN
+    IF NOT public.is_past_retention(month) THEN
         RAISE EXCEPTION 'the month % is kept', month USING ERRCODE = 'invalid_parameter_value';
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('ensure_purchases_month'));
@@ -36,7 +43,7 @@ END $$;
 --
 -- Locks are taken in the order in which everybody takes them: the partitioned tables first. Items go before purchases,
 -- and nothing is dropped by CASCADE.
-CREATE FUNCTION drop_purchases_month(month date, keep_months int) RETURNS text
+CREATE FUNCTION drop_purchases_month(month date) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' SET enable_seqscan = off SET timezone = 'UTC'
 AS $$
@@ -46,7 +53,7 @@ DECLARE
     unsent_status text;
     unsent bigint;
 BEGIN
-    IF keep_months < 1 OR month <> date_trunc('month', month) OR month >= public.retention_horizon(keep_months) THEN
+    IF NOT public.is_past_retention(month) THEN
         RAISE EXCEPTION 'the month % is kept', month USING ERRCODE = 'invalid_parameter_value';
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('ensure_purchases_month'));
@@ -98,7 +105,7 @@ DECLARE
     keys uuid[];
     last uuid;
 BEGIN
-    IF to_regclass('public.' || dropped) IS NULL THEN
+    IF to_regclass('public.' || dropped) IS NULL OR month < '2000-01-01' THEN
         RETURN NULL; -- somebody else was quicker
     END IF;
     EXECUTE format('SELECT array_agg(idempotency_key), (array_agg(purchase_id ORDER BY purchase_id DESC))[1] FROM (
@@ -140,7 +147,7 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION purchases_months IS 'purchases is the planner''s estimate: counting would read everything.';
 
-REVOKE EXECUTE ON FUNCTION close_purchases_month(date, int), drop_purchases_month(date, int), dropped_months(),
+REVOKE EXECUTE ON FUNCTION close_purchases_month(date), drop_purchases_month(date), dropped_months(),
     delete_keys_of_dropped_month(date, uuid, int), purchases_months() FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION close_purchases_month(date, int), drop_purchases_month(date, int), dropped_months(),
+GRANT EXECUTE ON FUNCTION close_purchases_month(date), drop_purchases_month(date), dropped_months(),
     delete_keys_of_dropped_month(date, uuid, int), purchases_months() TO purchases_service;

@@ -28,12 +28,17 @@ BEGIN
     RETURN CASE WHEN found THEN 'the reader of committed events does not know all of it yet' END;
 END $$;
 
+-- The first day that is kept; null: all are.
+CREATE FUNCTION outbox_horizon() RETURNS date
+    LANGUAGE sql STABLE SET timezone = 'UTC'
+    RETURN (SELECT now()::date - keep_outbox_days FROM public.chain_settings WHERE keep_outbox_days > 0);
+
 -- Drops a day of the outbox, unless something speaks against it; returns that, or null when the day is gone. It notes
 -- up to which transaction events are gone.
 --
 -- It looks, locks, and looks again: what commits between a look and a lock would be lost. The partitioned table is
 -- locked first, as everybody does. It waits a second at most, since everybody else would queue up behind it.
-CREATE FUNCTION drop_outbox_day(day date, keep_days int) RETURNS text
+CREATE FUNCTION drop_outbox_day(day date) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' SET timezone = 'UTC'
 AS $$
@@ -42,7 +47,7 @@ DECLARE
     reason text;
     last_xid xid8;
 BEGIN
-    IF keep_days < 1 OR day >= now()::date - keep_days THEN
+    IF (day >= '2000-01-01' AND day < public.outbox_horizon()) IS NOT TRUE THEN -- years before Christ have names like ours
         RAISE EXCEPTION 'the day % is kept', day USING ERRCODE = 'invalid_parameter_value';
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('ensure_outbox_day')); -- one at a time
@@ -86,5 +91,5 @@ AS $$
 $$;
 COMMENT ON FUNCTION outbox_days IS 'events is the planner''s estimate: counting would read everything.';
 
-REVOKE EXECUTE ON FUNCTION outbox_day_kept_for(date), drop_outbox_day(date, int), outbox_days() FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION drop_outbox_day(date, int), outbox_days() TO purchases_relay;
+REVOKE EXECUTE ON FUNCTION outbox_day_kept_for(date), drop_outbox_day(date), outbox_days() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION drop_outbox_day(date), outbox_days() TO purchases_relay;

@@ -1,6 +1,5 @@
 """`retail-relay partitions [--drop] [--json]`: the days of the outbox, and what retention does with each."""
 
-import datetime
 import json
 
 from rich.table import Column, Table
@@ -14,7 +13,6 @@ STATEMENT_TIMEOUT_S = 60.0  # for looking through all days
 
 async def run(config: PartitionsSettings, *, drop: bool, as_json: bool) -> None:
     """Print them; with `drop`, let retention do its work before. Without, nothing is changed."""
-    today = datetime.datetime.now(datetime.UTC).date()
     async with postgres.open_pool(
         config.database_url,
         role=outbox.ROLE,
@@ -22,9 +20,9 @@ async def run(config: PartitionsSettings, *, drop: bool, as_json: bool) -> None:
         size=1,
         statement_timeout_s=STATEMENT_TIMEOUT_S,
     ) as pool:
-        dropped = await retention.drop_old_days(pool, config.retention_days, today) if drop else []
+        dropped = await retention.drop_old_days(pool) if drop else []
         days = await retention.days(pool)
-    horizon = retention.first_kept(config.retention_days, today)
+        horizon = await retention.first_kept(pool)
     if as_json:
         for day in days:
             print(json.dumps({**day._asdict(), "day": day.day.isoformat(), "retention": day.verdict(horizon)}))
@@ -37,9 +35,9 @@ async def run(config: PartitionsSettings, *, drop: bool, as_json: bool) -> None:
         table.add_row(f"{day.day:%Y-%m-%d}", f"~{day.events:,}", f"{day.bytes / 2**20:,.1f}", day.verdict(horizon))
     console.print(table)
     if horizon is None:
-        console.print("Retention is off: RELAY_OUTBOX_RETENTION_DAYS is not set, and everything is kept.")
+        console.print("Everything is kept; `retail-purchases retention` decides that.")
     else:
         console.print(
             f"Days before {horizon:%Y-%m-%d} may go, when all is sent and known to the reader of committed events. "
-            "`--drop` drops now; a relay with this setting does so every hour."
+            "`--drop` drops now; the relay does so every hour."
         )

@@ -269,7 +269,7 @@ async def test_no_sale_is_refused_for_good_by_a_clock_that_is_wrong(
     now = datetime.datetime.now(datetime.UTC)
     monkeypatch.setattr(record, "datetime", types.SimpleNamespace(**vars(datetime) | {"datetime": Ahead}))
     async with pool(purchases_db, "purchases_service") as opened:
-        recorder = make_recorder(opened, Partitions(opened), batch_max=10, retention_months=12)
+        recorder = make_recorder(opened, Partitions(opened), batch_max=10, retention_months=lambda: 12)
         for days in (0, 300):  # with such a clock, the older one is past its retention
             with pytest.raises(ClocksDiffer):
                 await recorder.record(stored_sale(purchase_time=now - datetime.timedelta(days=days)))

@@ -67,7 +67,8 @@ async def test_analytics_lost_after_the_outbox_has_dropped_days(
         for _ in range(2):  # the second says what the first has settled
             assert await keeper.run_once(connection)
         async with pool(purchases_db, "purchases_relay") as relays:
-            dropped = await retention.drop_old_days(relays, AGE_DAYS - 1, today())
+            query(purchases_db, f"UPDATE chain_settings SET keep_outbox_days = {AGE_DAYS - 1}")
+            dropped = await retention.drop_old_days(relays)
         assert dropped == [today() - datetime.timedelta(days=AGE_DAYS)]
         assert await keeper.run_once(connection)
 

@@ -156,7 +156,9 @@ async def test_end_does_not_wait_for_retention(purchases_db: str) -> None:
     """Told to stop while retention is at its work, which may take minutes, a service stops within its bound."""
     async with service(purchases_db):
         pass  # the partitions are there
-    config = ServeSettings(purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0", retention_months=3)
+    config = ServeSettings(purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute("UPDATE chain_settings SET keep_months = 3")
     with locked(purchases_db, "outbox_events"):
         async with running(lambda stop: purchases.serve(config, stop), config.listen):
             await eventually(lambda: is_stuck(purchases_db, "purchases_months()"), "retention looks at the months")

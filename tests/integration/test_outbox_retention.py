@@ -43,12 +43,26 @@ async def ask(outbox: Pool, after: str = "") -> str:
         return str(parts[0].snapshot)
 
 
+def keep_days(url: str, days: int) -> None:
+    """The owner decides."""
+    with psycopg.connect(url) as connection:
+        connection.execute("UPDATE chain_settings SET keep_outbox_days = %s", [days])
+
+
+async def drop(outbox: Pool, keep: int) -> list[datetime.date]:
+    assert isinstance(outbox.conninfo, str)
+    keep_days(outbox.conninfo, keep)
+    return await retention.drop_old_days(outbox)
+
+
 def days_ago(*ages: int) -> list[datetime.date]:
     return [today() - datetime.timedelta(days=age) for age in ages]
 
 
-async def verdicts(outbox: Pool, keep_days: int) -> dict[int, str]:
-    horizon = retention.first_kept(keep_days, today())
+async def verdicts(outbox: Pool, keep: int) -> dict[int, str]:
+    assert isinstance(outbox.conninfo, str)
+    keep_days(outbox.conninfo, keep)
+    horizon = await retention.first_kept(outbox)
     return {(today() - day.day).days: day.verdict(horizon) for day in await retention.days(outbox)}
 
 
@@ -57,12 +71,12 @@ async def test_what_may_go(outbox: Pool, purchases_db: str) -> None:
     for age, status in ((9, "SENT"), (8, "NEW"), (7, "FAILED"), (6, "SENT"), (3, "SENT")):
         mark(purchases_db, write(purchases_db, 3, age_s=age * DAY_S), status)
     first = await ask(outbox)
-    assert await retention.drop_old_days(outbox, 5, today()) == []  # it has said nothing of what it knows yet
+    assert await drop(outbox, 5) == []  # it has said nothing of what it knows yet
     assert "nobody has said" in (await verdicts(outbox, 5))[9]
     second = await ask(outbox, first)
     late = write(purchases_db, 1, age_s=6 * DAY_S)
     mark(purchases_db, late, "SENT")
-    assert await retention.drop_old_days(outbox, 0, today()) == []
+    assert await drop(outbox, 0) == []
     assert await verdicts(outbox, 5) | {4: "", 3: "", 2: "", 1: "", 0: "", -1: ""} == {
         9: "drop",
         8: "keep: some of its events are NEW",
@@ -71,12 +85,12 @@ async def test_what_may_go(outbox: Pool, purchases_db: str) -> None:
         5: "keep",
         **dict.fromkeys(range(-1, 5), ""),
     }
-    assert await retention.drop_old_days(outbox, 5, today()) == days_ago(9)
+    assert await drop(outbox, 5) == days_ago(9)
     third = await ask(outbox, second)
-    assert await retention.drop_old_days(outbox, 5, today()) == []  # listed, but not yet known to have arrived
+    assert await drop(outbox, 5) == []  # listed, but not yet known to have arrived
     await ask(outbox, third)
-    assert await retention.drop_old_days(outbox, 5, today()) == days_ago(6)
-    assert await retention.drop_old_days(outbox, 5, today()) == []
+    assert await drop(outbox, 5) == days_ago(6)
+    assert await drop(outbox, 5) == []
     assert len(states(purchases_db)) == 9
 
 
@@ -86,23 +100,23 @@ async def test_event_that_commits_meanwhile(outbox: Pool, purchases_db: str) -> 
     with psycopg.connect(purchases_db) as slow:
         ids = new_ids(1, age_s=8 * DAY_S)
         insert(slow, ids)
-        assert await retention.drop_old_days(outbox, 7, today()) == []  # in use
+        assert await drop(outbox, 7) == []  # in use
         slow.commit()
-    assert await retention.drop_old_days(outbox, 7, today()) == days_ago(9)
+    assert await drop(outbox, 7) == days_ago(9)
     assert states(purchases_db) == {ids[0]: ("NEW", 0)}
 
 
 async def test_who_lacks_what_was_dropped_is_told(outbox: Pool, purchases_db: str) -> None:
     """A listing without events that it should have is refused: to who knows nothing, or was set back to before them."""
     before = await ask(outbox)
-    assert await retention.drop_old_days(outbox, 8, today()) == []
+    assert await drop(outbox, 8) == []
     during = await ask(outbox, before)
-    assert await retention.drop_old_days(outbox, 8, today()) == days_ago(9)
+    assert await drop(outbox, 8) == days_ago(9)
     await ask(outbox)  # nothing was in that day
     mark(purchases_db, write(purchases_db, 3, age_s=8 * DAY_S), "SENT")
     after = await ask(outbox, during)
     await ask(outbox, after)
-    assert await retention.drop_old_days(outbox, 7, today()) == days_ago(8)
+    assert await drop(outbox, 7) == days_ago(8)
     for lacking in ("", before, during):
         with pytest.raises(EventsDropped):
             await ask(outbox, lacking)
@@ -131,17 +145,24 @@ async def test_day_dropped_while_a_listing_begins(outbox: Pool, purchases_db: st
     async with outbox.connection() as connection, connection.transaction():
         listing = committed.since(connection, await committed.parse(connection, before))
         assert sorted((await anext(listing)).event_ids) == sorted(ids)
-        assert await retention.drop_old_days(outbox, 8, today()) == []
+        assert await drop(outbox, 8) == []
         await listing.aclose()
-    assert await retention.drop_old_days(outbox, 8, today()) == days_ago(9)
+    assert await drop(outbox, 8) == days_ago(9)
 
 
-async def test_what_is_kept_cannot_be_dropped(outbox: Pool) -> None:
-    """Not even by whoever asks for it: the database refuses what the retention keeps, and to keep nothing."""
-    for age, keep_days in ((9, 0), (9, -1), (5, 5), (0, 1)):
-        async with outbox.connection() as connection:
+@pytest.mark.parametrize("keep", [0, 5])
+async def test_what_is_kept_cannot_be_dropped(outbox: Pool, purchases_db: str, keep: int) -> None:
+    """The relay's login drops no day that the owner keeps, whatever it asks for; nor does it decide what is kept."""
+    await ask(outbox, await ask(outbox))
+    keep_days(purchases_db, keep)
+    kept = days_ago(*range(6 if keep else 10))
+    async with outbox.connection() as connection:
+        for day in [*map(str, kept), *(f"{day} BC" for day in (*kept, *days_ago(9))), "infinity", "-infinity", None]:
             with pytest.raises(psycopg.errors.InvalidParameterValue):
-                await connection.execute("SELECT drop_outbox_day(%s, %s)", [*days_ago(age), keep_days])
+                await connection.execute("SELECT drop_outbox_day(%s)", [day])
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            await connection.execute("UPDATE chain_settings SET keep_outbox_days = 1")
+    assert {day.day for day in await retention.days(outbox)} == set(days_ago(*range(-1, 10)))
 
 
 async def test_other_server_knows_nothing(outbox: Pool, purchases_db: str) -> None:
@@ -149,7 +170,7 @@ async def test_other_server_knows_nothing(outbox: Pool, purchases_db: str) -> No
     await ask(outbox, await ask(outbox))
     with psycopg.connect(purchases_db) as connection:
         connection.execute("UPDATE outbox_listing SET realm = '1.00000001.5'")
-    assert await retention.drop_old_days(outbox, 5, today()) == []
+    assert await drop(outbox, 5) == []
 
 
 async def test_command(
@@ -159,9 +180,10 @@ async def test_command(
     monkeypatch.setattr("relay_svc.__main__.logs.configure", lambda *_: None)  # it would last longer than this test
     monkeypatch.setenv("PURCHASES_DATABASE_URL", purchases_db)
     monkeypatch.setattr(sys, "argv", ["relay_svc", "partitions"])
+    keep_days(purchases_db, 0)
     await asyncio.to_thread(relay.main)
-    assert "RELAY_OUTBOX_RETENTION_DAYS is not set" in capsys.readouterr().out
-    monkeypatch.setenv("RELAY_OUTBOX_RETENTION_DAYS", "8")
+    assert "Everything is kept" in capsys.readouterr().out
+    keep_days(purchases_db, 8)
     monkeypatch.setattr(sys, "argv", ["relay_svc", "partitions", "--json"])
     await asyncio.to_thread(relay.main)
     first = json.loads(capsys.readouterr().out.splitlines()[0])

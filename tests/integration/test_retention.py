@@ -52,8 +52,16 @@ def mark_sent(url: str) -> None:
         connection.execute("UPDATE outbox_events SET status = 'SENT'")
 
 
+def keep(url: str, months: int) -> None:
+    """The owner decides."""
+    with psycopg.connect(url) as connection:
+        connection.execute("UPDATE chain_settings SET keep_months = %s", [months])
+
+
 async def drop(opened: Pool, keep_months: int) -> list[datetime.date]:
-    return await retention.drop_old_months(opened, keep_months, today())
+    assert isinstance(opened.conninfo, str)
+    keep(opened.conninfo, keep_months)
+    return await retention.drop_old_months(opened)
 
 
 async def test_old_months_go_and_young_ones_stay(opened: Pool, purchases_db: str) -> None:
@@ -77,9 +85,10 @@ async def test_closed_month_replays_what_it_has(opened: Pool, purchases_db: str)
     await record(opened, known)
     before = make_recorder(opened, Partitions(opened))
     await before.record(known)  # it counts on the month
+    keep(purchases_db, 3)
     async with opened.connection() as connection:
-        await connection.execute("SELECT close_purchases_month(%s, 3)", [month_ago(5).date().replace(day=1)])
-        cursor = await connection.execute("SELECT drop_purchases_month(%s, 3)", [month_ago(5).date().replace(day=1)])
+        await connection.execute("SELECT close_purchases_month(%s)", [month_ago(5).date().replace(day=1)])
+        cursor = await connection.execute("SELECT drop_purchases_month(%s)", [month_ago(5).date().replace(day=1)])
         assert await cursor.fetchone() == ("some of its events are NEW",)
     for recorder in (before, make_recorder(opened, Partitions(opened))):
         refused, replayed = await recorder.record_all([old_sale(5), known])
@@ -120,7 +129,7 @@ async def test_sales_past_the_retention_are_refused(opened: Pool) -> None:
     """What retention may drop takes in no new sale: with its key gone, it could come twice. A known one is replayed."""
     known = old_sale(5)
     await record(opened, known)
-    recorder = make_recorder(opened, Partitions(opened), retention_months=3)
+    recorder = make_recorder(opened, Partitions(opened), retention_months=lambda: 3)
     assert (await recorder.record(known)).replayed
     with pytest.raises(PurchaseTimeOutOfRange):
         await recorder.record(old_sale(4))
@@ -143,8 +152,9 @@ async def test_month_dropped_while_somebody_waits_to_make_it(opened: Pool, purch
     await record(opened, old_sale(5))
     mark_sent(purchases_db)
     month = month_ago(5).date().replace(day=1)
+    keep(purchases_db, 3)
     with psycopg.connect(purchases_db) as dropping, psycopg.connect(purchases_db, autocommit=True) as watching:
-        dropping.execute("SELECT close_purchases_month(%s, 3)", [month])  # takes the lock
+        dropping.execute("SELECT close_purchases_month(%s)", [month])  # takes the lock
         making = asyncio.ensure_future(Partitions(opened).ensure([month], []))
 
         async def waits() -> bool:
@@ -152,23 +162,30 @@ async def test_month_dropped_while_somebody_waits_to_make_it(opened: Pool, purch
             return bool(watching.execute(waiting).fetchall())
 
         await eventually(waits, "somebody waits for the lock")
-        assert dropping.execute("SELECT drop_purchases_month(%s, 3)", [month]).fetchone() == (None,)
+        assert dropping.execute("SELECT drop_purchases_month(%s)", [month]).fetchone() == (None,)
         dropping.commit()
         with pytest.raises(psycopg.errors.DatetimeFieldOverflow):
             await making
     assert month not in {each.month for each in await retention.months(opened)}
 
 
-@pytest.mark.parametrize("keep_months", [0, -1, 3])
-async def test_functions_refuse_months_that_are_kept(opened: Pool, keep_months: int) -> None:
-    """The service's role cannot destroy more than the retention allows, whatever it asks for."""
-    young = month_ago(2).date().replace(day=1)
+@pytest.mark.parametrize("keep_months", [0, 3])
+async def test_functions_refuse_months_that_are_kept(opened: Pool, purchases_db: str, keep_months: int) -> None:
+    """The service's login closes and drops no month that the owner keeps, whatever it asks; nor does it decide that."""
+    await record(opened, *(old_sale(months) for months in (0, 2, 3)))
+    mark_sent(purchases_db)
+    keep(purchases_db, keep_months)
+    kept = [str(month_ago(months).date().replace(day=1)) for months in (0, 2, 3, 5)][: 3 if keep_months else 4]
     async with opened.connection() as connection:
-        for function in ("close_purchases_month", "drop_purchases_month"):
-            with pytest.raises(psycopg.errors.InvalidParameterValue):
-                await connection.execute(f"SELECT {function}(%s, %s)", [young, keep_months])
-        cursor = await connection.execute("SELECT delete_keys_of_dropped_month(%s, NULL, 10)", [young])
-        assert await cursor.fetchone() == (None,)  # it is not dropped
+        for month in [*kept, *(f"{month} BC" for month in kept), kept[0][:-1] + "2", "infinity", "-infinity", None]:
+            for function in ("close_purchases_month", "drop_purchases_month"):
+                with pytest.raises(psycopg.errors.InvalidParameterValue):
+                    await connection.execute(f"SELECT {function}(%s)", [month])
+            cursor = await connection.execute("SELECT delete_keys_of_dropped_month(%s, NULL, 10)", [month])
+            assert await cursor.fetchone() == (None,)  # it is not dropped
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            await connection.execute("UPDATE chain_settings SET keep_months = 1")
+    assert_whole(purchases_db, 3)
 
 
 async def test_full_outbox_refuses_sales(opened: Pool, purchases_db: str) -> None:
@@ -203,12 +220,11 @@ async def test_operator_sees_the_months(opened: Pool, purchases_db: str) -> None
             [month_ago(5) - datetime.timedelta(days=10)],
         )
 
-    def partitions(*options: str) -> str:
+    def command(*arguments: str) -> str:
         return subprocess.run(
-            [sys.executable, "-m", "purchases_svc", "partitions", *options],
+            [sys.executable, "-m", "purchases_svc", *arguments],
             env={
                 "PURCHASES_DATABASE_URL": purchases_db,
-                "PURCHASES_RETENTION_MONTHS": "3",
                 "COLUMNS": "120",
             },
             capture_output=True,
@@ -217,13 +233,16 @@ async def test_operator_sees_the_months(opened: Pool, purchases_db: str) -> None
             timeout=WAIT_S,
         ).stdout
 
-    shown = await asyncio.to_thread(partitions)
+    assert "Outbox: 30 full days is kept." in await asyncio.to_thread(command, "retention")
+    assert "everything" in await asyncio.to_thread(command, "retention", "--keep-outbox-days", "0")
+    assert "3 full months" in await asyncio.to_thread(command, "retention", "--keep-months", "3")
+    shown = await asyncio.to_thread(command, "partitions")
     lines = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│")}
     assert "drop" in lines[f"{month_ago(6):%Y-%m}"]
     assert "keep: 1 events are not sent" in lines[f"{month_ago(5):%Y-%m}"]
     assert lines[f"{month_ago(0):%Y-%m}"].rstrip(" │").endswith("keep")
     assert count(purchases_db, "purchases") == 3
-    await asyncio.to_thread(partitions, "--drop")
+    await asyncio.to_thread(command, "partitions", "--drop")
     assert count(purchases_db, "purchases") == 2
 
 
@@ -233,9 +252,10 @@ async def test_interrupted_retention_goes_on(opened: Pool, purchases_db: str) ->
     await record(opened, *sales)
     mark_sent(purchases_db)
     month = month_ago(5).date().replace(day=1)
+    keep(purchases_db, 3)
     async with opened.connection() as connection:  # as far as somebody came
-        await connection.execute("SELECT close_purchases_month(%s, 3)", [month])
-        await connection.execute("SELECT drop_purchases_month(%s, 3)", [month])
+        await connection.execute("SELECT close_purchases_month(%s)", [month])
+        await connection.execute("SELECT drop_purchases_month(%s)", [month])
         await connection.execute("SELECT delete_keys_of_dropped_month(%s, NULL, 10)", [month])
     assert (count(purchases_db, "purchases"), count(purchases_db, "idempotency_keys")) == (0, 20)
 

@@ -84,7 +84,7 @@ def local_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkout whose .venv we seem to run in."""
     run = tmp_path / ".local" / "run"
     run.mkdir(parents=True)
-    told = {"RELAY_TARGET": "127.0.0.1:1111", "PURCHASES_DATABASE_URL": URL, "RELAY_OUTBOX_RETENTION_DAYS": "7"}
+    told = {"RELAY_TARGET": "127.0.0.1:1111", "PURCHASES_DATABASE_URL": URL, "LOG_LEVEL": "ERROR"}
     lines = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in told.items())
     for process in ("relay", "purchases", "consumer", "analytics"):
         (run / f"{process}.env").write_text(lines)
@@ -98,10 +98,10 @@ def test_local_stack(local_stack: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     """A command that is told of no server takes the local stack's, and says so; one that is told takes none of it."""
     assert cli.of_environment_or_local_stack(ClientSettings, "relay").relay_target == "127.0.0.1:1111"
     assert str(local_stack) in capsys.readouterr().err
-    assert cli.of_environment_or_local_stack(PartitionsSettings, "relay").retention_days == 7
-    monkeypatch.setenv("RELAY_OUTBOX_RETENTION_DAYS", "9")
-    assert cli.of_environment_or_local_stack(PartitionsSettings, "relay").retention_days == 9
-    monkeypatch.delenv("RELAY_OUTBOX_RETENTION_DAYS")
+    assert cli.of_environment_or_local_stack(PartitionsSettings, "relay").log_level == "ERROR"
+    monkeypatch.setenv("LOG_LEVEL", "DEBUG")
+    assert cli.of_environment_or_local_stack(PartitionsSettings, "relay").log_level == "DEBUG"
+    monkeypatch.delenv("LOG_LEVEL")
     monkeypatch.setenv("PURCHASES_DATABASE_URL", "postgresql://elsewhere/purchases")
     capsys.readouterr()
     assert cli.of_environment_or_local_stack(PartitionsSettings, "relay") == PartitionsSettings(

@@ -14,12 +14,12 @@ def prepare(purchases: Any, analytics: Any) -> None:
     """Between the look and the lock a second passes, which sales can hit."""
     purchases.execute(
         """
-        CREATE OR REPLACE FUNCTION close_purchases_month(month date, keep_months int) RETURNS void
+        CREATE OR REPLACE FUNCTION close_purchases_month(month date) RETURNS void
             LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
         AS $$ BEGIN NULL; END $$
         """
     )
-    (body,) = purchases.execute("SELECT pg_get_functiondef('drop_purchases_month(date, int)'::regprocedure)").fetchone()
+    (body,) = purchases.execute("SELECT pg_get_functiondef('drop_purchases_month(date)'::regprocedure)").fetchone()
     begin, end = body.index("    IF NOT EXISTS (SELECT FROM pg_constraint"), body.index("    FOREACH unsent_status")
     late = (
         "    PERFORM pg_sleep(1);\n    UPDATE public.chain_settings"
