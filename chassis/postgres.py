@@ -48,6 +48,13 @@ SESSION = {  # what statements and their answers mean, whatever the defaults of 
 CANCEL_TIMEOUT_S = 0.5  # for a statement to end that was cancelled, while the server runs
 POOLER_TIMEOUT_S = 5.0  # for a notification from one session to another of the same server
 
+SERVER_TCP = {  # the same for the server: a host of ours that vanished must not hold its rows for hours
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "20000",
+}
+
 Connection = AsyncConnection[TupleRow]
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -195,16 +202,19 @@ async def open_pool(
     size: int,
     statement_timeout_s: float,
     settings: Mapping[str, str] | None = None,
+    transaction_timeout_s: float | None = None,
 ) -> AsyncIterator[Pool]:
     """A pool of `size` autocommit connections: a transaction is opened where it is visible, or there is none.
 
     Every connection takes on `role`, so that a process has no more rights than its job needs, whoever logs in.
     `settings` are PostgreSQL's own, for each connection, beside and before SESSION. Opening does not wait for the
-    server; use `wait_until_up`.
+    server; use `wait_until_up`. `transaction_timeout_s` ends a transaction however it idles, from PostgreSQL 17 on: in
+    a pipeline the server takes us for busy, and no other limit of it ends us while we are frozen, with locks held.
     """
 
     wanted = {
         **SESSION,
+        **SERVER_TCP,
         "role": role,
         "statement_timeout": str(int(statement_timeout_s * 1000)),
         "lock_timeout": "0",  # a wait for a lock is bounded by the statement's time, or where it is set
@@ -215,6 +225,11 @@ async def open_pool(
 
     async def configure(connection: Connection) -> None:
         await connection.execute(set_all(wanted))
+        if transaction_timeout_s:
+            await connection.execute(
+                "SELECT set_config(name, %s, false) FROM pg_settings WHERE name = 'transaction_timeout'",
+                [str(int(transaction_timeout_s * 1000))],
+            )
 
     kwargs: dict[str, Any] = {
         "autocommit": True,

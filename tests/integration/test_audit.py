@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import itertools
+import os
+import sys
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -516,7 +518,9 @@ async def serving(chain: Chain, source: Source) -> AsyncIterator[Any]:
     address = free_address()
     service = grpc_server.Service(add_AuditServiceServicer_to_server, servicer, "retail.analytics.v1.AuditService")
     async with host.listening(address, [service]), grpc.aio.insecure_channel(address) as channel:
-        yield AuditServiceStub(channel)
+        stub: Any = AuditServiceStub(channel)
+        stub.address = address
+        yield stub
 
 
 @pytest.fixture
@@ -553,6 +557,34 @@ async def test_the_service_compares_repairs_and_tells(chain: Chain, desk: Any) -
     assert (known.verdict, known.proven_day_count, known.stale) == (pb.AUDIT_VERDICT_AGREED, DAYS + 1, False)  # today
     assert known.last_cycle_time.seconds > 1_700_000_000
     assert known.last_sweep_time.seconds > 1_700_000_000
+
+
+async def test_the_command_says_what_the_audit_knows(chain: Chain) -> None:
+    """Sums may agree while rows are wrong: the exit code is that of the worse, and old news is none."""
+    await chain.sell(20, seed=18)
+    await chain.apply(await chain.recorded())
+
+    async def said() -> tuple[int, str]:
+        command = [sys.executable, "-m", "analytics_svc", "audit"]
+        process = await asyncio.create_subprocess_exec(*command, env=os.environ | env, stdout=asyncio.subprocess.PIPE)
+        output, _ = await process.communicate()
+        return process.returncode or 0, output.decode()
+
+    async with serving(chain, chain.source) as stub:
+        env = {"CONSUMER_TARGET": stub.address}
+        assert (await said())[0] == 3  # nobody has looked yet
+        await sweep(chain)
+        assert (await said())[0] == 0
+        query(chain.url, FOUR_CELLS.format("+", FIRST))
+        await sweep(chain)
+        code, text = await said()
+        assert code == 1
+        assert f"product_sales_daily, day {FIRST}" in " ".join(text.split())
+        query(chain.url, FOUR_CELLS.format("-", FIRST))
+        await sweep(chain)
+        query(chain.url, "UPDATE audit_status SET compared_at = compared_at - interval '1 day'")
+        code, text = await said()
+        assert (code, "TOO OLD" in text) == (3, True)
 
 
 async def test_bad_requests_name_every_field(desk: Any) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import psycopg
 import pytest
 
+from chassis import postgres
 from chassis.postgres import Pool
 from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.purchase_events import query
@@ -48,3 +49,32 @@ async def test_only_the_call_in_flight_fails(analytics_db: str) -> None:
             with pytest.raises(psycopg.OperationalError):
                 await connection.execute("SELECT 1")
         assert await ask(opened)
+
+
+async def test_who_is_frozen_in_a_pipeline_holds_no_lock_for_long(analytics_db: str) -> None:
+    """The server takes it for busy, so that its limit of idle transactions does not end it; another one does."""
+    ((version,),) = query(analytics_db, "SHOW server_version_num")
+    assert int(version) >= 170_000, "only then the server can end it"
+    holders = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND granted"
+
+    async def held(count: int) -> bool:
+        return query(analytics_db, holders) == [(count,)]
+
+    async def freeze(opened: Pool) -> None:
+        async with opened.connection(10) as connection, connection.pipeline(), connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock(42)")
+            await eventually(lambda: held(1), "it holds the lock")
+            await eventually(lambda: held(0), "the server has ended it")
+            await connection.execute("SELECT 1")
+
+    async with postgres.open_pool(
+        analytics_db,
+        role="analytics_consumer",
+        application_name="test",
+        size=1,
+        statement_timeout_s=30,
+        settings={"idle_in_transaction_session_timeout": "500"},
+        transaction_timeout_s=3,
+    ) as opened:
+        with pytest.raises(psycopg.OperationalError):
+            await freeze(opened)
