@@ -40,12 +40,21 @@ async def announce(connection: Connection, changed: Collection[Row] | None, *, c
     )
 
 
-def parse(payload: str) -> Announcement:
-    """Read an announcement."""
-    told = json.loads(payload)
-    if told["rows"] == "*":
-        return Announcement(told["number"], EVERYTHING)
-    return Announcement(told["number"], frozenset((date.fromisoformat(day), branch) for day, branch in told["rows"]))
+def parse(payload: str) -> Announcement | None:
+    """Read an announcement; None when it is none of ours: every login of the database may send what it likes."""
+    try:
+        told = json.loads(payload)
+        number, rows = told["number"], told["rows"]
+        changed = EVERYTHING if rows == "*" else frozenset(_row(*row) for row in rows)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return Announcement(number, changed) if type(number) is int else None
+
+
+def _row(day: str, branch_id: int) -> Row:
+    if type(branch_id) is not int or not 0 < branch_id < 2**31:
+        raise ValueError("no branch")
+    return date.fromisoformat(day), branch_id
 
 
 def _rows_json(changed: Collection[Row] | None) -> str:

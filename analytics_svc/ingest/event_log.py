@@ -8,7 +8,6 @@ from typing import LiteralString, NamedTuple
 
 from chassis.postgres import Connection
 
-APPLY_LOCK = 7_265_746_170  # any numbers; advisory locks are per database
 FORGET_LOCK = 7_265_746_178  # held by the process that deletes, or by a repair, as nothing may be forgotten meanwhile
 NO_FLOOR = ""  # below every id
 LATE_DAYS = 30  # beyond the retention, that an event in quarantine may have been under way and still hold the floor
@@ -19,7 +18,7 @@ async def enter(connection: Connection) -> str:
 
     Two statements: a floor read by the one that waits for the lock would be from before the wait.
     """
-    await connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", [APPLY_LOCK])
+    await connection.execute("LOCK TABLE apply_lock IN ROW EXCLUSIVE MODE")
     cursor = await connection.execute("SELECT log_floor::text FROM freshness")
     ((floor,),) = await cursor.fetchall()
     return floor or NO_FLOOR
@@ -27,7 +26,7 @@ async def enter(connection: Connection) -> str:
 
 async def exclude_applies(connection: Connection) -> None:
     """Wait until no transaction applies events, and let none begin until this one ends."""
-    await connection.execute("SELECT pg_advisory_xact_lock(%s)", [APPLY_LOCK])
+    await connection.execute("LOCK TABLE apply_lock IN SHARE ROW EXCLUSIVE MODE")
 
 
 class Floor(NamedTuple):

@@ -26,6 +26,12 @@ INSERT INTO freshness DEFAULT VALUES;
 GRANT SELECT, UPDATE ON freshness TO analytics_consumer;
 GRANT SELECT ON freshness TO analytics_server;
 
+CREATE TABLE apply_lock ();
+COMMENT ON TABLE apply_lock IS
+    'Locked by whoever counts, in a mode that they share, and by whoever must have them wait, in one that excludes them. '
+    'Not an advisory lock, which every login might hold.';
+GRANT UPDATE ON apply_lock TO analytics_consumer;
+
 -- An id that was below the floor once may be forgotten already.
 CREATE FUNCTION refuse_lower_floor() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN

@@ -1,11 +1,14 @@
 """The one connection on which a query server hears what the write half announces.
 
+Every login of the database may announce what it likes, so an announcement is only a hint. The count in the database
+tells how many there were; what does not fit it has everything read again.
+
 On a standby nothing can be heard. There it looks several times a second whether something was announced, and announces
 everything.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
@@ -30,6 +33,7 @@ class Listener:
         """`set_listening` is told whether the database can be heard, which is whether it is there."""
         self._pool, self._tell, self._set_listening = pool, tell, set_listening
         self._heard = 0  # number of the last announcement
+        self._covered = 0  # what these announced is told: everything is read again since
 
     async def run(self) -> None:
         """Listen until cancelled; over as many connections as it takes."""
@@ -53,29 +57,37 @@ class Listener:
         if not deaf:
             await connection.execute(f"LISTEN {CHANNEL}")
         # Listening first: what was announced before is in the count, what comes after is heard.
-        self._heard = await _announced_count(connection)
-        self._tell(Announcement(self._heard, EVERYTHING))
+        self._tell_everything(await _announced_count(connection))
         await self._set_listening(True)
         backoff.reset()
         if deaf:
             await self._look(connection)
             return
-        async for notify in connection.notifies():
-            announcement = parse(notify.payload)
-            if announcement.number <= self._heard:
-                continue  # came while the count was read
-            if announcement.number > self._heard + 1:  # never seen; but a gap must not go unnoticed
-                announcement = announcement._replace(rows=EVERYTHING)
+        while True:
+            heard = [parse(notify.payload) async for notify in connection.notifies(stop_after=1)]
+            self._believe(heard, await _announced_count(connection))
+
+    def _believe(self, announcements: Sequence[Announcement | None], count: int) -> None:
+        """Pass on what may be true. Of two with one number, the first may have been the lie."""
+        for announcement in announcements:
+            if announcement and announcement.number <= self._covered:
+                continue
+            if announcement is None or not self._heard < announcement.number <= min(self._heard + 1, count):
+                self._tell_everything(count)
+                return
             self._heard = announcement.number
             self._tell(announcement)
+
+    def _tell_everything(self, count: int) -> None:
+        self._heard = self._covered = count
+        self._tell(Announcement(count, EVERYTHING))
 
     async def _look(self, connection: Connection) -> None:
         """Until the standby is promoted: then there is something to hear."""
         while on_standby(connection):
             await asyncio.sleep(LOOK_EVERY_S)
             if (count := await _announced_count(connection)) != self._heard:
-                self._heard = count
-                self._tell(Announcement(count, EVERYTHING))
+                self._tell_everything(count)
 
 
 async def _announced_count(connection: Connection) -> int:

@@ -7,6 +7,10 @@
 -- table, for which every writer waits, and which deadlocks with those that already hold a part of theirs. Attaching
 -- gets along with writers; only new customers wait a moment, for the foreign key.
 
+-- One at a time. Nobody else may lock these tables, while an advisory lock is anybody's.
+CREATE TABLE months_lock ();
+CREATE TABLE days_lock ();
+
 -- Makes sure that purchases of one month (UTC) can be stored. What was dropped is looked at once it has the lock: before,
 -- the month could be dropped while it waits, and be made anew; its sales, whose keys are gone, could come in twice.
 CREATE FUNCTION ensure_purchases_month(month date) RETURNS void
@@ -20,7 +24,7 @@ DECLARE
     next_month date := month + interval '1 month';
     receipts_month date;
 BEGIN
-    PERFORM pg_advisory_xact_lock(hashtext('ensure_purchases_month'));
+    LOCK TABLE public.months_lock;
     IF month <> date_trunc('month', month) OR month > now() + interval '1 year'
         OR month < (SELECT coalesce(max(dropped_before), '2000-01-01') FROM public.chain_settings)
     THEN
@@ -64,7 +68,7 @@ BEGIN
     IF day < '2000-01-01' OR day > now() + interval '1 year' THEN
         RAISE EXCEPTION 'no event can lie on the day %', day USING ERRCODE = 'datetime_field_overflow';
     END IF;
-    PERFORM pg_advisory_xact_lock(hashtext('ensure_outbox_day'));
+    LOCK TABLE public.days_lock;
     IF to_regclass('public.' || events) IS NULL THEN
         EXECUTE format('CREATE TABLE public.%I (LIKE public.outbox_events INCLUDING DEFAULTS INCLUDING CONSTRAINTS)',
             events);

@@ -27,7 +27,7 @@ BEGIN
     IF NOT public.is_past_retention(month) THEN
         RAISE EXCEPTION 'the month % is kept', month USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    PERFORM pg_advisory_xact_lock(hashtext('ensure_purchases_month'));
+    LOCK TABLE public.months_lock;
     UPDATE public.chain_settings SET dropped_before = (month + interval '1 month')::date
         WHERE dropped_before < (month + interval '1 month')::date;
     IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass('public.' || purchases) AND conname = 'closed')
@@ -56,7 +56,7 @@ BEGIN
     IF NOT public.is_past_retention(month) THEN
         RAISE EXCEPTION 'the month % is kept', month USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    PERFORM pg_advisory_xact_lock(hashtext('ensure_purchases_month'));
+    LOCK TABLE public.months_lock;
     IF to_regclass('public.' || purchases) IS NULL THEN
         RETURN 'there is no such month';
     END IF;

@@ -28,6 +28,26 @@ COMMENT ON COLUMN outbox_listing.dropped_xid IS
 INSERT INTO outbox_listing DEFAULT VALUES;
 GRANT SELECT, UPDATE (realm, after_snapshot, received_at, given_snapshot) ON outbox_listing TO purchases_relay;
 
+-- Nobody is sure of what was not given to a reader before, and nothing is given that has not happened. (To go back is
+-- allowed: a reader that was set back must; more is kept for it then.)
+CREATE FUNCTION refuse_what_was_not_given() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF NEW.after_snapshot IS NOT NULL AND (NEW.realm = OLD.realm
+        AND pg_snapshot_xmax(NEW.after_snapshot) <= pg_snapshot_xmax(OLD.given_snapshot)) IS NOT TRUE
+        OR pg_snapshot_xmax(NEW.given_snapshot) > pg_snapshot_xmax(pg_current_snapshot())
+    THEN
+        RAISE EXCEPTION 'no reader was given this snapshot' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER given BEFORE UPDATE ON outbox_listing FOR EACH ROW
+    WHEN (NEW.after_snapshot::text IS DISTINCT FROM OLD.after_snapshot::text
+        OR NEW.given_snapshot::text IS DISTINCT FROM OLD.given_snapshot::text)
+    EXECUTE FUNCTION refuse_what_was_not_given();
+REVOKE ALL ON FUNCTION refuse_what_was_not_given() FROM PUBLIC;
+
 -- Below this transaction id nothing waits, apart from retries. Counting from there costs what the backlog is worth, and
 -- not what was sent since the last vacuum: with an old snapshot open that is millions of index entries.
 CREATE TABLE outbox_low_water (

@@ -50,7 +50,7 @@ BEGIN
     IF (day >= '2000-01-01' AND day < public.outbox_horizon()) IS NOT TRUE THEN -- years before Christ have names like ours
         RAISE EXCEPTION 'the day % is kept', day USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    PERFORM pg_advisory_xact_lock(hashtext('ensure_outbox_day')); -- one at a time
+    LOCK TABLE public.days_lock; -- one at a time
     IF to_regclass('public.' || events) IS NULL THEN
         RETURN 'there is no such day';
     END IF;

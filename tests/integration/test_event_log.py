@@ -121,7 +121,7 @@ async def test_floor_waits_for_applies_and_applies_for_the_floor(analytics_db: s
     """An apply that read the old floor ends before the floor moves; one that comes later reads the new one."""
     complete_through(analytics_db)
     old = decode(sold("1.00", event_id=ago(days=50)).body(), ZoneInfo("UTC"))
-    blocked = "SELECT count(*) = {} FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    blocked = "SELECT count(*) = {} FROM pg_locks WHERE relation = 'apply_lock'::regclass AND NOT granted"
     async with pool(analytics_db, "analytics_consumer", size=3) as opened, opened.connection() as first:
         async with first.transaction():
             assert (await apply(first, [old], [])).counted == 1

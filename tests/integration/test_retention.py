@@ -158,7 +158,7 @@ async def test_month_dropped_while_somebody_waits_to_make_it(opened: Pool, purch
         making = asyncio.ensure_future(Partitions(opened).ensure([month], []))
 
         async def waits() -> bool:
-            waiting = "SELECT FROM pg_stat_activity WHERE wait_event = 'advisory' AND datname = current_database()"
+            waiting = "SELECT FROM pg_locks WHERE relation = 'months_lock'::regclass AND NOT granted"
             return bool(watching.execute(waiting).fetchall())
 
         await eventually(waits, "somebody waits for the lock")

@@ -38,10 +38,7 @@ def plant() -> None:
 
     async def claim(connection: Any, limit: int, position: Any) -> Any:
         nonlocal slow_until
-        cursor = await connection.execute(
-            "SELECT FROM pg_locks WHERE locktype = 'advisory'"
-            " AND objid::bigint = hashtext('ensure_purchases_month')::bigint & 4294967295"
-        )
+        cursor = await connection.execute("SELECT FROM pg_locks WHERE relation = to_regclass('months_lock')")
         if await cursor.fetchall():
             slow_until = time.monotonic() + SLOW_S
         if time.monotonic() < slow_until:
