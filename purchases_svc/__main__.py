@@ -1,6 +1,8 @@
 """The command `retail-purchases`, or `python -m purchases_svc`: the wiring."""
 
 import asyncio
+import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -95,6 +97,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             waiting_max=config.waiting_max,
             waiting_items_max=config.waiting_items_max,
             flush_timeout_s=config.flush_timeout_s,
+            backlog_months=config.backlog_months,
             retention_months=lambda: retaining.months,
             standby_required=config.require_sync_standby,
         )
@@ -182,14 +185,22 @@ def _migrate() -> None:
 
 @commands.command("partitions")
 @click.option("--drop", is_flag=True, help="Let those go that retention lets go, before.")
-def _partitions(drop: bool) -> None:
-    """Show the months, or let old ones go.
+@click.option(
+    "--open",
+    "opened",
+    type=click.DateTime(["%Y-%m"]),
+    multiple=True,
+    metavar="YYYY-MM",
+    help="Open a month to sales, however long ago; may be given more than once.",
+)
+def _partitions(drop: bool, opened: Sequence[datetime.datetime]) -> None:
+    """Show the months, open some, or let old ones go.
 
     For each its size, and what retention does with it; see `retention`.
     """
     config = cli.of_environment_or_local_stack(ServeSettings, "purchases")
     logs.configure("purchases-partitions", config.log_level)
-    asyncio.run(partitions_command.run(config, drop=drop))
+    asyncio.run(partitions_command.run(config, drop=drop, opened=[month.date() for month in opened]))
 
 
 @commands.command("retention")

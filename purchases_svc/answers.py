@@ -16,6 +16,7 @@ from purchases_svc.errors import (
     ClocksDiffer,
     CustomerUnknown,
     IdempotencyKeyReused,
+    MonthNotOpen,
     PurchaseTimeAhead,
     PurchaseTimeOutOfRange,
     ReceiptExists,
@@ -63,10 +64,17 @@ async def explain(connection: Connection, purchases: Sequence[Purchase]) -> list
     return [answer(purchase) for purchase in purchases]
 
 
-async def known_or_out_of_range(
-    connection: Connection, sales: Sequence[Sale], earliest: datetime.datetime, now: datetime.datetime
-) -> list[Outcome]:
-    """A known key is answered before the time is checked: the clock may have been set back since.
+async def known_or_out_of_time(
+    connection: Connection,
+    sales: Sequence[Sale],
+    now: datetime.datetime,
+    *,
+    earliest: datetime.datetime,
+    open_from: datetime.datetime,
+    closed: bool,
+) -> list[Outcome | None]:
+    """A known key is answered before the time is checked: the clock may have been set back since. None for a sale of a
+    month from before `open_from` that is there, unless their months are known to be `closed`.
 
     Nothing is refused for good by a clock that the database's contradicts.
     """
@@ -74,15 +82,20 @@ async def known_or_out_of_range(
     if holders:
         await make_durable(connection)
     database_time = await stored.clock(connection)
+    months = await stored.months(connection)
 
-    def answer(sale: Sale) -> Outcome:
+    def answer(sale: Sale) -> Outcome | None:
         if holder := holders.get(sale.idempotency_key):
             return replay(sale, holder)
         if sale.purchase_time > now + FUTURE_MAX:
             return _ahead(sale, now)
         if abs(database_time - now) > CLOCKS_APART_MAX:
             return _clocks_differ(now, database_time)
-        return _too_long_ago(sale, earliest, now)
+        if closed or sale.purchase_time < earliest:
+            return _too_long_ago(sale, earliest, now)
+        if sale.purchase_time.date().replace(day=1) in months:
+            return None
+        return _month_not_open(sale, open_from, now)
 
     return [answer(sale) for sale in sales]
 
@@ -123,6 +136,19 @@ def _too_long_ago(sale: Sale, earliest: datetime.datetime, now: datetime.datetim
         f"purchase.purchase_time {rfc3339(sale.purchase_time)} must not be before {rfc3339(earliest)};"
         f" the server's time is {rfc3339(now)}",
         metadata={"purchase_time": rfc3339(sale.purchase_time), "server_time": rfc3339(now)},
+    )
+
+
+def _month_not_open(sale: Sale, open_from: datetime.datetime, now: datetime.datetime) -> ServiceError:
+    return MonthNotOpen(
+        f"purchase.purchase_time {rfc3339(sale.purchase_time)} is in a month that is not open; sales from"
+        f" {open_from:%Y-%m} on are taken, and the server's time is {rfc3339(now)}. If the till's clock is right, an"
+        f" operator opens the month: retail-purchases partitions --open {sale.purchase_time:%Y-%m}",
+        metadata={
+            "purchase_time": rfc3339(sale.purchase_time),
+            "server_time": rfc3339(now),
+            "open_from": f"{open_from:%Y-%m}",
+        },
     )
 
 

@@ -63,9 +63,7 @@ class Aside:
         if len(entries) == len(others) == 1:
             self._alone.append(others.pop())
         if (held or self._alone) and self._watching is None:
-            log.warning(
-                "sales wait for rows that somebody holds", customers=len(held), sales=len(entries) - len(others)
-            )
+            log.info("sales wait for rows that somebody holds", customers=len(held), sales=len(entries) - len(others))
             self._watching = asyncio.create_task(self._watch())
         return others
 
@@ -119,4 +117,5 @@ class Aside:
             self._by_customer[customer_id] = list(filter(stays, entries))
 
     def _give_up(self, entry: Entry) -> None:
+        log.warning("a sale was given up: somebody holds what it needs", seconds=self._patience_s)
         self._settle(entry, TransactionConflict("somebody else holds what this sale needs; try again"))

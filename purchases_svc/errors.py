@@ -5,6 +5,7 @@ ServiceError
 ├── PurchaseTimeOutOfRange                too long ago
 ├── PurchaseTimeAhead                     too far in the future: it is taken when that time has come
 ├── ClocksDiffer                          ours and the database's: no sale is refused for its time
+├── MonthNotOpen                          so long ago that an operator has to open its month
 ├── IdempotencyKeyReused                  the key belongs to a sale with other content
 ├── ReceiptExists                         another sale of that branch, till and day has the receipt number
 ├── CustomerUnknown                       a sale names a customer that is not registered
@@ -39,6 +40,11 @@ class ClocksDiffer(ServiceError):
     code = StatusCode.UNAVAILABLE
     reason = _named(reasons.CLOCKS_DIFFER)
     retry_after_s = 5.0
+
+
+class MonthNotOpen(ServiceError):
+    code = StatusCode.FAILED_PRECONDITION
+    reason = _named(reasons.MONTH_NOT_OPEN)
 
 
 class IdempotencyKeyReused(ServiceError):

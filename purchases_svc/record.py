@@ -10,6 +10,7 @@ partition yet waits for it apart, and so does one that needs a row which somebod
 
 import asyncio
 import datetime
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
@@ -69,6 +70,7 @@ class Recorder:
         waiting_max: int,
         waiting_items_max: int,
         flush_timeout_s: float,
+        backlog_months: int = 0,
         retention_months: Callable[[], int] = lambda: 0,
         standby_required: bool = False,
     ) -> None:
@@ -77,7 +79,8 @@ class Recorder:
         `waiting_items_max` items in all.
         """
         self._pool, self._partitions, self._backlog = pool, partitions, backlog
-        self._zone, self._retention_months = zone, retention_months
+        self._zone = zone
+        self._backlog_months, self._retention_months = backlog_months, retention_months
         self._standby_required = standby_required
         self._batch_max, self._flush_timeout_s = batch_max, flush_timeout_s
         self._admission = Admission(waiting_max, waiting_items_max)
@@ -111,11 +114,13 @@ class Recorder:
         self._admission.enter(caller, sales)
         call = Call(caller, len(sales))
         now = datetime.datetime.now(datetime.UTC)
-        earliest, latest = self._earliest(now), now + FUTURE_MAX
+        earliest, open_from, latest = self._earliest(now), self._open_from(now), now + FUTURE_MAX
         out_of_range, early = [], []  # as a rule none
         for place, sale in enumerate(sales):
-            in_range = earliest <= sale.purchase_time <= latest
-            time = sale.purchase_time if in_range else now
+            in_range = earliest <= sale.purchase_time <= latest and (
+                sale.purchase_time >= open_from or self._partitions.has(sale.purchase_time, now)
+            )
+            time = sale.purchase_time if earliest <= sale.purchase_time <= latest else now
             # The one place in which a business day is decided: whoever needs it later reads what is stored.
             entry = Entry(Purchase(_id(time), _id(now), now, business_day(time, self._zone), sale), call, place)
             if not in_range:
@@ -179,21 +184,30 @@ class Recorder:
 
     def _earliest(self, now: datetime.datetime) -> datetime.datetime:
         """Months that retention may drop, and their keys with them, take in no sales: one could come in twice."""
-        kept = horizon(self._retention_months(), now.date())
-        return max(EARLIEST, datetime.datetime.combine(kept, datetime.time(), datetime.UTC)) if kept else EARLIEST
+        return max(EARLIEST, _start(horizon(self._retention_months(), now.date())))
 
-    async def _look_up(self, entries: Sequence[Entry]) -> None:
-        """Answer sales of a time that is not taken in. One look-up at a time: clocks that are wrong are no hurry."""
+    def _open_from(self, now: datetime.datetime) -> datetime.datetime:
+        """From here on, a sale may make its month; before, it has to be there."""
+        return _start(horizon(self._backlog_months, now.date()))
+
+    async def _look_up(self, entries: Sequence[Entry], *, closed: bool = False) -> None:
+        """Answer sales of a time that is not taken in; `closed`: their month is. One look-up at a time: clocks that are
+        wrong are no hurry.
+        """
         try:
             async with self._looking_up, self._connection() as connection:
                 now = datetime.datetime.now(datetime.UTC)
                 sales = [entry.sale for entry in entries]
-                outcomes = await answers.known_or_out_of_range(connection, sales, self._earliest(now), now)
+                outcomes = await answers.known_or_out_of_time(
+                    connection, sales, now, earliest=self._earliest(now), open_from=self._open_from(now), closed=closed
+                )
                 await self._confirm(connection)
         except (psycopg.Error, PoolTimeout, DatabaseUnavailable) as error:
-            outcomes = [error] * len(entries)
+            outcomes = [error for _ in entries]
         for entry, outcome in zip(entries, outcomes, strict=True):
-            self._settle(entry, outcome)
+            if outcome is not None:
+                self._settle(entry, outcome)
+        self._send_for_partitions([entry for entry in entries if not entry.settled])
 
     def _send_for_partitions(self, entries: Sequence[Entry]) -> None:
         for _, month in groupby(sorted(entries, key=_month), key=_month):
@@ -207,7 +221,7 @@ class Recorder:
                     {_month(entry) for entry in entries}, {entry.purchase.created_at.date() for entry in entries}
                 )
         except psycopg.errors.DatetimeFieldOverflow:  # closed, by a retention that this process does not know of
-            await self._look_up(entries)
+            await self._look_up(entries, closed=True)
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
             log.warning("a partition could not be made", error=error)
             for entry in entries:
@@ -328,7 +342,8 @@ class Recorder:
                 await self._store(batch)
             FLUSHES.inc()
         except Exception as error:
-            log.warning("flush failed", sales=len(batch), error=error)
+            held = isinstance(error, psycopg.errors.LockNotAvailable)  # somebody is a little slow: no trouble yet
+            log.log(logging.INFO if held else logging.WARNING, "flush failed", sales=len(batch), error=error)
             return error
         finally:
             FLUSHED.inc(sum(entry.settled for entry in batch))
@@ -370,6 +385,10 @@ def _asks_for(entry: Entry) -> tuple[object, ...]:
 
 def _month(entry: Entry) -> datetime.date:
     return entry.sale.purchase_time.date().replace(day=1)
+
+
+def _start(month: datetime.date | None) -> datetime.datetime:
+    return datetime.datetime.combine(month or EARLIEST.date(), datetime.time(), datetime.UTC)
 
 
 def _id(moment: datetime.datetime) -> str:

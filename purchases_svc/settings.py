@@ -62,6 +62,15 @@ class ServeSettings(MigrateSettings):
         "that may wait in the outbox; with more, sales are refused with OUTBOX_FULL; 0: no limit",
         default=1_000_000,
     )
+    # Each month is a set of tables and indexes, for good: a till whose clock is wrong must not make hundreds of them.
+    backlog_months: int = setting(
+        "PURCHASES_BACKLOG_MONTHS",
+        integer(0, 1_200),
+        "months",
+        "back from now that sales may open; those of earlier months are refused with MONTH_NOT_OPEN until an operator "
+        "opens theirs by `retail-purchases partitions --open 2008-02`; 0: any month",
+        default=15,
+    )
     workers: int = setting("PURCHASES_WORKERS", integer(1, 64), "processes", "that share the port", default=1)
     read_connections: int = setting(
         "PURCHASES_READ_CONNECTIONS", integer(1, 100), "connections", "to the database, for reading", default=4

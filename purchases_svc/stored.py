@@ -60,6 +60,15 @@ async def by_keys(connection: Connection, keys: Sequence[str]) -> dict[str, Purc
     return {purchase.sale.idempotency_key: purchase for purchase in found}
 
 
+async def months(connection: Connection) -> set[datetime.date]:
+    """The months that have their partition, by their first days."""
+    cursor = await connection.execute(
+        "SELECT to_date(right(child.relname, 7), 'YYYY_MM') FROM pg_inherits"
+        " JOIN pg_class AS child ON child.oid = inhrelid WHERE inhparent = 'purchases'::regclass"
+    )
+    return {month for (month,) in await cursor.fetchall()}
+
+
 async def held_customers(connection: Connection, customer_ids: Sequence[str]) -> set[str]:
     """Those of the customers whose rows somebody holds, so that a sale to them has to wait."""
     cursor = await connection.execute("SELECT held_customers(%s::uuid[])::text", [list(customer_ids)])

@@ -1,17 +1,19 @@
-"""`retail-purchases partitions [--drop]`: the months, their sizes, and what retention does with each."""
+"""`retail-purchases partitions`: the months, their sizes, what retention does with each, and opening old ones."""
 
 import datetime
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from chassis import cli, postgres
 from purchases_svc import retention, stored
+from purchases_svc.partitions import Partitions
 from purchases_svc.settings import ServeSettings
 
 
-async def run(config: ServeSettings, drop: bool) -> None:
-    """Print them; with `drop`, let retention do its work before. Without, nothing is changed."""
+async def run(config: ServeSettings, *, drop: bool, opened: Sequence[datetime.date]) -> None:
+    """Print them; before that, make those to be opened, and with `drop`, let retention do its work."""
     async with postgres.open_pool(
         config.database_url,
         role=stored.ROLE,
@@ -20,6 +22,7 @@ async def run(config: ServeSettings, drop: bool) -> None:
         statement_timeout_s=retention.STATEMENT_TIMEOUT_S,
     ) as pool:
         console = cli.console()
+        await Partitions(pool).ensure(opened, [])
         if drop:
             dropped = await retention.drop_old_months(pool)
             console.print(f"Dropped: {', '.join(f'{month:%Y-%m}' for month in dropped) or 'nothing'}.")

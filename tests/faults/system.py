@@ -51,6 +51,7 @@ TIME_ZONE = "America/New_York"
 SETTINGS = {
     "BUSINESS_TIME_ZONE": TIME_ZONE,
     "RELAY_CONFIRM_TIMEOUT_S": "3",  # sooner than by default, so that a fault need not last as long
+    "PURCHASES_BACKLOG_MONTHS": "0",
     "PURCHASES_FLUSH_TIMEOUT_S": "5",
 }
 POSTGRES_SETTINGS = {**REPLICATION_SETTINGS, "shared_buffers": "128MB", "max_wal_size": "1GB"}

@@ -70,7 +70,9 @@ def purchases_address() -> str:
 @pytest.fixture
 async def purchases_channel(purchases_db: str, purchases_address: str) -> AsyncIterator[grpc.aio.Channel]:
     """A running purchases service on an empty database."""
-    config = ServeSettings(database_url=purchases_db, listen=purchases_address, metrics_listen="127.0.0.1:0")
+    config = ServeSettings(
+        database_url=purchases_db, listen=purchases_address, metrics_listen="127.0.0.1:0", backlog_months=0
+    )
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         yield channel
 

@@ -32,6 +32,7 @@ class Processes:
         self._logs = logs
         self.environ = {
             **os.environ,
+            "PURCHASES_BACKLOG_MONTHS": "0",  # days of tests stay where they are
             "PURCHASES_DATABASE_URL": purchases_url,
             "ANALYTICS_DATABASE_URL": analytics_url,
             "AMQP_URL": amqp_url,

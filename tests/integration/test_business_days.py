@@ -183,7 +183,7 @@ async def test_all_have_a_sale_on_one_day(purchases_db: str, analytics_db: str, 
     """Control totals of any page size, exports, the owner's answers, audit and repairs agree, sale by sale."""
     query(purchases_db, f"UPDATE chain_settings SET time_zone = '{zone}'")
     query(analytics_db, f"UPDATE analytics_settings SET time_zone = '{zone}'")
-    config = ServeSettings(purchases_db, zone, listen=free_address(), metrics_listen="127.0.0.1:0")
+    config = ServeSettings(purchases_db, zone, listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0)
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         tills: Any = PurchasesServiceStub(channel)
         sales = await sell(tills, zones.load(zone))

@@ -45,7 +45,7 @@ FIRST = NOON.date()
 @asynccontextmanager
 async def serving(url: str, **changes: Any) -> AsyncIterator[grpc.aio.Channel]:
     """A purchases service that need not be SERVING."""
-    config = ServeSettings(url, listen=free_address(), metrics_listen="127.0.0.1:0", **changes)
+    config = ServeSettings(url, listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0, **changes)
     stop = asyncio.Event()
     task = asyncio.ensure_future(purchases.serve(config, stop))
     async with grpc.aio.insecure_channel(config.listen) as channel:
@@ -108,7 +108,7 @@ async def test_query_server(pair: Replicated, analytics_url: str) -> None:
 async def test_sales_to_a_standby(pair: Replicated, purchases_url: str) -> None:
     """Not serving, and whoever calls all the same is told to try again; reads work. Once promoted, it takes sales."""
     known = sale()
-    config = ServeSettings(purchases_url, listen=free_address(), metrics_listen="127.0.0.1:0")
+    config = ServeSettings(purchases_url, listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0)
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         await PurchasesServiceStub(channel).CreatePurchase(known, timeout=WAIT_S)  # type: ignore[arg-type, misc, unused-ignore]
     await replayed(pair)
@@ -294,7 +294,7 @@ def pooler(url: str, directory: Path, mode: str) -> Iterator[str]:
 
 async def test_pooler_that_shares_sessions_is_refused(purchases_db: str, tmp_path: Path) -> None:
     with pooler(purchases_db, tmp_path / "pooler", "transaction") as url:
-        config = ServeSettings(url, listen=free_address(), metrics_listen="127.0.0.1:0")
+        config = ServeSettings(url, listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0)
         with pytest.raises(psycopg.NotSupportedError, match="connect directly, or let it pool sessions"):
             await asyncio.wait_for(purchases.serve(config, asyncio.Event()), WAIT_S)
 

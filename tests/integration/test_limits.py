@@ -33,7 +33,9 @@ STUCK_S = 30.0  # how long a flush that cannot write would go on, and patient ca
 
 @asynccontextmanager
 async def service(url: str, **settings: Any) -> AsyncIterator[grpc.aio.Channel]:
-    config = ServeSettings(url, **{"listen": free_address(), "metrics_listen": "127.0.0.1:0", **settings})
+    config = ServeSettings(
+        url, backlog_months=0, **{"listen": free_address(), "metrics_listen": "127.0.0.1:0", **settings}
+    )
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         tills: Any = PurchasesServiceStub(channel)
         first = sale()

@@ -6,11 +6,16 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import psycopg
+import pytest
 
-from chassis.postgres import Connection
+from chassis.postgres import Connection, Pool
 from purchases_svc import stored
 from purchases_svc.backlog import Backlog
+from purchases_svc.commands import partitions as partitions_command
+from purchases_svc.errors import MonthNotOpen
 from purchases_svc.partitions import Partitions
+from purchases_svc.sale import EARLIEST
+from purchases_svc.settings import ServeSettings
 from tests.conftest import pool, today
 from tests.integration.test_create_purchase import make_recorder, stored_sale
 
@@ -66,6 +71,34 @@ async def test_questions_about_now_do_not_open_old_months(purchases_db: str) -> 
     few = await opened()
     _make_months(purchases_db, FEW, MANY)
     assert await opened() == few
+
+
+async def test_month_long_ago_is_opened_by_an_operator(purchases_db: str) -> None:
+    """A flat battery says 2000-01-01: the till is told so, and no month is made."""
+    old = stored_sale(purchase_time=EARLIEST + datetime.timedelta(days=40))
+    battery = stored_sale(purchase_time=EARLIEST)
+    async with pool(purchases_db, "purchases_service") as opened:
+        recorder = make_recorder(opened, Partitions(opened), backlog_months=15)
+        refused = await recorder.record_all(
+            [battery, old, stored_sale(purchase_time=datetime.datetime.now(datetime.UTC))]
+        )
+        assert [type(outcome).__name__ for outcome in refused] == ["MonthNotOpen", "MonthNotOpen", "Recorded"]
+        assert isinstance(refused[1], MonthNotOpen) and "partitions --open 2000-02" in refused[1].message
+        assert EARLIEST.date().replace(month=2) not in await _months(opened)
+    config = ServeSettings(purchases_db)
+    await partitions_command.run(config, drop=False, opened=[EARLIEST.date().replace(month=2)])
+    async with pool(purchases_db, "purchases_service") as opened:
+        recorder = make_recorder(opened, Partitions(opened), backlog_months=15)
+        assert not (await recorder.record(old)).replayed
+        assert (await recorder.record(old)).replayed
+        with pytest.raises(MonthNotOpen):
+            await recorder.record(battery)
+        await recorder.close()
+
+
+async def _months(opened: Pool) -> set[datetime.date]:
+    async with opened.connection() as connection:
+        return await stored.months(connection)
 
 
 def test_windows_cover_every_moment_once() -> None:

@@ -148,7 +148,7 @@ async def test_control_totals_equal_what_was_sold(purchases_db: str) -> None:
     zone = "Europe/Berlin"  # its clocks change on 2026-03-29
     with psycopg.connect(purchases_db) as connection:
         connection.execute("UPDATE chain_settings SET time_zone = %s", [zone])
-    config = ServeSettings(purchases_db, zone, listen=free_address(), metrics_listen="127.0.0.1:0")
+    config = ServeSettings(purchases_db, zone, listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0)
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         tills: Any = PurchasesServiceStub(channel)
         chance = random.Random(9)
@@ -263,7 +263,8 @@ async def test_cancelled_exports_free_their_connections(tills: Any) -> None:
 async def test_taken_port_is_named(purchases_db: str) -> None:
     """A second start on the same port ends with the address, not with a traceback."""
     first, second = (
-        ServeSettings(purchases_db, listen=address, metrics_listen="127.0.0.1:0") for address in [free_address()] * 2
+        ServeSettings(purchases_db, listen=address, metrics_listen="127.0.0.1:0", backlog_months=0)
+        for address in [free_address()] * 2
     )
     async with running(lambda stop: purchases.serve(first, stop), first.listen):
         with pytest.raises(PortTaken, match=second.listen):
@@ -287,7 +288,9 @@ async def test_another_time_zone_is_refused(purchases_db: str) -> None:
     """Neither the migration nor the service works on a database that was set up with another zone."""
     with pytest.raises(MigrationError, match="BUSINESS_TIME_ZONE is Asia/Tokyo"):
         purchases.migrate_database(MigrateSettings(purchases_db, "Asia/Tokyo"))
-    config = ServeSettings(purchases_db, "Asia/Tokyo", listen=free_address(), metrics_listen="127.0.0.1:0")
+    config = ServeSettings(
+        purchases_db, "Asia/Tokyo", listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0
+    )
     with pytest.raises(MigrationError, match="BUSINESS_TIME_ZONE is Asia/Tokyo"):
         async with running(lambda stop: purchases.serve(config, stop), config.listen):
             pass
@@ -296,7 +299,9 @@ async def test_another_time_zone_is_refused(purchases_db: str) -> None:
 async def test_reader_that_stops_reading_is_cut(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An export whose reader takes nothing for long frees its place; the reader is told why when it reads on."""
     monkeypatch.setattr(grpc_server, "READER_TIMEOUT_S", 0.5)
-    config = ServeSettings(database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    config = ServeSettings(
+        database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0
+    )
     request = messages.ExportPurchasesRequest(first_date=date("2026-03-01"), last_date=date("2026-03-01"))
     big = tuple("1.00" for _ in range(200))
     async with (

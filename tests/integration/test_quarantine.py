@@ -254,7 +254,9 @@ async def test_discard_refuses_what_was_sold(
     analytics_db: str, purchases_db: str, amqp_url: str, channel: BlockingChannel
 ) -> None:
     """An event whose purchase exists stays, though nobody can read it; one refusal names all and removes none."""
-    config = ServeSettings(database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    config = ServeSettings(
+        database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0
+    )
     async with (
         running(lambda stop: purchases.serve(config, stop), config.listen) as tills,
         consuming(analytics_db, amqp_url, purchases_target=config.listen) as opened,
@@ -284,7 +286,9 @@ async def test_discard_refuses_what_bears_the_id_of_a_sale(
     analytics_db: str, purchases_db: str, amqp_url: str, channel: BlockingChannel
 ) -> None:
     """A message of others with a real event's id: it settles that id, so it stays until the sale itself is counted."""
-    config = ServeSettings(database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    config = ServeSettings(
+        database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0
+    )
     no_broker = "amqp://guest:guest@127.0.0.1:1/%2F"  # nothing is sent: the real event never comes
     outbox = RelaySettings(purchases_db, no_broker, listen=free_address(), metrics_listen="127.0.0.1:0")
     async with (

@@ -145,7 +145,7 @@ async def _at_least(url: str, purchases: int) -> bool:
 
 async def test_drain_ends_open_streams(purchases_db: str) -> None:
     """A server that stops answers what it has read, then tells the till to go elsewhere, at once."""
-    config = ServeSettings(purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    config = ServeSettings(purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0)
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         tills: Any = PurchasesServiceStub(channel)
         call = tills.UploadPurchases()

@@ -106,6 +106,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE. Retry after 5 s: the service's clock and its database's are far
     apart. Until somebody has set them right, no sale is refused for its time.
     """
+    MONTH_NOT_OPEN: _ErrorReason.ValueType  # 21
+    """FAILED_PRECONDITION. Final: purchase_time lies in a month so long
+    ago that no sale is expected from it; metadata's open_from is the first that
+    is open. Most often the till's clock is wrong, say at 2000-01-01 after its
+    battery went flat: set it, and keep the sale. If the time is right, an
+    operator opens the month, and the same sale is taken.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the reason of google.rpc.ErrorInfo, whose domain is
@@ -198,5 +205,12 @@ the till's clock.
 CLOCKS_DIFFER: ErrorReason.ValueType  # 20
 """UNAVAILABLE. Retry after 5 s: the service's clock and its database's are far
 apart. Until somebody has set them right, no sale is refused for its time.
+"""
+MONTH_NOT_OPEN: ErrorReason.ValueType  # 21
+"""FAILED_PRECONDITION. Final: purchase_time lies in a month so long
+ago that no sale is expected from it; metadata's open_from is the first that
+is open. Most often the till's clock is wrong, say at 2000-01-01 after its
+battery went flat: set it, and keep the sale. If the time is right, an
+operator opens the month, and the same sale is taken.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
