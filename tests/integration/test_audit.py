@@ -262,6 +262,7 @@ async def test_what_was_found_stays_found(chain: Chain) -> None:
                 await worker.compare(connection)
             await worker.prove(connection)
             assert (await status(chain)).verdict is Verdict.DIFFERENT
+            assert "product_sales_daily" in {finding.table for finding in (await status(chain)).findings}
     query(chain.url, FOUR_CELLS.format("-", FIRST))
     assert (await sweep(chain)).verdict is Verdict.AGREED
 
