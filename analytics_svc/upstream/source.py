@@ -20,7 +20,6 @@ from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 
 CONTROL_TOTALS_DAYS_MAX = 31  # the service's limit for one question
-CUSTOMERS_MAX = 1_000  # the service's limit for one export
 PAGE_ROWS = 1_000
 CHUNK = 500  # purchases; as many as the consumer applies at once
 CALL_TIMEOUT_S = 20.0
