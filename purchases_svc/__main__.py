@@ -15,6 +15,7 @@ from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgre
 from chassis.errors import PortTaken
 from chassis.wire import PageTokens
 from purchases_svc import record, retention, server, stored, workers
+from purchases_svc.backlog import STATEMENT_TIMEOUT_S as BACKLOG_TIMEOUT_S
 from purchases_svc.backlog import Backlog
 from purchases_svc.commands import partitions as partitions_command
 from purchases_svc.commands import retention as retention_command
@@ -73,6 +74,13 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             size=1,
             statement_timeout_s=retention.STATEMENT_TIMEOUT_S,
         ) as retention_pool,
+        postgres.open_pool(
+            config.database_url,
+            role=stored.ROLE,
+            application_name="purchases backlog",  # looks also while readers hold all that is theirs
+            size=1,
+            statement_timeout_s=BACKLOG_TIMEOUT_S,
+        ) as backlog_pool,
     ):
         if not await postgres.wait_until_up(write_pool, stop):
             return
@@ -85,7 +93,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
 
         partitions = Partitions(write_pool)
         await partitions.look_ahead()  # before the first sale has to wait for it
-        backlog = Backlog(read_pool, config.outbox_max)
+        backlog = Backlog(backlog_pool, config.outbox_max)
         retaining = retention.Retention(retention_pool, kept_months)
         primary = Primary(read_pool, host.set_serving, standby_required=config.require_sync_standby)
         recorder = record.Recorder(

@@ -77,6 +77,19 @@ BEGIN
         WHERE status = 'NEW' AND next_attempt_at IS NOT NULL AND created_xid < low LIMIT most) AS retries));
 END $$;
 
+-- How many there were when somebody counted them last. Who finds that old locks the row, counts, and stores it; the others
+-- read it here.
+CREATE TABLE outbox_backlog (
+    singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+    waiting bigint NOT NULL DEFAULT 0,
+    counted_up_to bigint NOT NULL DEFAULT 0,
+    counted_at timestamptz NOT NULL DEFAULT '-infinity',
+    took interval NOT NULL DEFAULT '0'
+) WITH (fillfactor = 10);
+COMMENT ON COLUMN outbox_backlog.counted_up_to IS 'Where counting stops.';
+INSERT INTO outbox_backlog DEFAULT VALUES;
+GRANT SELECT, UPDATE (waiting, counted_up_to, counted_at, took) ON outbox_backlog TO purchases_service;
+
 -- Relays that have nothing to do. Whoever writes an event while one waits tells it so, after the commit.
 CREATE UNLOGGED TABLE relay_waiting (
     pid int PRIMARY KEY,

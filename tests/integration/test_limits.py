@@ -21,6 +21,7 @@ from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest, Get
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.conftest import eventually
 from tests.integration.conftest import free_address, is_serving, running
+from tests.integration.outbox_events import write
 from tests.integration.sales import Refusal, refusal, sale
 from tests.integration.test_create_purchase import assert_whole
 from tests.integration.test_upload_purchases import message, upload
@@ -152,6 +153,27 @@ async def test_wrong_clocks_leave_others_alone(purchases_db: str) -> None:
         refused = {each.reason for each in await asyncio.gather(*early) if each}
         assert refused <= {"PURCHASE_TIME_OUT_OF_RANGE", "TRANSACTION_CONFLICT"}  # the latter: looked up under the lock
     assert_whole(purchases_db, 2)
+
+
+async def test_backlog_is_seen_while_readers_hold_all_connections(purchases_db: str) -> None:
+    """Readers that wait for the database do not keep the outbox from being full."""
+    async with service(purchases_db, outbox_max=3, read_connections=1) as channel:
+        tills: Any = PurchasesServiceStub(channel)
+        with locked(purchases_db, "purchases"):
+            request = GetPurchaseRequest(purchase_id=str(uuid.uuid4()))
+            readers = [asyncio.ensure_future(tills.GetPurchase(request)) for _ in range(20)]
+            await eventually(lambda: is_stuck(purchases_db, "FROM purchases"), "a reader holds the only connection")
+            write(purchases_db, 5)
+
+            async def full() -> bool:
+                try:
+                    await tills.CreatePurchase(sale(), timeout=2)
+                except grpc.aio.AioRpcError as error:
+                    return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                return False
+
+            await eventually(full, "the outbox is full")
+        await asyncio.gather(*readers, return_exceptions=True)
 
 
 async def test_end_does_not_wait_for_retention(purchases_db: str) -> None:

@@ -261,7 +261,7 @@ async def test_a_repair_of_a_right_day_keeps_no_apply_waiting(chain: Chain) -> N
         assert (await asyncio.wait_for(rebuild.rebuild_day(chain.url, chain.source, FIRST), 30)).right
         query(chain.url, "UPDATE sales_totals SET items_sum = items_sum + 1 WHERE branch_id = 0")
         repairing = asyncio.create_task(rebuild.rebuild_day(chain.url, chain.source, FIRST))
-        waits = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        waits = "SELECT 1 FROM pg_locks WHERE relation = 'apply_lock'::regclass AND NOT granted"
 
         async def waiting() -> bool:
             return bool(query(chain.url, waits))

@@ -202,6 +202,32 @@ async def test_full_outbox_refuses_sales(opened: Pool, purchases_db: str) -> Non
         assert not (await recorder.record(stored_sale())).replayed
 
 
+async def test_one_counts_what_waits_and_the_others_read_it(opened: Pool, purchases_db: str) -> None:
+    """While the last count is young, for what it cost, or somebody counts, nobody else does; then one of them."""
+    await record(opened, *(stored_sale(idempotency_key=str(uuid.uuid4())) for _ in range(5)))
+    backlogs = [Backlog(opened, most) for most in (4, 100)]
+
+    async def look() -> list[int]:
+        return [await backlog.look() for backlog in backlogs]
+
+    def store(counted: str) -> None:
+        with psycopg.connect(purchases_db) as connection:
+            connection.execute(f"UPDATE outbox_backlog SET waiting = 70, counted_up_to = 100, {counted}")
+
+    assert await look() == [4, 5]  # the first one had counted up to 4 only
+    store("counted_at = now(), took = '0'")
+    assert await look() == [4, 70]
+    store("counted_at = now() - interval '1 minute', took = '1 minute'")
+    assert await look() == [4, 70]
+    store("counted_at = now() - interval '1 minute', took = '1 second'")
+    with psycopg.connect(purchases_db) as counting:
+        counting.execute("SELECT FROM outbox_backlog FOR UPDATE")
+        assert await look() == [4, 70]
+    assert await look() == [4, 5]
+    store("counted_at = now() + interval '1 hour', took = '0'")  # a clock was set back
+    assert await look() == [4, 5]
+
+
 async def _is(backlog: Backlog, *, full: bool) -> bool:
     return backlog.full is full
 
