@@ -67,7 +67,7 @@ def audit(first: datetime.datetime | None, last: datetime.datetime | None, as_js
 
 def _known(status: pb.GetAuditStatusResponse) -> Verdict:
     """What the audit knows is worth nothing when it is too old, unless it is bad."""
-    known = Verdict(status.verdict) if status.verdict else Verdict.UNPROVEN
+    known = Verdict(status.verdict) if status.verdict else Verdict.AGREED  # it has looked, and there was nothing
     return worst([known, Verdict.UNPROVEN]) if status.stale else known
 
 
