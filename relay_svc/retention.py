@@ -28,15 +28,15 @@ class Day(NamedTuple):
     bytes: int
     kept_for: str | None  # why it could not go, however old
 
-    def verdict(self, first_kept: datetime.date | None) -> str:
+    def verdict(self, first_kept: datetime.date) -> str:
         """What retention does with it."""
-        if first_kept is None or self.day >= first_kept:
+        if self.day >= first_kept:
             return "keep"
         return f"keep: {self.kept_for}" if self.kept_for else "drop"
 
 
-async def first_kept(pool: Pool) -> datetime.date | None:
-    """The first day that is kept, as the database's owner has decided; None when everything is."""
+async def first_kept(pool: Pool) -> datetime.date:
+    """The first day that is kept, as the database's owner has decided."""
     async with pool.connection() as connection:
         cursor = await connection.execute("SELECT outbox_horizon()")
         ((day,),) = await cursor.fetchall()
@@ -53,9 +53,7 @@ async def days(pool: Pool) -> list[Day]:
 async def drop_old_days(pool: Pool) -> list[datetime.date]:
     """Drop what is older than the retention, sent and listed; returns the days dropped. The rest waits."""
     horizon = await first_kept(pool)
-    dropped: list[datetime.date] = []
-    if horizon is None:
-        return dropped
+    dropped = []
     for day in await days(pool):
         if day.day >= horizon:
             break

@@ -22,4 +22,4 @@ def run(database_url: str, keep_months: int | None, keep_outbox_days: int | None
     months, days = row
     console = cli.console()
     console.print(f"Purchases: {f'{months} full months' if months else 'everything'} is kept.")
-    console.print(f"Outbox: {f'{days} full days' if days else 'everything'} is kept.")
+    console.print(f"Outbox: {days} full days is kept.")

@@ -28,10 +28,10 @@ BEGIN
     RETURN CASE WHEN found THEN 'the reader of committed events does not know all of it yet' END;
 END $$;
 
--- The first day that is kept; null: all are.
+-- The first day that is kept.
 CREATE FUNCTION outbox_horizon() RETURNS date
     LANGUAGE sql STABLE SET timezone = 'UTC'
-    RETURN (SELECT now()::date - keep_outbox_days FROM public.chain_settings WHERE keep_outbox_days > 0);
+    RETURN (SELECT now()::date - keep_outbox_days FROM public.chain_settings);
 
 -- Drops a day of the outbox, unless something speaks against it; returns that, or null when the day is gone. It notes
 -- up to which transaction events are gone.

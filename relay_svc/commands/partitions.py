@@ -34,10 +34,7 @@ async def run(config: PartitionsSettings, *, drop: bool, as_json: bool) -> None:
     for day in days:
         table.add_row(f"{day.day:%Y-%m-%d}", f"~{day.events:,}", f"{day.bytes / 2**20:,.1f}", day.verdict(horizon))
     console.print(table)
-    if horizon is None:
-        console.print("Everything is kept; `retail-purchases retention` decides that.")
-    else:
-        console.print(
-            f"Days before {horizon:%Y-%m-%d} may go, when all is sent and known to the reader of committed events. "
-            "`--drop` drops now; the relay does so every hour."
-        )
+    console.print(
+        f"Days before {horizon:%Y-%m-%d} may go, when all is sent and known to the reader of committed events; "
+        "`retail-purchases retention` decides that. `--drop` drops now; the relay does so every hour."
+    )

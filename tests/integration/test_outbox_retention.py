@@ -3,15 +3,17 @@
 import asyncio
 import datetime
 import json
+import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import psycopg
 import pytest
 
 import relay_svc.__main__ as relay
-from chassis.postgres import Pool
-from relay_svc import committed, retention
+from chassis.postgres import Connection, Pool
+from relay_svc import committed, inspection, retention
+from relay_svc import outbox as events
 from relay_svc.errors import EventsDropped
 from tests.conftest import pool, today
 from tests.integration.outbox_events import insert, make_days, new_ids, states, write
@@ -76,7 +78,7 @@ async def test_what_may_go(outbox: Pool, purchases_db: str) -> None:
     second = await ask(outbox, first)
     late = write(purchases_db, 1, age_s=6 * DAY_S)
     mark(purchases_db, late, "SENT")
-    assert await drop(outbox, 0) == []
+    assert await drop(outbox, 30) == []
     assert await verdicts(outbox, 5) | {4: "", 3: "", 2: "", 1: "", 0: "", -1: ""} == {
         9: "drop",
         8: "keep: some of its events are NEW",
@@ -150,12 +152,12 @@ async def test_day_dropped_while_a_listing_begins(outbox: Pool, purchases_db: st
     assert await drop(outbox, 8) == days_ago(9)
 
 
-@pytest.mark.parametrize("keep", [0, 5])
+@pytest.mark.parametrize("keep", [30, 5])
 async def test_what_is_kept_cannot_be_dropped(outbox: Pool, purchases_db: str, keep: int) -> None:
     """The relay's login drops no day that the owner keeps, whatever it asks for; nor does it decide what is kept."""
     await ask(outbox, await ask(outbox))
     keep_days(purchases_db, keep)
-    kept = days_ago(*range(6 if keep else 10))
+    kept = days_ago(*range(min(keep, 9) + 1))
     async with outbox.connection() as connection:
         for day in [*map(str, kept), *(f"{day} BC" for day in (*kept, *days_ago(9))), "infinity", "-infinity", None]:
             with pytest.raises(psycopg.errors.InvalidParameterValue):
@@ -180,9 +182,8 @@ async def test_command(
     monkeypatch.setattr("relay_svc.__main__.logs.configure", lambda *_: None)  # it would last longer than this test
     monkeypatch.setenv("PURCHASES_DATABASE_URL", purchases_db)
     monkeypatch.setattr(sys, "argv", ["relay_svc", "partitions"])
-    keep_days(purchases_db, 0)
     await asyncio.to_thread(relay.main)
-    assert "Everything is kept" in capsys.readouterr().out
+    assert f"Days before {days_ago(30)[0]} may go" in " ".join(capsys.readouterr().out.split())
     keep_days(purchases_db, 8)
     monkeypatch.setattr(sys, "argv", ["relay_svc", "partitions", "--json"])
     await asyncio.to_thread(relay.main)
@@ -191,4 +192,38 @@ async def test_command(
     monkeypatch.setattr(sys, "argv", ["relay_svc", "partitions", "--drop"])
     await asyncio.to_thread(relay.main)
     assert f"Dropped: {days_ago(9)[0]}" in capsys.readouterr().out
-    assert 9 not in await verdicts(outbox, 0)
+    assert 9 not in await verdicts(outbox, 30)
+
+
+LOCKS_OF_A_SERVER = 64 * 100  # with PostgreSQL's defaults of max_locks_per_transaction and max_connections
+MOST_DAYS = 1 + 365 + 3  # today, those kept at most, those made ahead
+DAYS = int(os.environ.get("OUTBOX_DAYS", "60"))
+
+
+async def test_longest_outbox_fits_a_server(outbox: Pool, purchases_db: str) -> None:
+    """Statements that look through all days lock no more, for each day, than lets two of them work side by side.
+
+    OUTBOX_DAYS=369 tries it with all that can be.
+    """
+    await asyncio.to_thread(make_days, purchases_db, 2 - DAYS, 1)
+    write(purchases_db, 1)
+
+    async def locked(work: Callable[[Connection], Awaitable[object]]) -> int:
+        async with outbox.connection() as connection, connection.transaction():
+            await work(connection)
+            cursor = await connection.execute("SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid()")
+            ((count,),) = await cursor.fetchall()
+            return int(count)
+
+    async def listing(connection: Connection) -> object:
+        return [part async for part in committed.since(connection, None)]
+
+    counts = {
+        "claim": await locked(lambda connection: events.claim(connection, 10, events.START)),
+        "claim_retries": await locked(lambda connection: events.claim_retries(connection, 10)),
+        "sweep": await locked(lambda connection: events.sweep(connection, events.START)),
+        "listing": await locked(listing),
+        "backlog": await locked(inspection.backlog),
+    }
+    for work, count in counts.items():
+        assert count * MOST_DAYS / DAYS < LOCKS_OF_A_SERVER / 2, (work, count)

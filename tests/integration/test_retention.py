@@ -260,7 +260,7 @@ async def test_operator_sees_the_months(opened: Pool, purchases_db: str) -> None
         ).stdout
 
     assert "Outbox: 30 full days is kept." in await asyncio.to_thread(command, "retention")
-    assert "everything" in await asyncio.to_thread(command, "retention", "--keep-outbox-days", "0")
+    assert "Outbox: 60 full days" in await asyncio.to_thread(command, "retention", "--keep-outbox-days", "60")
     assert "3 full months" in await asyncio.to_thread(command, "retention", "--keep-months", "3")
     shown = await asyncio.to_thread(command, "partitions")
     lines = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│")}
