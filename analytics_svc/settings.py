@@ -78,7 +78,11 @@ class ServeSettings(MigrateSettings):
     )
     # As many as keep the database's cores busy.
     read_connections: int = setting(
-        "ANALYTICS_READ_CONNECTIONS", integer(1, 100), "connections", "queries at once", default=4
+        "ANALYTICS_READ_CONNECTIONS",
+        integer(1, 100),
+        "connections",
+        "queries at once; heavy ones have half as many beside",
+        default=4,
     )
 
 

@@ -18,11 +18,11 @@ from psycopg.errors import Diagnostic
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from chassis.errors import DatabaseUnavailable, DeadlineExceeded, ServiceError, TransactionConflict
+from chassis.errors import DatabaseUnavailable, DeadlineExceeded, Overloaded, ServiceError, TransactionConflict
 from chassis.lifecycle import Backoff, wait_set
 
 CONNECT_TIMEOUT_S = 5
-POOL_WAIT_S = 5.0  # a caller that waits longer for a connection gets DATABASE_UNAVAILABLE
+POOL_WAIT_S = 5.0  # a caller that waits longer for a connection gets OVERLOADED, or DATABASE_UNAVAILABLE if it is away
 RECONNECT_EVERY_S = 0.2  # while connections are missing
 IDLE_IN_TRANSACTION_MS = 30_000  # a stuck transaction holds back vacuum and locks; nothing of ours needs longer
 TCP_OPTIONS = {  # a peer that vanished is noticed within seconds, not after the kernel's quarter of an hour
@@ -62,6 +62,10 @@ log = structlog.get_logger()
 
 class SharedSessions(psycopg.NotSupportedError):
     """Between us and the server, a pooler gives one session to several clients in turn."""
+
+
+class PoolBusy(PoolTimeout):
+    """The database is there, and others have all of its connections."""
 
 
 class _Connection(Connection):
@@ -137,6 +141,10 @@ class Pool(AsyncConnectionPool[Connection]):
         self._lent -= 1
         await super().putconn(conn)
 
+    def is_complete(self) -> bool:
+        """Whether all its connections are there, lent or not: as far as we know, the database is."""
+        return self._lent + self.get_stats()["pool_available"] >= self.max_size
+
     async def _getconn(self, timeout: float | None) -> Connection:
         """While connections are missing, ask again and again: each time that somebody asks, one attempt to connect is
         made, and nobody is told when the server is back.
@@ -144,12 +152,15 @@ class Pool(AsyncConnectionPool[Connection]):
         until = time.monotonic() + (self.timeout if timeout is None else timeout)
         while True:
             left_s = max(until - time.monotonic(), 0.001)
-            complete = self._lent + self.get_stats()["pool_available"] >= self.max_size  # it comes to the next in turn
+            complete = self.is_complete()  # what is given back comes to the next in turn
             try:
                 connection = await super().getconn(left_s if complete else min(left_s, RECONNECT_EVERY_S))
-            except PoolTimeout:
-                if time.monotonic() >= until:
-                    raise
+            except PoolTimeout as error:
+                if time.monotonic() < until:
+                    continue
+                if complete and self.is_complete():
+                    raise PoolBusy(f"all {self.max_size} connections are in use") from error
+                raise
             else:
                 self._lent += 1
                 return connection
@@ -368,6 +379,8 @@ def meaning(error: Exception) -> ServiceError | None:
             return TransactionConflict("concurrent transactions conflicted; try again")
         case psycopg.errors.ReadOnlySqlTransaction():
             return DatabaseUnavailable("the database does not accept writes at the moment")
+        case PoolBusy():
+            return Overloaded("others are being answered, and the time to wait for a turn is over; try again later")
         case psycopg.OperationalError() | psycopg.InterfaceError() | PoolTimeout():
             return DatabaseUnavailable("the database is not available")
         case _:

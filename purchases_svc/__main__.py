@@ -13,6 +13,7 @@ from psycopg_pool import PoolTimeout
 
 from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, zones
 from chassis.errors import PortTaken
+from chassis.shares import Shares
 from chassis.wire import PageTokens
 from purchases_svc import record, retention, server, stored, workers
 from purchases_svc.backlog import STATEMENT_TIMEOUT_S as BACKLOG_TIMEOUT_S
@@ -64,7 +65,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             config.database_url,
             role=stored.ROLE,
             application_name="purchases export",
-            size=config.export_connections,
+            size=config.export_connections + 1,  # the proof's own
             statement_timeout_s=READ_TIMEOUT_S,
         ) as export_pool,
         postgres.open_pool(
@@ -110,16 +111,17 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             standby_required=config.require_sync_standby,
         )
         tokens = PageTokens(page_token_key)
+        shares = Shares(read_pool, max(config.read_connections // server.READ_KINDS, 1))
         services = [
             grpc_server.Service(
                 purchases_grpc.add_PurchasesServiceServicer_to_server,
-                server.PurchasesServicer(recorder, Uploads(recorder, host), read_pool, export_pool, tokens, zone),
+                server.PurchasesServicer(recorder, Uploads(recorder, host), shares, export_pool, tokens, zone),
                 "retail.purchases.v1.PurchasesService",
                 message_bytes_max=server.MESSAGE_BYTES_MAX,
             ),
             grpc_server.Service(
                 customers_grpc.add_CustomersServiceServicer_to_server,
-                server.CustomersServicer(read_pool, tokens),
+                server.CustomersServicer(shares, tokens),
                 "retail.purchases.v1.CustomersService",
             ),
         ]

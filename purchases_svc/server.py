@@ -14,6 +14,7 @@ from chassis import wire
 from chassis.errors import DatabaseUnavailable, FieldReason, InvalidRequest, Overloaded, Violation
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool, on_standby
+from chassis.shares import Shares
 from purchases_svc import messages, stored
 from purchases_svc.errors import CustomerNotFound, PurchaseNotFound
 from purchases_svc.record import Recorder
@@ -32,6 +33,8 @@ CONTROL_TOTALS_PER_PAGE = (500, 1_000)
 CONTROL_TOTALS_DAYS_MAX = 31
 BRANCH_IDS_MAX = 1_000
 CUSTOMER_IDS_MAX = 1_000
+READ_KINDS = 4  # three of lists, each of which may take long, and all reads of one thing
+PROOF = ("retail-purpose", "proof")  # metadata of an audit's or a repair's export
 EXPORT_WAIT_S = 1.0  # for an export to begin: one whose reader left a moment ago is still being ended
 
 
@@ -42,15 +45,16 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         self,
         recorder: Recorder,
         uploads: Uploads,
-        pool: Pool,
+        shares: Shares,
         export_pool: Pool,
         tokens: wire.PageTokens,
         zone: ZoneInfo,
     ) -> None:
-        """`export_pool` has a connection for each export that may run at once."""
+        """`export_pool` has a connection for each export that may run at once, and one for the proof alone."""
         self._recorder, self._uploads = recorder, uploads
-        self._pool, self._tokens, self._zone = pool, tokens, zone
-        self._export_pool, self._exports = export_pool, asyncio.Semaphore(export_pool.max_size)
+        self._shares, self._tokens, self._zone = shares, tokens, zone
+        self._export_pool = export_pool
+        self._exports, self._proof = asyncio.Semaphore(export_pool.max_size - 1), asyncio.Semaphore(1)
 
     async def CreatePurchase(
         self, request: purchases_service_pb2.CreatePurchaseRequest, context: Any
@@ -62,7 +66,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         self, request: purchases_service_pb2.GetPurchaseRequest, context: Any
     ) -> purchases_service_pb2.GetPurchaseResponse:
         purchase_id = _required_uuid("purchase_id", request.purchase_id)
-        async with _reading(self._pool, context) as connection:
+        async with _reading(self._shares, context) as connection:
             purchase = await stored.by_id(connection, purchase_id)
         if purchase is None:
             raise PurchaseNotFound(f"no purchase has the id {purchase_id}", metadata={"purchase_id": purchase_id})
@@ -85,7 +89,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         _raise_if(violations)
         position = self._tokens.read(request)
         before = (datetime.datetime.fromisoformat(position[0]), position[1]) if position else None
-        async with _reading(self._pool, context) as connection:
+        async with _reading(self._shares, context, "purchases") as connection:
             purchases, more = await stored.page(
                 connection,
                 limit=limit,
@@ -122,7 +126,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         assert first and last
         position = self._tokens.read(request)
         after = (datetime.date.fromisoformat(position[0]), position[1]) if position else None
-        async with _reading(self._pool, context) as connection:
+        async with _reading(self._shares, context, "control totals") as connection:
             if on_standby(connection):  # what it lacks, the audit would call invented, and a repair would take out
                 raise DatabaseUnavailable("a standby cannot tell what is recorded by now; ask the primary")
             rows = await stored.control_totals(
@@ -172,7 +176,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         _raise_if(violations)
         assert first and last
         asked = [customer_id for customer_id in customer_ids if customer_id]
-        async with self._exporting() as connection:
+        async with self._exporting(context) as connection:
             bounds = await stored.stored_range(connection)
             if bounds is None:
                 return
@@ -188,37 +192,41 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
                 day = await stored.next_day(connection, day + stored.DAY, last)
 
     @asynccontextmanager
-    async def _exporting(self) -> AsyncIterator[Connection]:
+    async def _exporting(self, context: Any) -> AsyncIterator[Connection]:
         """A connection of the few for exports: one lasts as long as its reader reads, and must hold up no other call.
+
+        The proof has one that no other reader takes. That it is the proof is what it says of itself.
 
         Raises:
             Overloaded: all are taken, and none got free for a moment.
         """
+        for_proof = PROOF in (context.invocation_metadata() or ()) and not self._proof.locked()
+        turn = self._proof if for_proof else self._exports
         try:
             async with asyncio.timeout(EXPORT_WAIT_S):
-                await self._exports.acquire()
+                await turn.acquire()
         except TimeoutError:
-            most = self._export_pool.max_size
+            most = self._export_pool.max_size - 1
             raise Overloaded(f"{most} exports are running, which is the most; try again later") from None
         try:
             async with self._export_pool.connection() as connection:
                 yield connection
         finally:
-            self._exports.release()
+            turn.release()
 
 
 class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):
     """`retail.purchases.v1.CustomersService`."""
 
-    def __init__(self, pool: Pool, tokens: wire.PageTokens) -> None:
-        self._pool, self._tokens = pool, tokens
+    def __init__(self, shares: Shares, tokens: wire.PageTokens) -> None:
+        self._shares, self._tokens = shares, tokens
 
     async def CreateCustomer(
         self, request: customers_pb2.CreateCustomerRequest, context: Any
     ) -> customers_pb2.CreateCustomerResponse:
         given = request.HasField("customer_id")
         customer_id = _required_uuid("customer_id", request.customer_id) if given else str(uuid7())
-        async with _reading(self._pool, context) as connection:
+        async with _reading(self._shares, context) as connection:
             created_at = await stored.register_customer(connection, customer_id)
         return customers_pb2.CreateCustomerResponse(customer=_customer(customer_id, created_at))
 
@@ -226,7 +234,7 @@ class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):
         self, request: customers_pb2.GetCustomerRequest, context: Any
     ) -> customers_pb2.GetCustomerResponse:
         customer_id = _required_uuid("customer_id", request.customer_id)
-        async with _reading(self._pool, context) as connection:
+        async with _reading(self._shares, context) as connection:
             created_at = await stored.customer(connection, customer_id)
         if created_at is None:
             raise CustomerNotFound(f"no customer has the id {customer_id}", metadata={"customer_id": customer_id})
@@ -239,7 +247,7 @@ class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):
         limit = wire.page_size(request.page_size, *CUSTOMERS_PER_PAGE, violations)
         _raise_if(violations)
         position = self._tokens.read(request)
-        async with _reading(self._pool, context) as connection:
+        async with _reading(self._shares, context, "customers") as connection:
             rows = await stored.customers_page(connection, limit=limit + 1, after=position[0] if position else None)
         page = rows[:limit]
         token = self._tokens.issue(request, [page[-1][0]]) if len(rows) > limit else ""
@@ -247,11 +255,11 @@ class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):
 
 
 @asynccontextmanager
-async def _reading(pool: Pool, context: Any) -> AsyncIterator[Connection]:
+async def _reading(shares: Shares, context: Any, kind: str = "one") -> AsyncIterator[Connection]:
     """A transaction whose statements end when the caller's deadline does, so that nobody's query lingers."""
     remaining = context.time_remaining()
     timeout_s = CALL_TIMEOUT_S if remaining is None else min(max(remaining, 0.001), CALL_TIMEOUT_S)
-    async with pool.connection(timeout=timeout_s) as connection, connection.transaction():
+    async with shares.connection(kind, timeout_s) as connection, connection.transaction():
         await connection.execute(
             "SELECT set_config('statement_timeout', %s, true)", [str(max(int(timeout_s * 1000), 1))]
         )

@@ -17,6 +17,7 @@ from retail.analytics.v1 import analytics_service_pb2_grpc as analytics_grpc
 
 # A short query is slower with helpers, and they would take the cores from other queries.
 QUERY_SESSION = {"max_parallel_workers_per_gather": "0"}
+HEAVY_CONNECTIONS_MIN = 2  # one for each kind of heavy question
 LIVE_CONNECTIONS = 3  # to listen, to look for purchases that are waited for, to read for watchers
 LIVE_TIMEOUT_S = 10.0  # for each statement on these
 
@@ -38,6 +39,14 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         postgres.open_pool(
             config.database_url,
             role="analytics_server",
+            application_name="analytics serve: heavy",
+            size=max(config.read_connections // 2, HEAVY_CONNECTIONS_MIN),
+            statement_timeout_s=grpc_server.CALL_TIMEOUT_S,
+            settings=QUERY_SESSION,
+        ) as heavy_pool,
+        postgres.open_pool(
+            config.database_url,
+            role="analytics_server",
             application_name="analytics serve: live",
             size=LIVE_CONNECTIONS,
             statement_timeout_s=LIVE_TIMEOUT_S,
@@ -50,7 +59,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             watchers.on_announcement(announcement)
 
         listener = Listener(live_pool, tell, host.set_serving)
-        servicer = AnalyticsServicer(pool, inclusion, watchers)
+        servicer = AnalyticsServicer(pool, heavy_pool, inclusion, watchers)
         service = grpc_server.Service(
             analytics_grpc.add_AnalyticsServiceServicer_to_server, servicer, "retail.analytics.v1.AnalyticsService"
         )

@@ -16,6 +16,7 @@ from analytics_svc.serve.watch import Watchers
 from chassis import wire
 from chassis.errors import DatabaseUnavailable, FieldReason, InvalidRequest, InvalidToken, Violation
 from chassis.postgres import POOL_WAIT_S, Connection, Pool
+from chassis.shares import Shares
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1 import analytics_service_pb2_grpc
 
@@ -33,8 +34,11 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
     """`retail.analytics.v1.AnalyticsService`."""
 
-    def __init__(self, pool: Pool, inclusion: Inclusion, watchers: Watchers) -> None:
-        self._pool, self._inclusion, self._watchers = pool, inclusion, watchers
+    def __init__(self, pool: Pool, heavy_pool: Pool, inclusion: Inclusion, watchers: Watchers) -> None:
+        """`heavy_pool` is for questions that may take seconds: however many are asked, others are answered."""
+        self._light = Shares(pool, max(pool.max_size - 1, 1))
+        self._heavy = Shares(heavy_pool, max(heavy_pool.max_size // 2, 1))  # of which there are two kinds
+        self._inclusion, self._watchers = inclusion, watchers
         self.tokens: wire.PageTokens | None = None  # comes when the database is up and proven to be ours
 
     async def ListDailySales(self, request: pb.ListDailySalesRequest, context: Any) -> pb.ListDailySalesResponse:
@@ -65,7 +69,9 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         tokens = self._admit(request, violations)
         position = tokens.read(request)
         after = (datetime.date.fromisoformat(position[0]), position[1], position[2]) if position else None
-        async with self._reading(request, context) as connection:
+        # Of many rows, those of a few products are searched for; without, or with one alone, they lie side by side.
+        heavy = len(request.product_ids) > 1 or bool(request.product_ids and request.branch_ids)
+        async with self._reading(request, context, heavy=heavy) as connection:
             rows, freshness = await queries.product_sales(
                 connection, days, request.branch_ids, request.product_ids, after=after, limit=limit + 1
             )
@@ -95,7 +101,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         if request.order not in pb.TopProductsOrder.values():
             violations.append(Violation("order", "must be one of TopProductsOrder", FieldReason.UNKNOWN_VALUE))
         self._admit(request, violations)
-        async with self._reading(request, context) as connection:
+        async with self._reading(request, context, heavy=days is not None) as connection:
             rows, freshness = await queries.top_products(
                 connection,
                 days,
@@ -225,13 +231,14 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
             await self._inclusion.wait(request.consistency_token.lower(), context.time_remaining())
 
     @asynccontextmanager
-    async def _reading(self, request: Any, context: Any) -> AsyncIterator[Connection]:
+    async def _reading(self, request: Any, context: Any, *, heavy: bool = False) -> AsyncIterator[Connection]:
         """A connection, once the purchase of the request's token is included. A call whose time is over is cancelled,
         and its query with it."""
         await self._included(request, context)
         remaining = context.time_remaining()
         timeout_s = POOL_WAIT_S if remaining is None else min(max(remaining, 0.001), POOL_WAIT_S)
-        async with self._pool.connection(timeout=timeout_s) as connection:
+        shares = self._heavy if heavy else self._light
+        async with shares.connection(type(request).__name__, timeout_s) as connection:
             yield connection
 
 

@@ -23,6 +23,7 @@ CONTROL_TOTALS_DAYS_MAX = 31  # the service's limit for one question
 PAGE_ROWS = 1_000
 CHUNK = 500  # purchases; as many as the consumer applies at once
 CALL_TIMEOUT_S = 20.0
+PROOF = [("retail-purpose", "proof")]  # the service keeps an export for whoever says so
 
 
 class Totals(NamedTuple):
@@ -102,7 +103,7 @@ class Source:
         request = purchases_service_pb2.ExportPurchasesRequest(
             first_date=wire.date(first), last_date=wire.date(last), customer_ids=customer_ids
         )
-        call = self._stub.ExportPurchases(request)
+        call = self._stub.ExportPurchases(request, metadata=PROOF)
         chunk: list[PurchaseCreated] = []
         try:
             async for reply in call:

@@ -41,7 +41,7 @@ def test_ids_of_an_analytics_question(looked_at: Counter[str]) -> None:
 
 async def test_customers_of_an_export(looked_at: Counter[str]) -> None:
     """At most as many as an export may name."""
-    servicer: Any = PurchasesServicer(*(SimpleNamespace(max_size=1) for _ in range(6)))  # type: ignore[arg-type]
+    servicer: Any = PurchasesServicer(*(SimpleNamespace(max_size=2) for _ in range(6)))  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest):
         async for _ in servicer.ExportPurchases(ExportPurchasesRequest(customer_ids=["x"] * MANY), None):
             pass

@@ -52,7 +52,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     OVERLOADED: _ErrorReason.ValueType  # 7
     """RESOURCE_EXHAUSTED. Retry after 1 s: more calls wait for their purchase, more
-    watchers are here, or more calls are in flight, than the server takes in.
+    watchers are here, or more calls are in flight, than the server takes in; or
+    others that ask the same kind of question were answered all the while.
     """
     SHUTTING_DOWN: _ErrorReason.ValueType  # 8
     """UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or
@@ -147,7 +148,8 @@ by PurchasesService.
 """
 OVERLOADED: ErrorReason.ValueType  # 7
 """RESOURCE_EXHAUSTED. Retry after 1 s: more calls wait for their purchase, more
-watchers are here, or more calls are in flight, than the server takes in.
+watchers are here, or more calls are in flight, than the server takes in; or
+others that ask the same kind of question were answered all the while.
 """
 SHUTTING_DOWN: ErrorReason.ValueType  # 8
 """UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or

@@ -52,7 +52,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     OVERLOADED: _ErrorReason.ValueType  # 7
     """RESOURCE_EXHAUSTED. Retry after 1 s: more sales wait, more exports run, or
-    more calls are in flight, than the server takes in.
+    more calls are in flight, than the server takes in; or others that read the
+    same kind of thing were answered all the while.
     """
     SHUTTING_DOWN: _ErrorReason.ValueType  # 8
     """UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or
@@ -152,7 +153,8 @@ other filters. Begin with the first page.
 """
 OVERLOADED: ErrorReason.ValueType  # 7
 """RESOURCE_EXHAUSTED. Retry after 1 s: more sales wait, more exports run, or
-more calls are in flight, than the server takes in.
+more calls are in flight, than the server takes in; or others that read the
+same kind of thing were answered all the while.
 """
 SHUTTING_DOWN: ErrorReason.ValueType  # 8
 """UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or

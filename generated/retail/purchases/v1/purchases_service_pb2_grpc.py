@@ -136,7 +136,9 @@ class PurchasesServiceServicer:
         event's id, one day after the other, each day from one snapshot. A server
         runs a few exports at once (PURCHASES_EXPORT_CONNECTIONS, 4 by default);
         one more waits a second for its turn, and is then refused with
-        RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo.
+        RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo. Beside them, one export is
+        kept for audits and repairs, whose calls have the metadata retail-purpose:
+        proof; nobody else should say so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

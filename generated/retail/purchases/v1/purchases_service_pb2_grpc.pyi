@@ -68,7 +68,9 @@ class PurchasesServiceStub:
     event's id, one day after the other, each day from one snapshot. A server
     runs a few exports at once (PURCHASES_EXPORT_CONNECTIONS, 4 by default);
     one more waits a second for its turn, and is then refused with
-    RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo.
+    RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo. Beside them, one export is
+    kept for audits and repairs, whose calls have the metadata retail-purpose:
+    proof; nobody else should say so.
     """
 
 @_typing.type_check_only
@@ -111,7 +113,9 @@ class PurchasesServiceAsyncStub(PurchasesServiceStub):
     event's id, one day after the other, each day from one snapshot. A server
     runs a few exports at once (PURCHASES_EXPORT_CONNECTIONS, 4 by default);
     one more waits a second for its turn, and is then refused with
-    RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo.
+    RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo. Beside them, one export is
+    kept for audits and repairs, whose calls have the metadata retail-purpose:
+    proof; nobody else should say so.
     """
 
 class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -187,7 +191,9 @@ class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
         event's id, one day after the other, each day from one snapshot. A server
         runs a few exports at once (PURCHASES_EXPORT_CONNECTIONS, 4 by default);
         one more waits a second for its turn, and is then refused with
-        RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo.
+        RESOURCE_EXHAUSTED, OVERLOADED and a RetryInfo. Beside them, one export is
+        kept for audits and repairs, whose calls have the metadata retail-purpose:
+        proof; nobody else should say so.
         """
 
 def add_PurchasesServiceServicer_to_server(servicer: PurchasesServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
