@@ -46,7 +46,7 @@ contract: ready # accept what proto/ says now, breaking changes included: lint c
 image-check: # build the container image without Docker, and try its commands; for root on Debian; [OPTIONAL=1]
 	@OPTIONAL=$(OPTIONAL) bash deploy/image_check.sh
 
-bench: ready ## measure; [ONLY=write|pipeline|analytics] [REPORT=out.json]
+bench: ready ## measure; [ONLY=write|pipeline|analytics|isolation] [REPORT=out.json]
 	@exec $(PYTHON) -m tests.bench
 
 faults: ready ## break the running system and count every cent; [FAULTS=n] [SEED=n] [REPORT=out.json]

@@ -39,15 +39,23 @@ class Admission:
             Overloaded: they would be too many, for everybody or for this caller; none is taken in.
         """
         count, items = len(sales), sum(len(sale.items) for sale in sales)
-        if self._all.sales + count > self._sales_max or self._all.items + items > self._items_max:
-            raise Overloaded(f"{self._all.sales} sales wait to be stored; try again a little later")
-        own = self._callers.get(caller) or _Load()
-        if own.sales + count > self._share_sales or own.items + items > self._share_items:
-            raise Overloaded(f"{own.sales} sales of this caller wait to be stored; try again a little later")
-        self._callers[caller] = own
+        self.require_room(caller, count, items)
+        own = self._callers.setdefault(caller, _Load())
         for load in (self._all, own):
             load.sales += count
             load.items += items
+
+    def require_room(self, caller: str, sales: int, items: int = 0) -> None:
+        """Whether so much could be taken in, to be asked before anything is made of it.
+
+        Raises:
+            Overloaded
+        """
+        if self._all.sales + sales > self._sales_max or self._all.items + items > self._items_max:
+            raise Overloaded(f"{self._all.sales} sales wait to be stored; try again a little later")
+        own = self._callers.get(caller) or _Load()
+        if own.sales + sales > self._share_sales or own.items + items > self._share_items:
+            raise Overloaded(f"{own.sales} sales of this caller wait to be stored; try again a little later")
 
     def leave(self, caller: str, sale: Sale) -> None:
         """A sale was answered, or its caller is gone."""
@@ -67,6 +75,11 @@ class Turns:
 
     def __bool__(self) -> bool:
         return bool(self._callers)
+
+    @property
+    def callers(self) -> int:
+        """How many of them wait."""
+        return len(self._callers)
 
     def put(self, entry: Entry) -> None:
         if (own := self._callers.get(entry.caller)) is None:

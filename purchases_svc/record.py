@@ -43,6 +43,7 @@ from purchases_svc.sale import EARLIEST, FUTURE_MAX, Purchase, Sale, nanoseconds
 BATCH_ITEMS_MAX = 4_000  # of a flush: everybody waits for it, so the biggest sales must not make it take seconds
 ATTEMPTS_MAX = 4  # of a flush that meets a conflict or a lost connection
 SLOW_FLUSH_S = 0.1  # after which the next one goes beside
+COMPANY_S = 1.0  # for so long after two callers waited together, another one is expected at any moment
 FLUSHES_MAX = 3  # at once; as a rule there is one
 # For flushes; to make partitions, to look up keys, to look after those aside, to ring the relay's bell.
 CONNECTIONS = FLUSHES_MAX + 3
@@ -89,6 +90,7 @@ class Recorder:
         self._aside = Aside(pool, self._wait, self._flush_alone, self._settle, self._drop, flush_timeout_s)
         self._relay_bell = RelayBell(pool)
         self._looking_up = asyncio.Lock()
+        self._company_until = 0.0
         self._flusher: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # all that is under way
 
@@ -109,8 +111,7 @@ class Recorder:
         Raises:
             Overloaded, OutboxFull: too many sales, or too many events, wait already; none of these was taken in.
         """
-        if self._backlog.full:
-            raise OutboxFull("too many events wait for the broker; try again later")
+        self._require_open()
         self._admission.enter(caller, sales)
         call = Call(caller, len(sales))
         now = datetime.datetime.now(datetime.UTC)
@@ -134,6 +135,19 @@ class Recorder:
             self._start(self._look_up(out_of_range))
         await call.answered
         return [outcome for outcome in call.outcomes if outcome is not None]
+
+    def require_room(self, caller: str, sales: int) -> None:
+        """Whether so many sales could be taken in now, to be asked before they are looked at.
+
+        Raises:
+            Overloaded, OutboxFull
+        """
+        self._require_open()
+        self._admission.require_room(caller, sales)
+
+    def _require_open(self) -> None:
+        if self._backlog.full:
+            raise OutboxFull("too many events wait for the broker; try again later")
 
     async def close(self) -> None:
         """Wait until everything taken in is answered, as long as a flush may take at most; what is not by then is cut
@@ -255,8 +269,8 @@ class Recorder:
     def _next_batch(self) -> list[Entry]:
         """The sales whose turn it is, each key once: what repeats a key that is on its way waits for its outcome."""
         batch: list[Entry] = []
-        items = 0
-        while self._waiting and len(batch) < self._batch_max and items < BATCH_ITEMS_MAX:
+        items, most = 0, self._batch_size()
+        while self._waiting and len(batch) < most and items < BATCH_ITEMS_MAX:
             entry = self._waiting.take()
             first = self._on_their_way.setdefault(entry.sale.idempotency_key, entry)
             if first is not entry:
@@ -267,6 +281,15 @@ class Recorder:
                 batch.append(entry)
                 items += len(entry.sale.items)
         return batch
+
+    def _batch_size(self) -> int:
+        """Of a flush: while others sell, too, what one sends by the hundred goes in small ones, for which they wait."""
+        now = asyncio.get_running_loop().time()
+        if self._waiting.callers > 1:
+            self._company_until = now + COMPANY_S
+        if now > self._company_until:
+            return self._batch_max
+        return min(max(self._waiting.callers, self._batch_max // 5), self._batch_max)
 
     def _drop(self, entry: Entry) -> None:
         """Forget a sale that was not sent; the next one with its key takes its place."""

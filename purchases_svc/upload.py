@@ -15,7 +15,7 @@ from chassis.errors import (
     to_status,
 )
 from purchases_svc import messages
-from purchases_svc.answers import Outcome, Recorded
+from purchases_svc.answers import Recorded
 from purchases_svc.record import Recorder
 from purchases_svc.sale import Sale
 from retail.purchases.v1 import purchases_service_pb2 as pb2
@@ -25,6 +25,7 @@ UPLOADS_PER_MESSAGE_MAX = 500
 # read: the client is slowed down by HTTP/2, and whoever does not read answers holds up nobody else.
 MESSAGES_IN_FLIGHT_MAX = 2
 IDLE_TIMEOUT_S = 300.0
+IN_ONE_GO = 20  # sales, before anybody else has a turn
 
 Answer = asyncio.Task[pb2.UploadPurchasesResponse]
 
@@ -91,17 +92,26 @@ class Uploads:
 
     async def _record(self, request: pb2.UploadPurchasesRequest, caller: str) -> pb2.UploadPurchasesResponse:
         """Store the sales of one message. One that is refused does not affect its neighbours."""
+        try:
+            self._recorder.require_room(caller, len(request.uploads))
+        except ServiceError as error:
+            return self._all_refused(request, error)
         refused: dict[int, ServiceError] = {}
         sales: dict[int, Sale] = {}
         for place, upload in enumerate(request.uploads):
+            await _let_others(place)
             try:
                 sales[place] = messages.parse_sale(upload.create_purchase)
             except ServiceError as error:
                 refused[place] = error
-        outcomes = await self._record_all(list(sales.values()), caller)
+        try:
+            outcomes = await self._recorder.record_all(list(sales.values()), caller) if sales else []
+        except ServiceError as error:  # none was taken in
+            return self._all_refused(request, error)
         recorded = dict(zip(sales, outcomes, strict=True))
         response = pb2.UploadPurchasesResponse()
         for place, upload in enumerate(request.uploads):
+            await _let_others(place)
             result = response.results.add(sequence_number=upload.sequence_number)
             outcome = refused.get(place) or recorded[place]
             if isinstance(outcome, Recorded):
@@ -111,8 +121,15 @@ class Uploads:
                 result.error.CopyFrom(to_status(refusal, self._host.domain))
         return response
 
-    async def _record_all(self, sales: list[Sale], caller: str) -> list[Outcome]:
-        try:
-            return await self._recorder.record_all(sales, caller) if sales else []
-        except ServiceError as error:  # none was taken in
-            return [error] * len(sales)
+    def _all_refused(self, request: pb2.UploadPurchasesRequest, error: ServiceError) -> pb2.UploadPurchasesResponse:
+        status = to_status(error, self._host.domain)
+        response = pb2.UploadPurchasesResponse()
+        for upload in request.uploads:
+            response.results.add(sequence_number=upload.sequence_number, error=status)
+        return response
+
+
+async def _let_others(place: int) -> None:
+    """A message may take tens of milliseconds to read and to answer: others have their turn in between."""
+    if place % IN_ONE_GO == IN_ONE_GO - 1:
+        await asyncio.sleep(0)

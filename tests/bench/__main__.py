@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -11,8 +11,8 @@ from typing import Any
 
 from chassis.settings import SettingsError, integer, load, setting
 from deploy.local.machine import StackError
-from tests.bench import analytics, machine, pipeline, write
-from tests.bench.figures import Outcome, Plan, Values
+from tests.bench import analytics, isolation, machine, pipeline, write
+from tests.bench.figures import Outcome, Plan, Value, Values
 from tests.bench.show import Show
 
 # Each part by its name in ONLY, in the order in which they run.
@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[[Plan, Show], Outcome]] = {
     "write": write.run,
     "pipeline": pipeline.run,
     "analytics": analytics.run,
+    "isolation": isolation.run,
 }
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -98,8 +99,10 @@ def run(settings: Settings, show: Show) -> None:
         show.say(f"The report: {settings.report}")
 
 
-def rounded_value(value: float | dict[str, float]) -> float | dict[str, float]:
-    return {name: round(each, 4) for name, each in value.items()} if isinstance(value, dict) else round(value, 4)
+def rounded_value(value: Value) -> Value:
+    if isinstance(value, Mapping):
+        return {name: rounded_value(each) for name, each in value.items()}
+    return round(value, 4)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ class Goal:
 
 
 # The report's keys; some hold figures by name.
-Values = dict[str, float | dict[str, float]]
+Value = float | Mapping[str, "Value"]
+Values = dict[str, Value]
 
 
 class Outcome(NamedTuple):

@@ -38,7 +38,7 @@ STEPS: dict[str, dict[str, Step]] = {
         "during_commit": Step("purchases_svc.record", "insert", "during"),
         "after_commit": Step("purchases_svc.record", "insert", "after"),
         "before_upload": Step("purchases_svc.upload", "Uploads._record", "before"),
-        "after_upload": Step("purchases_svc.upload", "Uploads._record_all", "after"),
+        "after_upload": Step("purchases_svc.upload", "Uploads._record", "after"),
         "in_partition": Step("purchases_svc.partitions", "Partitions._call", "during"),
         "after_partition": Step("purchases_svc.partitions", "Partitions._call", "after"),
     },
