@@ -5,6 +5,7 @@ import datetime
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import lru_cache
 from typing import Any
 
 from analytics_svc.errors import CustomerNotFound, WatcherTooSlow
@@ -242,7 +243,8 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
             yield connection
 
 
-def _daily_sales(row: Sequence[Any]) -> pb.DailySales:
+@lru_cache(20_000)  # most watchers watch the same rows
+def _daily_sales(row: tuple[Any, ...]) -> pb.DailySales:
     day, branch_id, revenue, items, purchases, with_customer = row
     return pb.DailySales(
         sales_date=wire.date(day),

@@ -1,15 +1,16 @@
 """Watching daily sales: every row that matches first, then each row that changes, in its latest state.
 
-Reads follow one another (`Watchers._reading`), and a watcher gets their rows in that order, so no row ever goes back in
-time. A changed row is read once for all watchers. What a slow watcher has not been sent yet is overwritten by what is
-newer, so its memory is bounded; beyond that bound, it is forgotten and read again.
+One reader (`Watchers.run`) reads for all, and a watcher gets the rows in the order of its reads, so no row ever goes
+back in time. A changed row is read once for all watchers, a page once for all who wait for it with the same filter.
+What a slow watcher has not been sent yet is overwritten by what is newer, so its memory is bounded; beyond that bound,
+it is forgotten and read again.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import date
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import structlog
 
@@ -17,20 +18,19 @@ from analytics_svc.ingest.announce import EVERYTHING, Announcement, Row
 from analytics_svc.serve.queries import Days, Freshness
 from chassis.errors import DatabaseUnavailable, Overloaded, ShuttingDown
 from chassis.lifecycle import Backoff, wait_set
-from chassis.postgres import POOL_WAIT_S, UNAVAILABLE, Connection, Pool
+from chassis.postgres import UNAVAILABLE, Connection, Pool, patience
 
-WATCHERS_MAX = 200  # at once: each gets a message per round of reading
+WATCHERS_MAX = 1_000  # at once: each gets a message per round of reading
 PAUSE_S = 0.1  # between rounds; rows that change more often are sent in their latest state
+PAUSE_EACH_S = 0.0005  # more of it for each watcher: sending to all of them must leave time for other calls
 PASS_EVERY_S = 1.0  # a watcher's rows are all read again at most so often
 MARKS_EVERY_S = 1.0  # a watcher whose rows do not change still learns how fresh they are
 PAGE_ROWS = 1_000
 PENDING_ROWS_MAX = 5_000  # kept for a watcher; a message of so many has about 300 KB
 CHANGED_ROWS_MAX = 10_000  # heard of and not read yet
-PATIENCE_S = 10.0  # for the database, and for those who read before: a restart of it takes seconds
-LAST_WAIT_S = 0.1  # at least, for a connection, however little patience is left
+PATIENCE_S = 10.0  # with a database that answers nobody: a restart of it takes seconds
 
 log = structlog.get_logger()
-T = TypeVar("T")
 
 
 class DailySales(NamedTuple):
@@ -131,6 +131,26 @@ class Watch:
         return Update(rows, self._sent or NO_MARKS.freshness)
 
 
+class PageKey(NamedTuple):
+    """Which rows to read next."""
+
+    days: Days
+    branch_ids: frozenset[int]
+    after: Row
+
+
+class WantedPage:
+    """A page that is read for all who want it before the reading begins: so it lacks nothing that they miss."""
+
+    def __init__(self) -> None:
+        self.watches: set[Watch] = set()
+        self.taken: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # False: ask again
+
+    def end(self, taken: bool) -> None:
+        if not self.taken.done():
+            self.taken.set_result(taken)
+
+
 class Watchers:
     """All watchers of this server, and the one who reads for them."""
 
@@ -140,8 +160,11 @@ class Watchers:
         self._changed: set[Row] = set()
         self._heard = 0  # number of the last announcement whose rows are in `_changed`, or were
         self._early_marks: Marks | None = None  # of a read that saw more than was heard of by then
-        self._news = asyncio.Event()
-        self._reading = asyncio.Lock()
+        self._announced = False  # since the changed rows were read last
+        self._wanted: dict[PageKey, WantedPage] = {}  # the one that is read next first
+        self._wake = asyncio.Event()
+        self._due = 0.0  # when changed rows may be read again
+        self._answered_at = 0.0  # when the database has answered last
         self._draining = False
 
     def on_announcement(self, announcement: Announcement) -> None:
@@ -153,7 +176,8 @@ class Watchers:
                 watch.start_over()
         elif self._watches:
             self._changed |= announcement.rows
-        self._news.set()
+        self._announced = True
+        self._wake.set()
 
     def drain(self) -> None:
         """Send everybody to another server."""
@@ -161,6 +185,8 @@ class Watchers:
         for watch in self._watches:
             watch.ended = True
             watch.ready.set()
+        for page in self._wanted.values():
+            page.end(False)
 
     async def watch(self, days: Days, branch_ids: Iterable[int]) -> AsyncGenerator[Update, None]:
         """Updates without end.
@@ -171,8 +197,7 @@ class Watchers:
         with self._admitted(Watch(days, branch_ids)) as watch:
             while not watch.ended:
                 if watch.begin_pass():
-                    async with self._turn() as until:
-                        watch.take_page(*await self._read(lambda connection: read_page(connection, watch), until))
+                    await self._page(watch)
                 else:
                     await wait_set(watch.ready, MARKS_EVERY_S)
                     watch.ready.clear()
@@ -180,34 +205,99 @@ class Watchers:
                     yield update
             raise ShuttingDown("this server is shutting down; watch another one")
 
+    async def _page(self, watch: Watch) -> None:
+        """Wait until the watcher has its next page. However long the line is, it waits while others get theirs.
+
+        Raises:
+            DatabaseUnavailable: nobody gets an answer.
+        """
+        now = asyncio.get_running_loop().time
+        key, began = PageKey(watch.days, watch.branch_ids, watch.after), now()
+        while not watch.ended:
+            silent_s = now() - max(began, self._answered_at)
+            if silent_s >= PATIENCE_S:
+                raise DatabaseUnavailable("the database does not answer")
+            page = self._wanted.setdefault(key, WantedPage())
+            page.watches.add(watch)
+            self._wake.set()
+            try:
+                await asyncio.wait({page.taken}, timeout=PATIENCE_S - silent_s)
+            finally:
+                if not page.taken.done():
+                    page.watches.discard(watch)
+            if page.taken.done() and page.taken.result():
+                return
+
     async def run(self) -> None:
-        """Read what changes, until cancelled."""
+        """Read what is wanted and what changes, until cancelled."""
+        backoff, now = Backoff(0.05, 1.0), asyncio.get_running_loop().time
         while True:
-            await self._news.wait()
-            self._news.clear()
+            self._wake.clear()
             try:
                 await self.run_once()
-            except (*UNAVAILABLE, DatabaseUnavailable) as error:
-                log.warning("changed rows are not read", error=error)
-                for watch in self._watches:
-                    watch.start_over()
-            await asyncio.sleep(PAUSE_S)
+                backoff.reset()
+            except UNAVAILABLE as error:
+                log.warning("rows are not read for watchers", error=error)
+                await asyncio.sleep(backoff.next_s())
+            if not self._wanted:
+                await wait_set(self._wake, max(self._due - now(), 0) if self._announced else MARKS_EVERY_S)
 
     async def run_once(self) -> None:
-        """Read the rows that have changed, once for all watchers."""
+        """Read one page, and the changed rows if that was not done a moment ago."""
+        now = asyncio.get_running_loop().time
+        if self._wanted:
+            await self._read_page()
+        if self._announced and now() >= self._due:
+            self._announced = False
+            await self._read_changed()
+            self._due = now() + PAUSE_S + len(self._watches) * PAUSE_EACH_S
+
+    async def _read_page(self) -> None:
+        key = next(iter(self._wanted))
+        page = self._wanted.pop(key)  # who comes now may have missed what this read does not see
+        try:
+            if not page.watches:
+                return
+            async with self._connection() as connection:
+                rows, marks = await read_page(connection, key)
+            self._answered_at = asyncio.get_running_loop().time()
+            for watch in page.watches:
+                watch.take_page(rows, marks)
+            page.end(True)
+        except UNAVAILABLE:
+            raise
+        except Exception as error:  # a bug that this page meets is not everybody's
+            page.taken.set_exception(error)
+        finally:
+            page.end(False)
+
+    async def _read_changed(self) -> None:
+        """The rows that have changed, once for all watchers."""
+        changed, self._changed = self._changed, set()
         if not self._watches:
-            self._changed.clear()
             return
-        async with self._turn() as until:
-            changed, self._changed = self._changed, set()
-            heard = self._heard
-            rows, marks = await self._read(lambda connection: read_rows(connection, changed), until)
-            # A read may see changes that are not heard of yet. Its marks would promise them, so they come later.
-            valid = next((m for m in (marks, self._early_marks) if m and m.announced_count <= heard), None)
-            if valid is not marks and (valid or not self._early_marks):
-                self._early_marks = marks
+        heard = self._heard
+        try:
+            async with self._connection() as connection:
+                rows, marks = await read_rows(connection, changed)
+        except UNAVAILABLE:
             for watch in self._watches:
-                watch.offer(rows, valid)
+                watch.start_over()
+            raise
+        self._answered_at = asyncio.get_running_loop().time()
+        # A read may see changes that are not heard of yet. Its marks would promise them, so they come later.
+        valid = next((m for m in (marks, self._early_marks) if m and m.announced_count <= heard), None)
+        if valid is not marks and (valid or not self._early_marks):
+            self._early_marks = marks
+        for watch in self._watches:
+            watch.offer(rows, valid)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        """One that is given up when the server is frozen: nobody else reads."""
+        async with self._pool.connection() as connection:
+            with patience(connection, PATIENCE_S):
+                yield connection
 
     @contextmanager
     def _admitted(self, watch: Watch) -> Iterator[Watch]:
@@ -221,42 +311,12 @@ class Watchers:
         finally:
             self._watches.discard(watch)
 
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[float]:
-        """The turn to read; yields until when to be patient. That includes the wait for the turn: nobody waits longer.
-
-        Raises:
-            DatabaseUnavailable: those before have got no answer all the while.
-        """
-        until = asyncio.get_running_loop().time() + PATIENCE_S
-        try:
-            async with asyncio.timeout_at(until):
-                await self._reading.acquire()
-        except TimeoutError:
-            raise DatabaseUnavailable("the database does not answer") from None
-        try:
-            yield until
-        finally:
-            self._reading.release()
-
-    async def _read(self, read: Callable[[Connection], Awaitable[T]], until: float) -> T:
-        """Read, and try again until then when the database is not there: watchers outlive its restart."""
-        backoff, now = Backoff(0.05, 1.0), asyncio.get_running_loop().time
-        while True:
-            try:
-                async with self._pool.connection(min(POOL_WAIT_S, max(until - now(), LAST_WAIT_S))) as connection:
-                    return await read(connection)
-            except UNAVAILABLE:
-                if now() > until:
-                    raise
-                await asyncio.sleep(backoff.next_s())
-
 
 def _later(one: Marks, other: Marks) -> Marks:
     return one if one.announced_count > other.announced_count else other
 
 
-async def read_page(connection: Connection, watch: Watch) -> tuple[list[DailySales], Marks]:
+async def read_page(connection: Connection, key: PageKey) -> tuple[list[DailySales], Marks]:
     """The next rows that match, and the marks of the same snapshot."""
     return await _ask(
         connection,
@@ -272,10 +332,10 @@ async def read_page(connection: Connection, watch: Watch) -> tuple[list[DailySal
         ) AS sales ON true
         """,
         {
-            "after_day": watch.after[0],
-            "after_branch_id": watch.after[1],
-            "last": watch.days.last,
-            "branch_ids": list(watch.branch_ids),
+            "after_day": key.after[0],
+            "after_branch_id": key.after[1],
+            "last": key.days.last,
+            "branch_ids": list(key.branch_ids),
             "limit": PAGE_ROWS,
         },
     )

@@ -14,7 +14,7 @@ from analytics_svc.ingest.announce import EVERYTHING, announce
 from analytics_svc.serve import server, watch
 from analytics_svc.serve.queries import Days
 from analytics_svc.settings import ServeSettings
-from chassis import postgres
+from chassis import lifecycle, postgres
 from chassis.errors import DatabaseUnavailable
 from chassis.wire import EPOCH
 from retail.analytics.v1 import analytics_service_pb2 as pb
@@ -111,11 +111,65 @@ async def test_a_database_that_is_away_is_told_to_all_at_once(monkeypatch: pytes
     ) as opened:
         watchers = watch.Watchers(opened)
         began = asyncio.get_running_loop().time()
-        ends = await asyncio.gather(
-            *(anext(watchers.watch(Days(FIRST, FIRST), ())) for _ in range(80)), return_exceptions=True
-        )
+        async with lifecycle.beside(watchers.run()):
+            ends = await asyncio.gather(
+                *(anext(watchers.watch(Days(FIRST, FIRST), [n])) for n in range(1, 81)), return_exceptions=True
+            )
         assert asyncio.get_running_loop().time() - began < 20  # one after the other, forty
     assert all(isinstance(end, (*postgres.UNAVAILABLE, DatabaseUnavailable)) for end in ends)
+
+
+async def test_waiting_for_others_is_not_the_databases_silence(
+    reports: Any, analytics_db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred with filters of their own: the line is longer than the patience, and everybody gets their rows."""
+    monkeypatch.setattr(watch, "PATIENCE_S", 2.0)
+    read_page = watch.read_page
+
+    async def slowly(*arguments: Any) -> Any:
+        await asyncio.sleep(0.05)
+        return await read_page(*arguments)
+
+    monkeypatch.setattr(watch, "read_page", slowly)
+    await record(analytics_db, [sale for branch_id in range(1, 101) for sale in sales(branch_id)])
+    viewers = [Viewer(reports, branch_ids=[branch_id]) for branch_id in range(1, 101)]
+    await asyncio.gather(*(viewer.read() for viewer in viewers))
+    assert [viewer.counts for viewer in viewers] == [{(FIRST, branch_id): 1} for branch_id in range(1, 101)]
+
+
+async def test_a_crowd_that_joins_at_once_gets_all_rows(reports: Any, analytics_db: str) -> None:
+    """And then what changes."""
+    await record(analytics_db, [sale for branch_id in range(1, 1_201) for sale in sales(branch_id)])
+    whole = {(FIRST, branch_id): 1 for branch_id in range(1, 1_201)}
+    viewers = [Viewer(reports) for _ in range(500)]
+    await asyncio.gather(*(viewer.until(whole) for viewer in viewers))
+    await record(analytics_db, sales(7))
+    await asyncio.gather(*(viewer.until({**whole, (FIRST, 7): 2}) for viewer in viewers))
+
+
+async def test_a_crowd_with_one_filter_shares_its_reads(analytics_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for the same page: two pages are read for five hundred watchers, of all or of some branches."""
+    reads: list[watch.PageKey] = []
+    read_page = watch.read_page
+
+    async def counted(connection: Any, key: watch.PageKey) -> Any:
+        reads.append(key)
+        return await read_page(connection, key)
+
+    monkeypatch.setattr(watch, "read_page", counted)
+    await record(analytics_db, [sale for branch_id in range(1, 1_201) for sale in sales(branch_id)])
+    async with pool(analytics_db, "analytics_server") as opened:
+        watchers = watch.Watchers(opened)
+        async with lifecycle.beside(watchers.run()):
+            for branch_ids, pages in (((), 2), ((5, 6), 1), ((6, 5), 1)):
+                reads.clear()
+                crowd = [watchers.watch(Days(FIRST, FIRST), branch_ids) for _ in range(500)]
+                rows = [await asyncio.gather(*map(anext, crowd)) for _ in range(pages)]
+                assert {sum(len(update.rows) for update in each) for each in zip(*rows, strict=True)} == {
+                    len(branch_ids) or 1_200
+                }
+                assert len(reads) <= 2 * pages
+                await asyncio.gather(*(each.aclose() for each in crowd))
 
 
 async def test_what_changes_often_is_sent_in_its_latest_state(
