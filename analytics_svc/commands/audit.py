@@ -144,7 +144,8 @@ def _age(status: pb.GetAuditStatusResponse) -> str:
     """What the continuous audit says, and how old that is."""
     if not status.HasField("last_cycle_time"):
         return "The continuous audit has not looked yet."
-    proven = f"{status.proven_day_count:,} days proven row by row"
+    days = status.proven_day_count
+    proven = f"{days:,} {'day' if days == 1 else 'days'} proven row by row"
     if status.unproven_day_count:
         proven += f", {status.unproven_day_count:,} not yet"
     if status.HasField("last_sweep_time"):
