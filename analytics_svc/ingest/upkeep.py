@@ -27,6 +27,11 @@ UNSAFE = Gauge(
     "1 while the database has standbys and no commit waits for one: after a failover, a rebuild is needed.",
 )
 
+SNAPSHOT_HELD = Gauge(
+    "analytics_snapshot_held_seconds",
+    "For how long a transaction has held back vacuum: rows that every batch changes get slower all the while.",
+)
+
 log = structlog.get_logger()
 
 
@@ -51,6 +56,8 @@ class Upkeep:
             async with self._pool.connection() as connection:
                 quarantined = await quarantine.count_by_reason(connection)
                 failover_loses = (await standing(connection)).failover_loses
+                cursor = await connection.execute("SELECT extract(epoch FROM snapshot_held())::float8")
+                ((held_s,),) = await cursor.fetchall()
         except Exception:
             await self._health.report("database", False)
             raise
@@ -59,6 +66,7 @@ class Upkeep:
             log.error("the database has standbys, but no commit waits for one: a failover loses what was counted")
         self._failover_loses = failover_loses
         UNSAFE.set(failover_loses)
+        SNAPSHOT_HELD.set(held_s)
         QUARANTINED.clear()
         for reason, count in quarantined.items():
             QUARANTINED.labels(reason).set(count)

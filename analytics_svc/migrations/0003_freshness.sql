@@ -83,3 +83,19 @@ COMMENT ON FUNCTION forget_events IS
     'Deletes the lowest ids after one and below the floor, `most` of them; returns the highest deleted, or NULL.';
 REVOKE ALL ON FUNCTION forget_events FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION forget_events TO analytics_consumer;
+
+-- Runs as its owner, whom the activity of others may be shown to (pg_read_all_stats); the consumer need not see it.
+CREATE FUNCTION snapshot_held() RETURNS interval
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(max(held), '0') FROM (
+        SELECT clock_timestamp() - xact_start AS held FROM pg_stat_activity
+        -- A snapshot counts in its own database, a standby's and what writes in every one; a vacuum holds back nothing.
+        WHERE pid <> pg_backend_pid() AND query NOT ILIKE 'vacuum%' AND (backend_xid IS NOT NULL
+            OR backend_xmin IS NOT NULL AND (datname = current_database() OR backend_type = 'walsender'))
+        UNION ALL SELECT clock_timestamp() - prepared FROM pg_prepared_xacts
+    ) AS holder
+$$;
+COMMENT ON FUNCTION snapshot_held IS
+    'For how long somebody has held back vacuum: the rows that every commit changes get slower all the while.';
+REVOKE ALL ON FUNCTION snapshot_held FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION snapshot_held TO analytics_consumer;
