@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
+from uuid_utils import uuid7
 
 import purchases_svc.__main__ as purchases
 from analytics_svc.commands.serve import serve as serve_analytics
@@ -90,7 +91,7 @@ async def test_query_server(pair: Replicated, analytics_url: str) -> None:
     async with running(lambda stop: serve_analytics(config, stop), config.listen) as channel:
         reports: Any = AnalyticsServiceStub(channel)  # type: ignore[arg-type, unused-ignore]
         viewer = Viewer(reports)
-        first = sold("1.00", purchase_time=NOON)
+        first = sold("1.00", purchase_time=NOON, event_id=str(uuid7()))
         token = analytics_pb.GetSalesSummaryRequest(consistency_token=first.event_id)
         waiting = asyncio.ensure_future(reports.GetSalesSummary(token, timeout=WAIT_S))
         await viewer.read()  # there is nothing yet
