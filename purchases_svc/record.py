@@ -10,7 +10,6 @@ partition yet waits for it apart, and so does one that needs a row which somebod
 
 import asyncio
 import datetime
-import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
@@ -24,6 +23,7 @@ from psycopg_pool import PoolTimeout
 from uuid_utils import uuid7
 
 from chassis.errors import DatabaseUnavailable, TransactionConflict
+from chassis.logs import Sampled
 from chassis.postgres import Connection, Pool, patience
 from chassis.zones import business_day
 from purchases_svc import answers
@@ -55,6 +55,7 @@ FLUSHED = Counter("purchases_flushed_sales_total", "Sales that went through a gr
 FLUSH_SECONDS = Histogram("purchases_flush_seconds", "Time of a group commit.")
 
 log = structlog.get_logger()
+_failed = Sampled("warning", "flush failed")
 
 
 class Recorder:
@@ -365,8 +366,10 @@ class Recorder:
                 await self._store(batch)
             FLUSHES.inc()
         except Exception as error:
-            held = isinstance(error, psycopg.errors.LockNotAvailable)  # somebody is a little slow: no trouble yet
-            log.log(logging.INFO if held else logging.WARNING, "flush failed", sales=len(batch), error=error)
+            if isinstance(error, psycopg.errors.LockNotAvailable):  # somebody is a little slow: no trouble yet
+                log.info("flush failed", sales=len(batch), error=error)
+            else:
+                _failed(type(error).__name__, sales=len(batch), error=error)
             return error
         finally:
             FLUSHED.inc(sum(entry.settled for entry in batch))

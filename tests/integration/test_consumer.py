@@ -428,7 +428,11 @@ async def test_crash_between_commit_and_acknowledgement(
     with pika.BlockingConnection(pika.URLParameters(amqp_url)) as dying:
         taken = dying.channel()
         bodies = [taken.basic_get(QUEUE)[2] for _ in range(30)]
-        async with pool(analytics_db, "analytics_consumer") as opened, opened.connection() as connection:
+        async with (
+            pool(analytics_db, "analytics_consumer") as opened,
+            opened.connection() as connection,
+            connection.transaction(),
+        ):
             await apply(connection, [decode(body, ZoneInfo("UTC")) for body in bodies if body], [])
     assert query(analytics_db, COUNTED) == [(30,)]
     assert depth(channel) == 50

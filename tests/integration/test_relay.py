@@ -12,6 +12,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from chassis.postgres import Pool
+from relay_svc.__main__ import CONNECTIONS
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
 from relay_svc.wakeup import Wakeup
@@ -30,7 +31,7 @@ def channel(amqp_url: str) -> Iterator[BlockingChannel]:
 @pytest.fixture
 async def outbox(purchases_db: str) -> AsyncIterator[Pool]:
     make_days(purchases_db)
-    async with pool(purchases_db, "purchases_relay", size=4) as opened:
+    async with pool(purchases_db, "purchases_relay", size=3 * CONNECTIONS) as opened:  # for three relays
         yield opened
 
 
