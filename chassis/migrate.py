@@ -1,6 +1,13 @@
-"""Numbered SQL files, applied in order, once, under an advisory lock; an applied file must never change."""
+"""Numbered SQL files, applied in order, once, under an advisory lock; an applied file must never change.
+
+Sales go on meanwhile. Whatever waits for a table's lock makes all who come after it wait, too: so a file waits a second
+at most, and is tried again. It has to be written so that it needs its locks for a moment only: columns without a
+computed default, constraints NOT VALID and validated by a later file, indexes of full tables made concurrently before;
+expand first, contract when no process of the old form is left.
+"""
 
 import hashlib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +19,9 @@ from psycopg import sql
 
 from chassis.postgres import SESSION, Connection, set_all
 
-LOCK_TIMEOUT_S = 60  # how long to wait for another migrator
+LOCK_TIMEOUT_S = 60  # how long to wait for another migrator, and to try a file again
+TABLE_LOCK_TIMEOUT_S = 1  # how long a file may make everybody wait who needs the same table
+PAUSE_S = 0.2  # between its attempts: whoever had to wait behind it gets on
 LOCK_KEY = 7_265_746_169  # any number that all our migrators share; advisory locks are per database
 
 _APPLIED = "SELECT version, name, checksum FROM schema_migrations ORDER BY version"
@@ -78,15 +87,30 @@ def migrate(connection: psycopg.Connection, directory: Path) -> list[str]:
     applied = [Applied(*row) for row in connection.execute(_APPLIED)]
     missing = _missing(read(directory), applied, connection.info)
     _forbid_temporary_objects(connection)
+    connection.execute(set_all({"lock_timeout": f"{TABLE_LOCK_TIMEOUT_S}s"}))
     for migration in missing:
-        with connection.transaction():
-            connection.execute(migration.statements)
-            connection.execute(
-                "INSERT INTO schema_migrations (version, name, checksum) VALUES (%s, %s, %s)",
-                [migration.version, migration.name, migration.checksum],
-            )
+        _apply(connection, migration)
         log.info("migration applied", name=migration.name)
     return [migration.name for migration in missing]
+
+
+def _apply(connection: psycopg.Connection, migration: Migration) -> None:
+    until = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            with connection.transaction():
+                connection.execute(migration.statements)
+                connection.execute(
+                    "INSERT INTO schema_migrations (version, name, checksum) VALUES (%s, %s, %s)",
+                    [migration.version, migration.name, migration.checksum],
+                )
+        except psycopg.errors.LockNotAvailable as error:
+            if time.monotonic() > until:
+                raise MigrationError(f"{migration.name}: somebody has held a table for {LOCK_TIMEOUT_S} s") from error
+            log.info("a table is in use; the migration is tried again", name=migration.name)
+            time.sleep(PAUSE_S)
+        else:
+            return
 
 
 def _forbid_temporary_objects(connection: psycopg.Connection) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,9 +12,10 @@ import pytest
 
 import purchases_svc.__main__ as purchases
 from chassis import migrate
+from deploy.local.machine import wait_until
 from purchases_svc.partitions import Partitions
 from purchases_svc.settings import MigrateSettings
-from tests.conftest import ROOT, pool
+from tests.conftest import ROOT, WAIT_S, pool
 
 SPECIFIED_INDEXES = [
     ("purchases", "(branch_id, purchase_time)"),
@@ -135,6 +137,29 @@ def test_failed_migration_leaves_nothing(purchases_db: str, tmp_path: Path) -> N
 def copy_migrations(directory: Path) -> None:
     for path in purchases.MIGRATIONS.glob("*.sql"):
         shutil.copy(path, directory)
+
+
+def test_migration_gives_way_to_sales(purchases_db: str, tmp_path: Path) -> None:
+    """While somebody uses the table, the migration does not stand in the way of who comes next, but tries again."""
+    directory = tmp_path / "migrations"
+    shutil.copytree(purchases.MIGRATIONS, directory)
+    (directory / "9000_wider.sql").write_text("ALTER TABLE customers ADD COLUMN wider int")
+    wait = "SELECT count(*) FROM pg_locks WHERE relation = 'customers'::regclass AND NOT granted"
+    with (
+        psycopg.connect(purchases_db) as reader,
+        psycopg.connect(purchases_db, autocommit=True) as till,
+        migrate.connect(purchases_db) as connection,
+        ThreadPoolExecutor(1) as aside,
+    ):
+        reader.execute("SELECT FROM customers")
+        migrating = aside.submit(migrate.migrate, connection, directory)
+        for _ in range(2):  # it waits, gives way, and waits again
+            wait_until(lambda: till.execute(wait).fetchone() == (1,), WAIT_S)
+            # Behind the migration's wait: without its end, this would wait as long as the reader reads.
+            till.execute("INSERT INTO customers VALUES (gen_random_uuid())")
+        assert not migrating.done()
+        reader.rollback()
+        assert migrating.result(WAIT_S) == ["9000_wider"]
 
 
 async def test_database_of_another_history_is_refused(purchases_db: str, tmp_path: Path) -> None:
