@@ -217,7 +217,9 @@ def _partitions(drop: bool, opened: Sequence[datetime.datetime]) -> None:
 @click.option("--keep-months", type=click.IntRange(0, 1_200), help="Full months of purchases, besides the current one.")
 @click.option("--keep-outbox-days", type=click.IntRange(1, 365), help="Full days of the outbox, besides today.")
 def _retention(keep_months: int | None, keep_outbox_days: int | None) -> None:
-    """Show how long is kept, or decide it; 0 months keep all purchases.
+    """Show how long is kept, or decide it.
+
+    0 months keep all purchases.
 
     The database's owner decides: PURCHASES_DATABASE_URL is the one that `migrate` has. Services carry it out within the
     hour, and `retail-purchases partitions --drop` and `retail-relay partitions --drop` at once. A month of purchases or
