@@ -7,8 +7,8 @@ LOCAL := exec $(PYTHON) -m deploy.local
 .PHONY: help ready run start stop status demo test lint proto settings contract image-check bench faults
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
-	  printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
+	  printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 ready: # the virtual environment, as requirements-dev.txt has it; quick when nothing changed
 	@sh deploy/bootstrap.sh
@@ -37,13 +37,13 @@ lint: ready ## formatting, types, layers, contracts
 proto: ready ## all that is made of proto/: Python code, descriptor image, reference
 	@PYTHON=$(PYTHON) deploy/proto.sh
 
-settings: ready # docs/settings.md, of what the processes declare
+settings: ready ## docs/settings.md, of what the processes declare
 	@$(PYTHON) -m deploy.settings_page
 
-contract: ready # accept what proto/ says now, breaking changes included: lint compares with it from then on
+contract: ready ## accept what proto/ says now, breaking changes included; lint compares with it from then on
 	@.venv/bin/buf build proto --exclude-source-info -o proto/accepted.binpb
 
-image-check: # build the container image without Docker, and try its commands; for root on Debian; [OPTIONAL=1]
+image-check: ## build the container image without Docker, and try its commands; for root on Debian; [OPTIONAL=1]
 	@OPTIONAL=$(OPTIONAL) bash deploy/image_check.sh
 
 bench: ready ## measure; [ONLY=write|pipeline|analytics|isolation] [REPORT=out.json]
