@@ -1,7 +1,7 @@
 """The pages for people, and the code blocks in them.
 
-A block's language says what becomes of it: `sh` and `python` are run by `tests/integration/test_documents_run.py`, page
-by page, in order, as they stand. What cannot be says so, and why, behind the language, where a reader does not see it:
+A block's language says what becomes of it: `sh` and `python` are run by `whole/test_documents_run.py`, page by
+page, in order, as they stand. What cannot be says so, and why, behind the language, where a reader does not see it:
 
     ```sh not-run: it ends with Ctrl-C
 """

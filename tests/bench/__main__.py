@@ -11,9 +11,13 @@ from typing import Any
 
 from chassis.settings import SettingsError, integer, load, setting
 from deploy.local.machine import StackError
-from tests.bench import analytics, isolation, machine, pipeline, write
+from tests.bench import machine
+from tests.bench.analytics import part as analytics
 from tests.bench.figures import Outcome, Plan, Value, Values
+from tests.bench.isolation import part as isolation
+from tests.bench.pipeline import part as pipeline
 from tests.bench.show import Show
+from tests.bench.write import part as write
 
 # Each part by its name in ONLY, in the order in which they run.
 PARTS: dict[str, Callable[[Plan, Show], Outcome]] = {

@@ -21,8 +21,8 @@ from chassis.grpc_server import GRPC_LIMIT_FACTOR
 from purchases_svc.server import MESSAGE_BYTES_MAX
 from retail.purchases.v1 import customers_service_pb2, purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest, GetPurchaseRequest
+from tests.integration.purchases.test_upload_purchases import message
 from tests.integration.sales import NOON, sale
-from tests.integration.test_upload_purchases import message
 
 SEED = int(os.environ.get("FUZZ_SEED", "20260301"))
 DEADLINE_S = 120.0  # never what ends a call, apart from those that are given a short one to give up in mid-flight

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from deploy.local.machine import StackError
-from tests.bench import analytics
-from tests.bench.asking import Asked
+from tests.bench.analytics import part as analytics
+from tests.bench.analytics.asking import Asked
+from tests.bench.analytics.questions import questions
+from tests.bench.analytics.summaries import ECHO, Load
 from tests.bench.figures import Figure, Flow, median_ratio, middle_flow, percentile
-from tests.bench.questions import questions
+from tests.bench.pipeline.whole import Trial, highest, search
 from tests.bench.show import Show
-from tests.bench.summaries import ECHO, Load
 from tests.bench.svg import nice_step
-from tests.bench.whole import Trial, highest, search
 
 PGBENCH = Figure(1_000.0, 1.0, 2.0, 100.0, 300.0)
 

@@ -1,0 +1,87 @@
+"""The way of an event: the relay, the consumer, and the whole pipeline at a steady rate, each beside its yardstick."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from statistics import median
+
+from tests.bench import stage
+from tests.bench.figures import Flow, Goal, Outcome, Plan, median_ratio, middle, middle_flow, percentile
+from tests.bench.pipeline import moving, whole
+from tests.bench.pipeline.moving import APPLY, ONE_BY_ONE, RAW, RELAY, SINGLE
+from tests.bench.pipeline.plot import plot
+from tests.bench.show import Show
+
+GOALS = {
+    "relay_vs_raw_pipelined": Goal("relay : pika, pipelined", 0.5, more_is_better=True),
+    "relay_vs_one_confirm": Goal("relay : pika, one by one", 8.0, more_is_better=True),
+    "apply_vs_single": Goal("consumer : one by one", 6.0, more_is_better=True),
+    "end_to_end_vs_pgbench": Goal("whole pipeline : pgbench", 0.6, more_is_better=True),
+}
+
+
+def run(plan: Plan, show: Show) -> Outcome:
+    with ExitStack() as stack:
+        show.say("Starting a private PostgreSQL and a private RabbitMQ …")
+        directory = stack.enter_context(stage.temporary_directory())
+        scene = moving.Scene(
+            stack.enter_context(stage.private_postgres(directory / "postgres")),
+            stack.enter_context(stage.private_rabbitmq(directory / "rabbitmq")),
+            directory,
+        )
+        relayed = moving.relay(scene, plan, show)
+        applied = moving.apply(scene, plan, show)
+        rounds = whole.measure(scene, plan, show)
+
+    ratios = {
+        "relay_vs_raw_pipelined": median_ratio(per_s(relayed[RELAY]), per_s(relayed[RAW])),
+        "relay_vs_one_confirm": median_ratio(per_s(relayed[RELAY]), per_s(relayed[ONE_BY_ONE])),
+        "apply_vs_single": median_ratio(per_s(applied[APPLY]), per_s(applied[SINGLE])),
+        "end_to_end_vs_pgbench": median(each.highest.ratio for each in rounds),
+    }
+    visible_ms = sorted(ms for each in rounds for ms in each.half.visible_ms)
+    lag_ms = sorted(ms for each in rounds for ms in each.half.lag_ms)
+    visibility_ms = {f"p{percent}": percentile(visible_ms, percent) for percent in (50, 99)}
+    pgbench = middle([each.highest.pgbench for each in rounds])
+    pipeline = steady(rounds)
+
+    show.flows("From the outbox to the queue", {name: middle_flow(flows) for name, flows in relayed.items()})
+    show.flows("From the queue to the read models", {name: middle_flow(flows) for name, flows in applied.items()})
+    show.whole(pgbench, pipeline)
+    show.ratios("Beside its yardstick, which is 1", ratios, GOALS)
+    half_per_s = median(each.half.purchases / each.half.seconds for each in rounds)
+    show.say(
+        f"At {half_per_s:,.0f} purchases/s, ListDailySales shows a sale {milliseconds(visible_ms)} after its answer."
+    )
+    if lag_ms:
+        show.say(f"complete_through_time then lies {milliseconds(lag_ms)} back.")
+
+    details = {
+        "events_to_the_queue": raw_flows(relayed),
+        "events_into_the_read_models": raw_flows(applied),
+        "whole": [each.raw() for each in rounds],
+        "visible_ms": visible_ms,
+        "lag_ms": lag_ms,
+    }
+    speeds = {
+        whole.PGBENCH: [each.highest.pgbench.purchases_per_s for each in rounds],
+        whole.PIPELINE: [each.highest.recorded_per_s for each in rounds],
+    }
+    picture = plot(relayed, applied, speeds, pgbench, pipeline, visible_ms)
+    return Outcome({**ratios, "visibility_ms": visibility_ms}, details, picture)
+
+
+def per_s(flows: Sequence[Flow]) -> list[float]:
+    return [flow.events_per_s for flow in flows]
+
+
+def steady(rounds: Sequence[whole.Round]) -> Flow:
+    """The highest steady rate, and what a purchase costs at it."""
+    return middle_flow([Flow(each.highest.recorded_per_s, each.highest.cpu_us) for each in rounds])
+
+
+def milliseconds(ascending: Sequence[float]) -> str:
+    return f"{percentile(ascending, 50):,.0f} ms (p99: {percentile(ascending, 99):,.0f} ms)"
+
+
+def raw_flows(rounds: dict[str, list[Flow]]) -> dict[str, list[dict[str, object]]]:
+    return {name: [flow._asdict() for flow in flows] for name, flows in rounds.items()}
