@@ -33,6 +33,20 @@ class Recorded(NamedTuple):
 
 Outcome = Recorded | Exception
 
+
+def for_one(outcome: Outcome) -> Outcome:
+    """The outcome for one of several callers who share it: an error is a copy with the same traceback. Whoever raises
+    an error adds to its traceback, and whoever logs it later writes what all before have added.
+    """
+    if isinstance(outcome, Recorded):
+        return outcome
+    copy = outcome.__class__.__new__(outcome.__class__, *outcome.args)  # constructors want other arguments than these
+    copy.__dict__.update(outcome.__dict__)
+    copy.__cause__, copy.__context__ = outcome.__cause__, outcome.__context__
+    copy.__suppress_context__ = outcome.__suppress_context__
+    return copy.with_traceback(outcome.__traceback__)
+
+
 CLOCKS_APART_MAX = datetime.timedelta(days=1)  # ours and the database's
 
 _clocks = Sampled("error", "this machine's clock and the database's are far apart")

@@ -22,7 +22,7 @@ from prometheus_client import Counter, Histogram
 from psycopg_pool import PoolTimeout
 from uuid_utils import uuid7
 
-from chassis.errors import DatabaseUnavailable, TransactionConflict
+from chassis.errors import TransactionConflict
 from chassis.logs import Sampled
 from chassis.postgres import Connection, Pool, patience
 from chassis.zones import business_day
@@ -185,10 +185,14 @@ class Recorder:
             if isinstance(outcome, Recorded):
                 self._settle(repeat, answers.replay(repeat.sale, outcome.purchase))
             elif _asks_for(repeat) == _asks_for(entry):
-                self._settle(repeat, outcome)
+                self._settle(repeat, answers.for_one(outcome))
             else:
                 others.append(repeat)
         self._pass_on(others)
+
+    def _fail(self, entries: Sequence[Entry], error: Exception) -> None:
+        for entry in entries:
+            self._settle(entry, answers.for_one(error))
 
     def _leave(self, entry: Entry) -> None:
         self._admission.leave(entry.caller, entry.sale)
@@ -217,8 +221,9 @@ class Recorder:
                     connection, sales, now, earliest=self._earliest(now), open_from=self._open_from(now), closed=closed
                 )
                 await self._confirm(connection)
-        except (psycopg.Error, PoolTimeout, DatabaseUnavailable) as error:
-            outcomes = [error for _ in entries]
+        except Exception as error:
+            self._fail(entries, error)
+            return
         for entry, outcome in zip(entries, outcomes, strict=True):
             if outcome is not None:
                 self._settle(entry, outcome)
@@ -237,10 +242,9 @@ class Recorder:
                 )
         except psycopg.errors.DatetimeFieldOverflow:  # closed, by a retention that this process does not know of
             await self._look_up(entries, closed=True)
-        except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+        except Exception as error:
             log.warning("a partition could not be made", error=error)
-            for entry in entries:
-                self._settle(entry, error)
+            self._fail(entries, error)
         else:
             for entry in entries:
                 entry.had_partition = True
@@ -339,8 +343,7 @@ class Recorder:
                     pass  # a conflict; or a connection lost in mid-commit, of which the next attempt finds out
                 case _:
                     break  # a bug: the callers must hear of it, and we go on
-        for entry in batch:
-            self._settle(entry, failure)
+        self._fail(batch, failure)
 
     async def _flush_halves(self, batch: list[Entry], until: float) -> None:
         middle = (len(batch) + 1) // 2
