@@ -49,5 +49,5 @@ image-check: ## build the container image without Docker, and try its commands; 
 bench: ready ## measure; [ONLY=write|pipeline|analytics|isolation] [REPORT=out.json]
 	@exec $(PYTHON) -m tests.bench
 
-faults: ready ## break the running system and count every cent; [FAULTS=n] [SEED=n] [REPORT=out.json]
+faults: ready ## break the running system and count every cent; [FAULTS=n] [SEED=n] [CLUSTER=1] [REPORT=out.json]
 	@exec $(PYTHON) -m tests.faults

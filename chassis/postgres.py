@@ -46,7 +46,6 @@ SESSION = {  # what statements and their answers mean, whatever the defaults of 
     "default_transaction_deferrable": "off",
 }
 CANCEL_TIMEOUT_S = 0.5  # for a statement to end that was cancelled, while the server runs
-POOLER_TIMEOUT_S = 5.0  # for a notification from one session to another of the same server
 
 SERVER_TCP = {  # the same for the server: a host of ours that vanished must not hold its rows for hours
     "tcp_keepalives_idle": "10",
@@ -298,18 +297,20 @@ async def _require_session(connection: Connection, url: str) -> None:
     """Settings, prepared statements, locks and LISTEN are a session's. Behind a pooler, see whether we have one.
 
     A pooler is known by the process id that it makes up. In session mode, we hear what another client announces; in
-    transaction mode, whoever listens has given its session back by then.
+    transaction mode, whoever listens has given its session back by then. No clock decides: a server may be slow.
     """
     cursor = await connection.execute("SELECT pg_backend_pid()")
     if await cursor.fetchone() == (connection.info.backend_pid,):
         return
-    channel = f"session_{uuid.uuid4().hex}"
+    channel, heard = f"session_{uuid.uuid4().hex}", list[psycopg.Notify]()
     if not on_standby(connection):  # which cannot listen
+        connection.add_notify_handler(heard.append)
         await connection.execute(f"LISTEN {channel}")
         async with await AsyncConnection.connect(url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S) as other:
-            await other.execute(f"NOTIFY {channel}")
-        if [notify async for notify in connection.notifies(timeout=POOLER_TIMEOUT_S, stop_after=1)]:
-            await connection.execute(f"UNLISTEN {channel}")
+            await other.execute(f"SET LOCAL synchronous_commit = off; NOTIFY {channel}")  # also with the standby away
+        await connection.execute(f"UNLISTEN {channel}")  # whose answer comes after all that was announced before
+        connection.remove_notify_handler(heard.append)
+        if heard:
             return
     raise SharedSessions(
         "there is a pooler before PostgreSQL whose clients share sessions: connect directly, or let it pool sessions"

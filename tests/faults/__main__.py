@@ -1,4 +1,4 @@
-"""`make faults [FAULTS=n] [SEED=n] [REPORT=out.json]`: break the running system, then count every cent."""
+"""`make faults [FAULTS=n] [SEED=n] [CLUSTER=1] [REPORT=out.json]`: break the running system, then count every cent."""
 
 import argparse
 import json
@@ -33,6 +33,9 @@ def main() -> int:
     parser.add_argument("--long", type=float, default=45.0, help="seconds of faults that outlast every timeout")
     parser.add_argument("--gap", type=float, default=1.5, help="seconds between faults, on average")
     parser.add_argument("--prove", action="store_true", help="change the outcome in many ways: each must be found")
+    parser.add_argument(
+        "--cluster", action="store_true", default=bool(os.environ.get("CLUSTER")), help="three nodes of RabbitMQ"
+    )
     parser.add_argument("--keep", action="store_true", help="leave ledger and logs behind")
     chosen = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -44,6 +47,7 @@ def main() -> int:
         rate=chosen.rate,
         long_s=chosen.long,
         gap_s=chosen.gap,
+        cluster=chosen.cluster,
     )
     try:
         result = _run(options, chosen.planted, keep=chosen.keep, proven=chosen.prove)
@@ -59,8 +63,9 @@ def main() -> int:
 
 
 def _run(options: Options, planted: str | None, *, keep: bool, proven: bool) -> Result:
-    show.say(f"seed {options.seed}: `make faults FAULTS={options.faults} SEED={options.seed}` plays it again")
-    with running(show.say, planted) as system:
+    again = f"make faults FAULTS={options.faults} SEED={options.seed}{' CLUSTER=1' if options.cluster else ''}"
+    show.say(f"seed {options.seed}: `{again}` plays it again")
+    with running(show.say, planted, cluster=options.cluster) as system:
         run = Run(system, options, show.fault)
         with show.progress(run):
             result = run.run()

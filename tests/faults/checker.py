@@ -25,6 +25,7 @@ from tests.faults.findings import (
     PARKED_GOOD,
     POISON,
     REFUSED,
+    STOPPED,
     STORED_REFUSED,
     WRONG_ANSWER,
     Findings,
@@ -75,6 +76,8 @@ class Checker:
         self._dropped_before_us = _us(datetime.datetime.combine(dropped_before, datetime.time(), datetime.UTC))
         for why in self._told.wrong:
             self.findings.add(WRONG_ANSWER, why)
+        for why in self._told.stopped:
+            self.findings.add(STOPPED, why)
         self._check_purchases()
         self._check_acknowledged()
         self._check_refusals()

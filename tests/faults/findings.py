@@ -16,6 +16,7 @@ STORED_REFUSED = "stored_refused"  # refused, and stored all the same
 WRONG_ANSWER = "wrong_answer"  # INTERNAL, UNKNOWN, or another sale's
 LEFTOVER = "leftover"  # a key or a receipt number without a purchase
 POISON = "poison"  # a bad message is not where it belongs: dropped, counted, or quarantined twice
+STOPPED = "stopped"  # others could not go on, though a fault was none of theirs
 NOT_QUIET = "not_quiet"  # work is left, long after everything is well again
 UNTRUE = "untrue"  # complete_through_time claims what is not there
 WENT_BACK = "went_back"  # complete_through_time

@@ -10,6 +10,8 @@ from tests.faults.crashing import STEPS
 from tests.faults.ledger import Ledger
 from tests.faults.messages import Messages
 from tests.faults.months import Months
+from tests.faults.neighbours import NeighbourFaults
+from tests.faults.nodes import NodeFaults
 from tests.faults.processes import ProcessFaults
 from tests.faults.repairs import Repairs
 from tests.faults.servers import ServerFaults
@@ -34,6 +36,8 @@ class Faults:
             **ProcessFaults(system, self._months, Repairs(system, ledger), long_s).kinds,
             **ServerFaults(system, long_s).kinds,
             **StandbyFaults(system).kinds,
+            **NeighbourFaults(system, tills, ledger, self._months, long_s).kinds,
+            **NodeFaults(system, ledger).kinds,
             "till.clock": self._till_clock,
             "retention": self._retention(),
             **{f"retention.{step}": self._retention(f"retention.{step}") for step in STEPS["retention"]},

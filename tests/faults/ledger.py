@@ -5,6 +5,7 @@
     ok       acknowledged: from here on it must never be lost
     refused  with the reason; it must not be stored
     wrong    an answer that no till should ever get
+    stopped  somebody could not go on, though a fault was none of theirs
 
 and beside them: `poison_sent` and `poison` (a bad message, before it is published and when the broker has it),
 `dropped` (the months that retention has dropped by now), `fault`, `missed`, `mended`.
@@ -108,10 +109,11 @@ class Told(NamedTuple):
     dropped: list[tuple[int, float]]  # months before which time were gone, and when that was seen
     poison: dict[str, bool]  # SHA-256 of the bad bodies that were sent: whether the broker took it
     wrong: list[str]
+    stopped: list[str]
 
 
 def read_ledger(path: Path) -> Told:
-    told = Told({}, defaultdict(list), defaultdict(set), defaultdict(list), [], {}, [])
+    told = Told({}, defaultdict(list), defaultdict(set), defaultdict(list), [], {}, [], [])
     for line in read(path):
         match line["what"]:
             case "sent":
@@ -128,6 +130,8 @@ def read_ledger(path: Path) -> Told:
                 told.poison[line["sha256"]] = False
             case "poison":
                 told.poison[line["sha256"]] = True
+            case "stopped":
+                told.stopped.append(line["why"])
             case "wrong":
                 told.wrong.append(f"sale {line['number']}: {line['why']}" if line["number"] else line["why"])
     return told

@@ -18,7 +18,7 @@ from tests.faults.ledger import Ledger
 from tests.faults.run import check
 from tests.faults.syscalls import SYSCALLS, count_syscalls, kill_at_syscall
 from tests.faults.system import Instance, System, running
-from tests.faults.tills import Numbers, Till, Tills
+from tests.faults.tills import Numbers, Tills
 
 PROCESSES = ("purchases", "relay", "consumer")
 WARM_UP = 5  # sales
@@ -42,7 +42,7 @@ def main() -> int:
             ledger = Ledger(system.directory / "ledger.jsonl")
             target, analytics = (system.target(system.of(name)[0]) for name in ("purchases", "analytics"))
             tills = Tills([target], analytics, ledger, Numbers(), seed="one sale", count=1, rate=1)
-            with Till(tills, 0, [target], ledger, Numbers(), "one sale") as till:
+            with tills.beside(target) as till:
                 for name in chosen:
                     _enumerate(system, ledger, system.of(name)[0], till.sell, table)
             check(system, ledger, findings)

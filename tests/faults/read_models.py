@@ -82,7 +82,7 @@ TABLES = {
 }
 OTHER_TABLES = {
     "analytics_event_log", "quarantined_events", "freshness", "analytics_settings", "schema_migrations",
-    "message_trials", "audit_status", "audit_parts", "forgotten_visits",
+    "message_trials", "audit_status", "audit_parts", "forgotten_visits", "apply_lock",
 }  # fmt: skip
 
 

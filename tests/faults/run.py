@@ -30,7 +30,7 @@ from tests.faults.tills import Numbers, Tills
 ROUND = 25  # faults
 LONG_RUN, EACH = 200, 5  # a run of so many faults goes on until every kind has happened so often
 AT_ONCE_MAX = 3  # faults that overlap
-FAULT_TIME_MAX_S = 240.0  # with the restarts that it causes; longer, and the rig itself hangs
+FAULT_TIME_MAX_S = 360.0  # with the restarts that it causes; longer, and the rig itself hangs
 QUIET_WITHIN_S = 60.0  # after everything was mended
 POLL_S = 0.2
 
@@ -44,6 +44,7 @@ class Options(NamedTuple):
     long_s: float = 12.0  # of faults that outlast timeouts
     gap_s: float = 1.5  # between the beginnings of two faults, on average
     quiet_s: float = QUIET_WITHIN_S
+    cluster: bool = False  # three nodes of RabbitMQ
     in_order: bool = False  # the kinds as they are given, instead of shuffled
 
     @property
@@ -258,8 +259,7 @@ class Run:
         result.restarts = sum(instance.starts - 1 for instance in self._system.instances.values())
 
     def _heal(self) -> None:
-        self._system.postgres.start()
-        self._system.rabbitmq.start()
+        self._system.start_servers()
         self._system.heal()
         with self._system.channel() as channel:
             channel.queue_bind(QUEUE, EXCHANGE, QUEUE)

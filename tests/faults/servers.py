@@ -47,6 +47,7 @@ class ServerFaults:
             "postgres.commit_answer_lost": self._commit_answer_lost,
             "postgres.locked": self._postgres_locked,
             "postgres.read_only": self._postgres_read_only,
+            "pooler.restart": self._pooler_restart,
             "rabbitmq.kill": self._rabbitmq_kill,
             "rabbitmq.restart": self._rabbitmq_restart,
             "rabbitmq.blocked": self._rabbitmq_blocked,
@@ -152,6 +153,17 @@ class ServerFaults:
                 self._configure("ALTER SYSTEM RESET default_transaction_read_only")
             return True
 
+    def _pooler_restart(self, chance: random.Random) -> bool:
+        """All connections through it end at once; for a while there are none."""
+        assert self._system.pooler is not None
+        with self._system.postgres_lock:
+            self._system.pooler.kill()
+            try:
+                self._system.pause(chance.choice([0, 0.5, 4]) * chance.uniform(0.5, 1))
+            finally:
+                self._system.pooler.start()
+            return True
+
     def _configure(self, statement: LiteralString) -> None:
         with self._system.database("postgres") as connection:
             connection.execute(statement)
@@ -211,7 +223,7 @@ class ServerFaults:
 
     def _rabbitmq_swallowed(self, chance: random.Random) -> bool:
         """What relays send gets lost on its way, and so do the broker's answers; then the connections break."""
-        lines = [self._system.proxies[f"{relay.name}>rabbitmq"] for relay in self._system.of("relay")]
+        lines = [line for line in self._system.proxies_to("rabbitmq") if line.name.startswith("relay")]
         for line in lines:
             line.deafen()
         self._system.pause(chance.choice([0.1, 0.5, 2, 5]) * chance.uniform(0.8, 1))

@@ -15,11 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pika
 import psycopg
@@ -32,12 +31,15 @@ from deploy.local.postgres import Postgres
 from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.services import ANALYTICS, BROKER_SETTING, PURCHASES, SERVICES, Service, common_environ
 from deploy.local.services import service_environ as environ_of
+from tests import broker_cluster
 from tests.faults.proxy import Loop, Proxy
+from tests.pooler import Pooler, kill_left
 from tests.replication import SETTINGS as REPLICATION_SETTINGS
 from tests.replication import Replicated
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".local" / "faults"
+POOLED = 2  # which copy of a service finds PostgreSQL behind a pooler
 COPIES = {"purchases": 2, "relay": 2, "consumer": 2, "analytics": 1}
 START_TIMEOUT_S = 120.0
 MIGRATE_TIMEOUT_S = 120.0
@@ -107,7 +109,7 @@ class Instance:
 class System:
     """See the module. Use it as `with running(...) as system`."""
 
-    def __init__(self, directory: Path, planted: str | None, copies: Mapping[str, int]) -> None:
+    def __init__(self, directory: Path, planted: str | None, copies: Mapping[str, int], *, cluster: bool) -> None:
         self.directory, self._planted, self._copies = directory, planted, copies
         for name in ("log", "armed"):
             (directory / name).mkdir(parents=True, exist_ok=True)
@@ -115,10 +117,16 @@ class System:
         self._servers = itertools.count(1)
         self.postgres = self._server()  # the primary
         self.pair: Replicated | None = None  # of which it is one
-        self.rabbitmq = RabbitMQ(directory / "rabbitmq", log=log / "rabbitmq.log")
+        self.pooler: Pooler | None = None  # between it and the second copy of each service
+        self.nodes: list[broker_cluster.Node] = []  # the broker's, where it is a cluster
+        if cluster:
+            self.nodes = broker_cluster.make_nodes(directory / "rabbitmq", log)
+        self.brokers: Sequence[RabbitMQ] = self.nodes or [RabbitMQ(directory / "rabbitmq", log=log / "rabbitmq.log")]
+        self.rabbitmq = self.brokers[0]
         self.postgres_lock, self.rabbitmq_lock = threading.Lock(), threading.Lock()
         self.loop = Loop()
         self.proxies: dict[str, Proxy] = {}  # "relay-1>rabbitmq"
+        self._to_primary: list[Proxy] = []  # those of them that no pooler is behind
         self.instances: dict[str, Instance] = {}
         self.set_back = 0  # how often a failover may have taken back what could be read
         self._stop = threading.Event()
@@ -156,7 +164,8 @@ class System:
 
     def start(self, say: Callable[[str], None]) -> None:
         say("starting a PostgreSQL and a RabbitMQ of its own")
-        self.rabbitmq.launch()
+        for node in self.brokers:
+            node.launch()
         self.postgres.start()
         for database in (PURCHASES, ANALYTICS):
             self.postgres.ensure_login(database.owner, creates_roles=True)
@@ -171,12 +180,33 @@ class System:
             self.postgres.ensure_group(service.role, service.database.owner, service.database.name)
             self.postgres.ensure_login(service.login, member_of=service.role)
         self.pair_up()
-        self.rabbitmq.wait()
+        self._start_pooler()
+        self.start_broker()
         self._make_instances()
         say("starting the services")
         self._supervisor.start()
         self.wait_ready()
         time.sleep(QUEUE_SETTLE_S)
+
+    def start_servers(self) -> None:
+        """All that do not run."""
+        assert self.pooler is not None
+        self.postgres.start()
+        self.pooler.start()
+        self.start_broker()
+
+    def start_broker(self) -> None:
+        """All of it that does not run."""
+        if self.nodes:
+            broker_cluster.start(self.nodes)
+        else:
+            self.rabbitmq.start()
+
+    def _start_pooler(self) -> None:
+        line = self._proxy("pooler", "postgres", _host_and_port(self.postgres.address))
+        users = {service.login: self.postgres.notes.password(service.login) for service in SERVICES}
+        self.pooler = Pooler(self.directory / "pooler", line.address, users)
+        self.pooler.start()
 
     def _migrate(self, setting: str, url: str, command: tuple[str, ...]) -> None:
         done = subprocess.run(
@@ -206,10 +236,9 @@ class System:
                 callee = f"{called}-{min(number, self._copies[called])}"
                 proxy = self._proxy(own, callee, ("127.0.0.1", ports[callee]))
                 settings[f"{called.upper()}_TARGET"] = proxy.address
-            database = service.database
-            urls = {database.setting: self._through(own, "postgres", self.postgres.url(database.name, service.login))}
+            urls = {service.database.setting: self._database_url(own, service, pooled=number == POOLED)}
             if service.uses_broker:
-                urls[BROKER_SETTING] = self._through(own, "rabbitmq", self.rabbitmq.url_of(name))
+                urls[BROKER_SETTING] = self._broker_url(own, name)
             environ = {**_clean_environ(), **common_environ(self.directory)}
             environ |= environ_of(service, SERVICES, settings, urls)
             instance = Instance(own, service, environ, address, self.directory)
@@ -226,12 +255,22 @@ class System:
             self.proxies[name] = Proxy(self.loop, name, target)
         return self.proxies[name]
 
-    def _through(self, client: str, server: str, url: str) -> str:
-        """The URL with a proxy's address in it."""
-        parts = urlsplit(url)
-        assert parts.hostname and parts.port
-        proxy = self._proxy(client, server, (parts.hostname, parts.port))
-        return parts._replace(netloc=f"{parts.netloc.rpartition('@')[0]}@{proxy.address}").geturl()
+    def _database_url(self, own: str, service: Service, *, pooled: bool) -> str:
+        """The URL with the address of a line in it, to the server or to the pooler."""
+        assert self.pooler is not None
+        server = ("127.0.0.1", self.pooler.port) if pooled else _host_and_port(self.postgres.address)
+        line = self._proxy(own, "postgres", server)
+        if not pooled:
+            self._to_primary.append(line)
+        return self.postgres.url(service.database.name, service.login).replace(self.postgres.address, line.address)
+
+    def _broker_url(self, own: str, user: str) -> str:
+        """The same for each node of the broker."""
+        lines = [
+            self._proxy(own, f"rabbitmq-{n}" if n > 1 else "rabbitmq", _host_and_port(node.address))
+            for n, node in enumerate(self.brokers, 1)
+        ]
+        return self.rabbitmq.url_of(user).replace(self.rabbitmq.address, ",".join(line.address for line in lines))
 
     # --- the primary and its standby ---
 
@@ -246,9 +285,8 @@ class System:
         self.pair.promote()
         dead, self.postgres = self.postgres, self.pair.standby
         self.pair.line.close()
-        host, _, port = self.postgres.address.partition(":")
-        for proxy in self.proxies_to("postgres"):
-            proxy.lead_to((host, int(port)))
+        for proxy in [*self._to_primary, self.proxies["pooler>postgres"]]:
+            proxy.lead_to(_host_and_port(self.postgres.address))
         shutil.rmtree(dead.directory, ignore_errors=True)
         self.pair_up()
 
@@ -332,8 +370,17 @@ class System:
         if self.pair is not None:
             self.pair.close()
         self.loop.close()
+        if self.pooler is not None:
+            self.pooler.kill()
         self.rabbitmq.kill()
+        for node in self.nodes:
+            node.end()
         self.postgres.kill()
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.partition(":")
+    return host, int(port)
 
 
 def _clean_environ() -> dict[str, str]:
@@ -355,9 +402,15 @@ def _clean_environ() -> dict[str, str]:
 
 @contextmanager
 def running(
-    say: Callable[[str], None], planted: str | None = None, copies: Mapping[str, int] = COPIES
+    say: Callable[[str], None],
+    planted: str | None = None,
+    copies: Mapping[str, int] = COPIES,
+    *,
+    cluster: bool = False,
 ) -> Iterator[System]:
-    """The system from its start to its end; with `system.keep`, logs and ledger stay behind."""
+    """The system from its start to its end; with `system.keep`, logs and ledger stay behind. `cluster`: three nodes of
+    RabbitMQ instead of one.
+    """
     HOME.mkdir(parents=True, exist_ok=True)
     _clean_up_after_the_dead()
     directory = HOME / f"{os.getpid()}-{random.SystemRandom().randrange(10_000):04}"
@@ -365,7 +418,7 @@ def running(
     with ExitStack() as stack:
         lock = stack.enter_context((directory / "lock").open("w"))
         machine.try_lock(lock.fileno(), fcntl.LOCK_EX)
-        system = System(directory, planted, copies)
+        system = System(directory, planted, copies, cluster=cluster)
         stack.callback(_throw_away, system)
         stack.callback(system.close)
         system.start(say)
@@ -373,7 +426,7 @@ def running(
 
 
 def _throw_away(system: System) -> None:
-    data = [*_postgres_of(system.directory), system.directory / "rabbitmq"]
+    data = [*_postgres_of(system.directory), system.directory / "rabbitmq", system.directory / "pooler"]
     for directory in data if system.keep else [system.directory]:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -394,6 +447,8 @@ def _clean_up_after_the_dead() -> None:
                 with suppress(OSError, StackError):
                     for server in servers:
                         Postgres(server).kill()
-                    RabbitMQ(directory / "rabbitmq").kill()
+                    kill_left(directory / "pooler")
+                    for broker in (directory / "rabbitmq", *(directory / "rabbitmq").iterdir()):
+                        RabbitMQ(broker).kill()
                 if servers:  # else it was kept on purpose
                     shutil.rmtree(directory, ignore_errors=True)

@@ -4,11 +4,12 @@ One integer decides what they sell and when they misbehave. What no answer or a 
 with the same key until there is an answer, through either of the two purchases services.
 """
 
+import functools
 import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -93,6 +94,7 @@ class Tills:
         # no partition yet are found at the near one.
         self.ages_us: list[int] = []
         self._pace_s = count / rate
+        self._count, self._lock = count, threading.Lock()
         self._threads = [threading.Thread(target=self._work, args=[n], name=f"till-{n}") for n in range(count)]
 
     def start(self) -> None:
@@ -114,8 +116,17 @@ class Tills:
         for thread in self._threads:
             thread.join()
 
+    def beside(self, target: str) -> "Till":
+        """One more till, that knows one of the services only, and whose clock nobody sets wrong."""
+        with self._lock:
+            self._count += 1
+            return self._till(self._count - 1, Clock(), [target])
+
+    def _till(self, number: int, clock: Clock, targets: Sequence[str]) -> "Till":
+        return Till(self, number, clock, targets, self._ledger, self._numbers, f"{self._seed}/till/{number}")
+
     def _work(self, number: int) -> None:
-        with Till(self, number, self._targets, self._ledger, self._numbers, f"{self._seed}/till/{number}") as till:
+        with self._till(number, self.clocks[number], self._targets) as till:
             next_at = time.monotonic()
             while not self.stop.is_set():
                 sales = till.act()
@@ -139,13 +150,21 @@ class Till:
     """One till, with a connection to each purchases service."""
 
     def __init__(
-        self, tills: Tills, number: int, targets: Sequence[str], ledger: Ledger, numbers: Numbers, seed: str
+        self,
+        tills: Tills,
+        number: int,
+        clock: Clock,
+        targets: Sequence[str],
+        ledger: Ledger,
+        numbers: Numbers,
+        seed: str,
     ) -> None:
         self._tills, self._ledger, self._numbers = tills, ledger, numbers
-        self._clock = tills.clocks[number]
+        self._clock = clock
         self._seed, self._random = seed, random.Random(seed)
         self._branch, self._pos = number % BRANCHES + 1, f"POS-{number}"
         self._receipts = 0
+        self.answers = 0  # that said what became of a sale
         self._done: list[Sale] = []
         self._token = ""  # of the latest acknowledged sale
         self._channels = [grpc.insecure_channel(target, options=OPTIONS) for target in targets]
@@ -181,12 +200,35 @@ class Till:
     # --- what tills do ---
 
     def sell(self) -> int:
-        self._deliver(self._sale())
+        self.deliver(self.sale())
         return 1
+
+    def flood(self, sales: Iterator[Sale], at_once: int, until: Callable[[], bool]) -> None:
+        """Send sales, `at_once` of them, without waiting for answers, and once more each time that one comes; none is
+        sent twice because it got none.
+        """
+        room, stub = threading.Semaphore(at_once), self._stubs[0]
+
+        def answered(sale: Sale, call: Any) -> None:
+            try:
+                self._acknowledged(sale, call.result())
+            except grpc.RpcError as error:
+                self._not_acknowledged(sale, error.code(), _status(error))
+            finally:
+                room.release()
+
+        for sale in sales:
+            if until() or self._tills.give_up.is_set():
+                break
+            room.acquire()
+            call = stub.CreatePurchase.future(to_request(sale), timeout=ATTEMPT_TIMEOUT_S)
+            call.add_done_callback(functools.partial(answered, sale))
+        for _ in range(at_once):
+            room.acquire()
 
     def _upload(self) -> int:
         """The backlog of a till that was offline, some of it sent before."""
-        sales = [self._sale() for _ in range(self._random.randint(2, 25))]
+        sales = [self.sale() for _ in range(self._random.randint(2, 25))]
         for sale in sales:
             self._ledger.sale_sent(sale)
         left = {sale.number: sale for sale in sales}
@@ -217,12 +259,12 @@ class Till:
     def _repeat(self) -> int:
         """A sale that was acknowledged long ago, sent again as it was: its answer must be the same."""
         if self._done:
-            self._deliver(self._random.choice(self._done), again=True)
+            self.deliver(self._random.choice(self._done), again=True)
         return 1
 
     def _twins(self) -> int:
         """The same sale at both services in the same moment."""
-        sale = self._sale()
+        sale = self.sale()
         self._ledger.sale_sent(sale)
         list(self._both.map(lambda stub: self._call(sale, [stub], random.Random(sale.key)), self._stubs))
         return 1
@@ -230,33 +272,33 @@ class Till:
     def _contradict(self) -> int:
         """Another sale under a key that is taken; now and then both at the same moment."""
         if self._random.random() < 0.5 and self._done:
-            self._deliver(self._sale(key=self._random.choice(self._done).key))
+            self.deliver(self.sale(key=self._random.choice(self._done).key))
         else:
-            first = self._sale()
-            self._deliver_both(first, self._sale(key=first.key))
+            first = self.sale()
+            self._deliver_both(first, self.sale(key=first.key))
         return 1
 
     def _take_a_receipt_twice(self) -> int:
         """A receipt number that is taken; the till corrects it and keeps the key."""
         if self._done:
             taken = self._random.choice(self._done)
-            sale = self._sale(receipt_id=taken.receipt_id, time_us=taken.time_us)
-            if self._deliver(sale) == "refused":
-                self._deliver(sale._replace(number=self._numbers.next(), receipt_id=self._receipt()))
+            sale = self.sale(receipt_id=taken.receipt_id, time_us=taken.time_us)
+            if self.deliver(sale) == "refused":
+                self.deliver(sale._replace(number=self._numbers.next(), receipt_id=self._receipt()))
         return 1
 
     def _rivals(self) -> int:
         """Two sales under one receipt number at the same moment: one gets it."""
-        first = self._sale()
-        self._deliver_both(first, self._sale(receipt_id=first.receipt_id, time_us=first.time_us))
+        first = self.sale()
+        self._deliver_both(first, self.sale(receipt_id=first.receipt_id, time_us=first.time_us))
         return 2
 
     def _unknown_customer(self) -> int:
         """A customer that nobody has registered; then with registration, under the same key."""
-        sale = self._sale()._replace(customer_id=self._uuid(), register=False)
-        if self._deliver(sale) == "refused":
+        sale = self.sale()._replace(customer_id=self._uuid(), register=False)
+        if self.deliver(sale) == "refused":
             sale = sale._replace(number=self._numbers.next(), register=True)
-            if self._deliver(sale) == "ok":
+            if self.deliver(sale) == "ok":
                 self._read_own_write(sale)
         return 1
 
@@ -277,12 +319,12 @@ class Till:
     def _from_the_future(self) -> int:
         """A clock that is an hour ahead: refused. Four minutes ahead: taken."""
         ahead_us = self._random.choice([HOUR_US, 4 * HOUR_US // 60])
-        self._deliver(self._sale(time_us=self._clock.now_us() + ahead_us))
+        self.deliver(self.sale(time_us=self._clock.now_us() + ahead_us))
         return 1
 
     # --- how ---
 
-    def _sale(self, key: str | None = None, receipt_id: str | None = None, time_us: int | None = None) -> Sale:
+    def sale(self, key: str | None = None, receipt_id: str | None = None, time_us: int | None = None) -> Sale:
         chance = self._random
         customer = None
         if chance.random() < 0.5:
@@ -318,7 +360,7 @@ class Till:
     def _uuid(self) -> str:
         return str(uuid.UUID(int=self._random.getrandbits(128), version=4))
 
-    def _deliver(self, sale: Sale, *, again: bool = False) -> str:
+    def deliver(self, sale: Sale, *, again: bool = False) -> str:
         """Send until there is an answer; "ok", "refused", "wrong", or "unknown" when this till will never know."""
         if not again:
             self._ledger.sale_sent(sale)
@@ -352,6 +394,7 @@ class Till:
         if (problem := difference(sale, response)) is not None:
             self._ledger.write("wrong", number=sale.number, why=f"acknowledged with {problem}")
             return "wrong"
+        self.answers += 1
         self._token = response.consistency_token
         self._ledger.sale_ok(sale, response.purchase.purchase_id, response.consistency_token)
         if len(self._done) < REMEMBERED:
@@ -367,6 +410,7 @@ class Till:
             self._ledger.sale_unknown(sale, f"{code.name} {reason}")
             return None
         if code in REFUSALS or reason == TIME_AHEAD:  # for that time, no till here has the patience
+            self.answers += 1
             self._ledger.sale_refused(sale, reason)
             return "refused"
         self._ledger.write("wrong", number=sale.number, why=f"{code.name} {reason}: {status.message[:200]}")

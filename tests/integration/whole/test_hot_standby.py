@@ -1,9 +1,6 @@
 """Services on a standby, on a server that takes no writes, behind a pooler, and what a primary says of its standbys."""
 
 import asyncio
-import os
-import shutil
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
@@ -25,19 +22,18 @@ from analytics_svc.ingest.health import Health
 from analytics_svc.ingest.upkeep import Upkeep
 from analytics_svc.settings import ServeSettings as AnalyticsSettings
 from chassis import postgres
-from deploy.local.machine import spawn, wait_until
-from deploy.local.postgres import as_ordinary_user
 from purchases_svc.settings import ServeSettings
 from retail.analytics.v1 import analytics_service_pb2 as analytics_pb
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 from retail.purchases.v1 import purchases_service_pb2 as pb
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
-from tests.conftest import ROOT, WAIT_S, eventually, pool
+from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.conftest import free_address, is_serving, running
 from tests.integration.purchase_events import NOON, query, sold
 from tests.integration.sales import copy, refusal, sale
 from tests.integration.serve.test_analytics_queries import record
 from tests.integration.serve.test_watch import Viewer, sales
+from tests.pooler import Pooler
 from tests.replication import Replicated
 
 FIRST = NOON.date()
@@ -260,37 +256,14 @@ async def test_settings_of_others(purchases_db: str) -> None:
 @contextmanager
 def pooler(url: str, directory: Path, mode: str) -> Iterator[str]:
     """pgbouncer before the server; yields the URL through it."""
-    program, environ = shutil.which("pgbouncer"), {}
-    if program is None:
-        place = ROOT / ".local" / "pgbouncer"
-        subprocess.run(["sh", "deploy/bootstrap.sh", "package", str(place), "pgbouncer"], cwd=ROOT, check=True)
-        program = str(place / "usr/sbin/pgbouncer")
-        environ["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, (place / "usr/lib").glob("*-linux-gnu*")))
-    server, (host, _, port) = urlsplit(url), free_address().partition(":")
-    directory.mkdir()
-    config = directory / "pgbouncer.ini"
-    config.write_text(
-        f"[databases]\n* = host={server.hostname} port={server.port} user={server.username}"
-        f" password={server.password}\n"
-        f"[pgbouncer]\nlisten_addr = {host}\nlisten_port = {port}\nauth_type = any\npool_mode = {mode}\n"
-        f"unix_socket_dir =\nmax_client_conn = 100\ndefault_pool_size = 20\nserver_reset_query = DISCARD ALL\n"
-    )
-    command = [*as_ordinary_user(), program, str(config)]
-    process = spawn(command, environ, directory, directory / "log")
-    through = server._replace(netloc=f"{server.username}:{server.password}@{host}:{port}").geturl()
-
-    def up() -> bool:
-        try:
-            psycopg.connect(through, connect_timeout=5).close()
-        except psycopg.OperationalError:
-            return False
-        return True
-
+    server = urlsplit(url)
+    assert server.username and server.password
+    pooler = Pooler(directory, f"{server.hostname}:{server.port}", {server.username: server.password}, mode)
     try:
-        assert wait_until(up, WAIT_S), (directory / "log").read_text()
-        yield through
+        pooler.start()
+        yield server._replace(netloc=f"{server.username}:{server.password}@127.0.0.1:{pooler.port}").geturl()
     finally:
-        process.end()
+        pooler.kill()
 
 
 async def test_pooler_that_shares_sessions_is_refused(purchases_db: str, tmp_path: Path) -> None:

@@ -1,0 +1,234 @@
+"""Faults of one that must not become those of all: a row or a table that somebody holds, a process of PostgreSQL that
+is frozen, a caller that floods.
+
+Meanwhile neighbours sell, one at each purchases service: they have to get through while the fault lasts, which it does
+until they have.
+"""
+
+import itertools
+import os
+import random
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from typing import LiteralString
+from zoneinfo import ZoneInfo
+
+import psycopg
+
+from deploy.local.machine import wait_until
+from tests.faults.ledger import Ledger, Sale, business_day
+from tests.faults.months import Months
+from tests.faults.system import TIME_ZONE, System
+from tests.faults.tills import Till, Tills
+
+SALES = 10  # of each neighbour
+GO_ON_TIMEOUT_S = 120.0  # longer than other faults stop a neighbour, one after the other
+READY_TIMEOUT_S = 60.0
+LOCK_TIMEOUT_S = 10
+STUCK_S = 1.0  # who needs what is held has no answer for so long
+ANALYZED: list[tuple[str, LiteralString]] = [
+    ("purchases", "purchases"),
+    ("purchases", "purchase_items"),
+    ("purchases", "receipts"),
+    ("purchases", "idempotency_keys"),
+    ("purchases", "customers"),
+    ("purchases", "outbox_events"),
+    ("analytics", "analytics_event_log"),
+    ("analytics", "daily_sales_by_branch"),
+]
+CLIENT_READ = "SELECT wait_event FROM pg_stat_activity WHERE pid = %s"  # it waits for its client, and holds no latch
+FREEZABLE = (
+    "SELECT pid FROM pg_stat_activity WHERE starts_with(usename::text, 'local_') AND wait_event = 'ClientRead'"
+    " AND application_name = %s ORDER BY random() LIMIT 1"
+)
+POOLS = ["purchases write", "purchases write", "purchases read", "relay", "analytics consume"]
+
+
+class NeighbourFaults:
+    """`long_s` is how long a process is frozen at most: longer than every timeout."""
+
+    def __init__(
+        self, system: System, tills: Callable[[], Tills], ledger: Ledger, months: Months, long_s: float
+    ) -> None:
+        self._system, self._tills, self._ledger, self._months = system, tills, ledger, months
+        self._long_s = long_s
+        self.kinds: Mapping[str, Callable[[random.Random], bool]] = {
+            "postgres.row_held": self._row_held,
+            "postgres.table_analyzed": self._table_analyzed,
+            "postgres.backend_frozen": self._backend_frozen,
+            "till.flood": self._flood,
+        }
+
+    # --- the faults ---
+
+    def _row_held(self, chance: random.Random) -> bool:
+        """Somebody holds the row of a customer, or has taken a key or a receipt number and does not commit."""
+        hold = chance.choice([self._hold_customer, self._hold_key, self._hold_receipt])
+        target = self._system.target(chance.choice(self._system.of("purchases")))
+        with self._undisturbed(), self._tills().beside(target) as till, self._transaction("purchases") as held:
+            sale = hold(held, _plain(till.sale()))
+            victim = threading.Thread(target=till.deliver, args=[sale], daemon=True)
+            victim.start()
+            victim.join(STUCK_S)
+            stuck = victim.is_alive()
+            self._others_sell("a row was held")
+            self._system.pause(chance.uniform(0, 8))
+            held.rollback()
+            victim.join(GO_ON_TIMEOUT_S)
+            if victim.is_alive():
+                self._stopped(f"a row was held, and {GO_ON_TIMEOUT_S:.0f} s later its sale has no answer yet")
+            return stuck
+
+    @staticmethod
+    def _hold_customer(held: psycopg.Connection, sale: Sale) -> Sale:
+        row = held.execute("SELECT customer_id::text FROM customers ORDER BY random() LIMIT 1 FOR UPDATE").fetchone()
+        assert row is not None
+        return sale._replace(customer_id=row[0])
+
+    @staticmethod
+    def _hold_key(held: psycopg.Connection, sale: Sale) -> Sale:
+        held.execute(
+            "INSERT INTO idempotency_keys (idempotency_key, purchase_id, purchase_time, event_id)"
+            " VALUES (%s, %s, %s, %s)",
+            [sale.key, uuid.uuid4(), _time(sale), uuid.uuid4()],
+        )
+        return sale
+
+    @staticmethod
+    def _hold_receipt(held: psycopg.Connection, sale: Sale) -> Sale:
+        day = business_day(sale.time_us, ZoneInfo(TIME_ZONE))
+        held.execute(
+            "INSERT INTO receipts (branch_id, pos_id, business_day, receipt_id, purchase_id, purchase_time)"
+            " VALUES (%s, %s, %s, %s, %s, %s)",
+            [sale.branch_id, sale.pos_id, day, sale.receipt_id, uuid.uuid4(), _time(sale)],
+        )
+        return sale
+
+    def _table_analyzed(self, chance: random.Random) -> bool:
+        """ANALYZE of a large table takes its time; with the same lock, VACUUM and the building of indexes do."""
+        database, table = chance.choice(ANALYZED)
+        with self._undisturbed(), self._transaction(database) as held:
+            held.execute("ANALYZE " + table)
+            self._months.sell_in_a_new_one()
+            self._others_sell(f"{table} was analyzed")
+            self._system.pause(chance.uniform(0, 8))
+        return True
+
+    def _backend_frozen(self, chance: random.Random) -> bool:
+        """A process of PostgreSQL stands still while its client has it, and answers nothing, no cancellation either."""
+        pool = chance.choice(POOLS)
+        with self._undisturbed():
+            frozen: list[int] = []
+            try:
+                if not wait_until(lambda: self._freeze(pool, frozen), READY_TIMEOUT_S):
+                    return False
+                self._others_sell("a connection was frozen")
+                self._system.pause(self._long_s * chance.uniform(0, 1))
+            finally:
+                for pid in frozen:
+                    os.kill(pid, signal.SIGCONT)
+            return True
+
+    def _freeze(self, pool: str, frozen: list[int]) -> bool:
+        """Only one that waits for its client: another one may hold what every process of the server needs."""
+        with self._system.database("postgres") as connection:
+            if (row := connection.execute(FREEZABLE, [pool]).fetchone()) is None:
+                return False
+            pid = int(str(row[0]))
+            os.kill(pid, signal.SIGSTOP)
+            frozen.append(pid)
+            if connection.execute(CLIENT_READ, [pid]).fetchone() == ("ClientRead",):
+                return True
+            os.kill(pid, signal.SIGCONT)
+            frozen.remove(pid)
+        return False
+
+    def _flood(self, chance: random.Random) -> bool:
+        """One caller sends as much as it can over its connection: new sales, one again and again, or refused ones."""
+        target = self._system.target(chance.choice(self._system.of("purchases")))
+        over = threading.Event()
+        with ExitStack() as stack:
+            self._stack_instances(stack)
+            till = stack.enter_context(self._tills().beside(target))
+            sales, at_once = self._flood_of(chance, till)
+            flooding = threading.Thread(target=till.flood, args=[sales, at_once, over.is_set], daemon=True)
+            flooding.start()
+            self._others_sell("a till flooded a service")
+            self._system.pause(chance.uniform(0, 3))
+            over.set()
+            flooding.join(GO_ON_TIMEOUT_S)
+            return not flooding.is_alive() and till.answers > 0
+
+    def _flood_of(self, chance: random.Random, till: Till) -> tuple[Iterator[Sale], int]:
+        """What is sent, and how much of it at once."""
+        sale = _plain(till.sale())
+        match chance.choice(["new", "again", "refused"]):
+            case "new":
+                return (self._sent(_plain(till.sale())) for _ in range(2_000)), 500
+            case "refused":
+                sale = sale._replace(customer_id=str(uuid.UUID(int=chance.getrandbits(128))))
+        return itertools.repeat(self._sent(sale), 5_000), 2_500
+
+    def _sent(self, sale: Sale) -> Sale:
+        self._ledger.sale_sent(sale)
+        return sale
+
+    # --- the others ---
+
+    def _others_sell(self, while_what: str) -> None:
+        """Each neighbour makes its sales, or that is a finding."""
+        sellers = [
+            threading.Thread(target=self._sell, args=[self._system.target(instance)], daemon=True)
+            for instance in self._system.of("purchases")
+        ]
+        for seller in sellers:
+            seller.start()
+        if not wait_until(lambda: not any(seller.is_alive() for seller in sellers), GO_ON_TIMEOUT_S):
+            self._stopped(f"{while_what}, and others could not sell for {GO_ON_TIMEOUT_S:.0f} s")
+
+    def _sell(self, target: str) -> None:
+        with self._tills().beside(target) as till:
+            while till.answers < SALES:
+                till.deliver(_plain(till.sale()))
+
+    def _stopped(self, why: str) -> None:
+        self._ledger.write("stopped", why=why)
+
+    # --- nothing else, meanwhile ---
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """No other fault has the database, or a purchases service."""
+        with ExitStack() as stack:
+            self._stack_instances(stack)
+            stack.enter_context(self._system.postgres_lock)
+            yield
+
+    def _stack_instances(self, stack: ExitStack) -> None:
+        instances = self._system.of("purchases")
+        for instance in instances:
+            stack.enter_context(instance.lock)
+        wait_until(lambda: all(instance.ready for instance in instances), READY_TIMEOUT_S)
+
+    @contextmanager
+    def _transaction(self, database: str) -> Iterator[psycopg.Connection]:
+        """Of somebody else; it is rolled back in the end."""
+        with psycopg.connect(self._system.url(database), connect_timeout=5) as connection:
+            try:
+                connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT_S}s'")
+                yield connection
+            finally:
+                connection.rollback()
+
+
+def _plain(sale: Sale) -> Sale:
+    """Without a customer: it needs no row that another sale has."""
+    return sale._replace(customer_id=None, register=False)
+
+
+def _time(sale: Sale) -> datetime:
+    return datetime.fromtimestamp(sale.time_us / 1_000_000, UTC)
