@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from chassis.access import AccessSettings
 from chassis.settings import address, amqp_url, integer, log_level, postgres_url, setting, text, time_zone
 
 
@@ -38,7 +39,7 @@ class ProveSettings(MigrateSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsumeSettings(ProveSettings):
+class ConsumeSettings(AccessSettings, ProveSettings):
     amqp_url: str = setting("AMQP_URL", amqp_url, "URL", "the RabbitMQ that events come from")
     listen: str = setting("CONSUMER_LISTEN", address, "host:port", "where it is called", default="127.0.0.1:50054")
     metrics_listen: str = setting(
@@ -71,7 +72,7 @@ class ConsumeSettings(ProveSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(MigrateSettings):
+class ServeSettings(AccessSettings, MigrateSettings):
     listen: str = setting("ANALYTICS_LISTEN", address, "host:port", "where it is called", default="127.0.0.1:50052")
     metrics_listen: str = setting(
         "ANALYTICS_METRICS_LISTEN", address, "host:port", "where Prometheus reads", default="127.0.0.1:9465"

@@ -4,6 +4,9 @@ ServiceError
 ├── UnknownMethod         no service here has it
 ├── MessageTooLarge       by this service's limit
 ├── MalformedMessage      the bytes are not the message
+├── AccessRefused
+│   ├── Unauthenticated   nobody knows who calls
+│   └── PermissionDenied  the method, or what the request names, is not for this caller
 ├── InvalidRequest        fields break the rules; carries every violation at once
 ├── InvalidToken          a page or consistency token that this server did not make
 ├── Overloaded            more work than the server takes in
@@ -92,6 +95,27 @@ class MessageTooLarge(ServiceError):
 class MalformedMessage(ServiceError):
     code = StatusCode.INVALID_ARGUMENT
     reason = "MALFORMED_MESSAGE"
+
+
+class AccessRefused(ServiceError):
+    """Its text is always the same, so that it tells nothing of what exists."""
+
+    text: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__(self.text)
+
+
+class Unauthenticated(AccessRefused):
+    code = StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+    text = "it is not known who calls"
+
+
+class PermissionDenied(AccessRefused):
+    code = StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+    text = "this caller is not permitted to do this"
 
 
 class InvalidRequest(ServiceError):

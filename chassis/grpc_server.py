@@ -8,7 +8,7 @@ import asyncio
 import inspect
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -18,9 +18,11 @@ from google.protobuf import message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import Counter, Histogram
 
-from chassis import errors, postgres, reflection
-from chassis.errors import PortTaken, ServiceError
+from chassis import access, errors, postgres, reflection
+from chassis.access import AccessSettings, Gate, Rule
+from chassis.errors import AccessRefused, PortTaken, ServiceError
 from chassis.grpc_client import REPLY_BYTES_MAX
+from chassis.identity import Caller, Certificates
 from chassis.in_flight import CALLS_MAX, InFlight, Stream
 from chassis.logs import Sampled
 
@@ -81,8 +83,21 @@ class Service(NamedTuple):
 class Server:
     """State that the process shares with its handlers: whether it drains, and what is in flight."""
 
-    def __init__(self, domain: str) -> None:
+    def __init__(
+        self,
+        domain: str,
+        config: AccessSettings = AccessSettings(),
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        """`domain` is that of errors. Without `credentials` callers are not known, and everything is permitted.
+
+        Raises:
+            SettingsError
+        """
         self.domain = domain
+        self._credentials, self._reflection = credentials, config.reflection
+        bans = access.Bans(config.banned_file) if config.banned_file else None
+        self._gate = Gate(Certificates(config.trust_domain), bans) if credentials else Gate()
         self.in_flight = InFlight()
         self.draining = self.in_flight.draining
         self._health = health.aio.HealthServicer()
@@ -102,7 +117,9 @@ class Server:
 
         Raises:
             PortTaken: the address is in use.
+            RuleMissing: there is a method that nobody has decided about.
         """
+        rules = access.rules_of([*(s.name for s in services), health.SERVICE_NAME, reflection.V1, reflection.V1ALPHA])
         self._names = ["", *(service.name for service in services)]
         await self.set_serving(False)
         options = [
@@ -114,18 +131,17 @@ class Server:
         # The last of all limits, without a word to programs; ours come first.
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * CALLS_MAX)
         for service in services:
-            shell = _WrappingServer(server, self.domain, self.in_flight, service.timeout_s, service.message_bytes_max)
-            service.add(service.servicer, shell)
+            door = Door(self.domain, self._gate, rules, self.in_flight, service.timeout_s, service.message_bytes_max)
+            service.add(service.servicer, _WrappingServer(server, door))
         # Health and reflection answer while draining, so they are counted apart: a health watch never ends.
-        shell = _WrappingServer(server, self.domain, InFlight(), None, MESSAGE_BYTES_MAX)
+        shell = _WrappingServer(server, Door(self.domain, self._gate, rules, InFlight(), None, MESSAGE_BYTES_MAX))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, shell)  # type: ignore[arg-type]
-        reflection.add_to_server([*(s.name for s in services), health.SERVICE_NAME], shell)
+        if self._reflection:
+            reflection.add_to_server([*(s.name for s in services), health.SERVICE_NAME], shell)
         server.add_generic_rpc_handlers((_UnknownMethods(self.domain),))
-        try:
-            server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise PortTaken(f"cannot listen on {address}: the port is taken, or the address is not ours") from error
+        self._add_port(server, address)
         await server.start()
+        following = asyncio.create_task(self._gate.follow())
         try:
             yield
         finally:
@@ -136,21 +152,35 @@ class Server:
             except TimeoutError:
                 log.warning("calls were cut off by the end of the drain", calls=self.in_flight.calls)
             await server.stop(grace=0.5)  # lets the last answers leave; health watches are cut
+            following.cancel()
+
+    def _add_port(self, server: grpc.aio.Server, address: str) -> None:
+        try:
+            if self._credentials:
+                server.add_secure_port(address, self._credentials)
+            else:
+                server.add_insecure_port(address)
+                log.warning("there are no certificates: callers are not known, and may do everything", listen=address)
+        except RuntimeError as error:
+            raise PortTaken(f"cannot listen on {address}: the port is taken, or the address is not ours") from error
+
+
+class Door(NamedTuple):
+    """What the methods of a service have in common: who may come in, and how much of it."""
+
+    domain: str  # of errors
+    gate: Gate
+    rules: Mapping[str, Rule]  # by method
+    in_flight: InFlight
+    timeout_s: float | None  # of a call
+    message_bytes_max: int
 
 
 class _WrappingServer:
     """What generated `add_…_to_server` functions see as the server: it wraps each handler on its way."""
 
-    def __init__(
-        self,
-        server: grpc.aio.Server,
-        domain: str,
-        in_flight: InFlight,
-        timeout_s: float | None,
-        message_bytes_max: int,
-    ) -> None:
-        self._server, self._domain, self._in_flight = server, domain, in_flight
-        self._timeout_s, self._message_bytes_max = timeout_s, message_bytes_max
+    def __init__(self, server: grpc.aio.Server, door: Door) -> None:
+        self._server, self._door = server, door
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
         wrapped = {name: self._wrap(f"/{service}/{name}", handler) for name, handler in handlers.items()}
@@ -160,7 +190,7 @@ class _WrappingServer:
         """Generated code registers everything twice. Registered by method, calls are cheaper."""
 
     def _wrap(self, method: str, handler: Any) -> Handler:
-        guard = _Guard(method, handler, self._domain, self._in_flight, self._timeout_s, self._message_bytes_max)
+        guard = _Guard(method, handler, self._door)
         # Registered as if every method took a stream, of which we read the one message: gRPC itself leaves a call that
         # ends without a message unanswered for ever. And without a deserializer, to parse where a failure can be
         # answered.
@@ -189,17 +219,10 @@ class _UnknownMethods(grpc.GenericRpcHandler):
 class _Guard:
     """One method's handler, with everything around it that all methods share."""
 
-    def __init__(
-        self,
-        method: str,
-        handler: Any,
-        domain: str,
-        in_flight: InFlight,
-        timeout_s: float | None,
-        message_bytes_max: int,
-    ) -> None:
-        self._method, self._domain, self._in_flight = method, domain, in_flight
-        self._timeout_s, self._message_bytes_max = timeout_s, message_bytes_max
+    def __init__(self, method: str, handler: Any, door: Door) -> None:
+        self._method, self._domain, self._in_flight = method, door.domain, door.in_flight
+        self._gate, self._rule = door.gate, door.rules[method]
+        self._timeout_s, self._message_bytes_max = door.timeout_s, door.message_bytes_max
         self._behavior = (  # exactly one is set
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         )
@@ -230,36 +253,42 @@ class _Guard:
         await _abort(context, self._method, failure, self._domain)
 
     async def _reply(self, requests: AsyncIterator[bytes], context: Any) -> Any:
+        caller = self._gate.admit(self._rule, context)
         raw = await self._read(context)
-        peer, size = context.peer(), len(raw)
-        self._in_flight.enter(peer, size)
+        size = len(raw)
+        self._in_flight.enter(caller.name, size)
         try:
-            request = self._parse(raw)
+            request = self._permitted(caller, raw)
             del raw
             return await self._behavior(request, context)
         finally:
-            self._in_flight.leave(peer, size)
+            self._in_flight.leave(caller.name, size)
 
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
         try:
-            peer, raw = context.peer(), b""
-            if not self._takes_stream:
-                async with asyncio.timeout(self._timeout_s):
-                    raw = await self._read(context)
-            self._in_flight.enter(peer, size := len(raw))
-            stream = Stream(self._in_flight, peer)
-            try:
-                request = self._parsed(stream, requests) if self._takes_stream else self._parse(raw)
-                await self._answer(self._behavior(request, context), context)
-            finally:
-                stream.close()
-                self._in_flight.leave(peer, size)
+            caller = self._gate.admit(self._rule, context)
+            async with self._gate.while_accepted(self._rule, caller):
+                await self._stream(caller, requests, context)
         except BaseException as error:
             failure = self._explain(error)
         else:
             self._succeeded.inc()
             return
         await _abort(context, self._method, failure, self._domain)
+
+    async def _stream(self, caller: Caller, requests: AsyncIterator[bytes], context: Any) -> None:
+        raw = b""
+        if not self._takes_stream:
+            async with asyncio.timeout(self._timeout_s):
+                raw = await self._read(context)
+        self._in_flight.enter(caller.name, size := len(raw))
+        stream = Stream(self._in_flight, caller.name)
+        try:
+            request = self._parsed(caller, stream, requests) if self._takes_stream else self._permitted(caller, raw)
+            await self._answer(self._behavior(request, context), context)
+        finally:
+            stream.close()
+            self._in_flight.leave(caller.name, size)
 
     async def _answer(self, replies: Any, context: Any) -> None:
         if inspect.isawaitable(replies):  # the health service writes to the context itself
@@ -276,7 +305,7 @@ class _Guard:
         received: bytes = raw
         return received
 
-    async def _parsed(self, stream: Stream, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async def _parsed(self, caller: Caller, stream: Stream, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         iterator = aiter(requests)
         while True:
             try:
@@ -287,7 +316,12 @@ class _Guard:
             except TimeoutError:
                 raise errors.DeadlineExceeded(f"no message for {IDLE_TIMEOUT_S:g} s") from None
             stream.take(len(raw))
-            yield self._parse(raw)
+            yield self._permitted(caller, raw)
+
+    def _permitted(self, caller: Caller, raw: bytes) -> Any:
+        request = self._parse(raw)
+        self._gate.check(self._rule, caller, request)
+        return request
 
     def _parse(self, raw: bytes) -> Any:
         if len(raw) > self._message_bytes_max:
@@ -314,7 +348,8 @@ class _Guard:
 
 async def _abort(context: Any, method: str, error: ServiceError, domain: str) -> NoReturn:
     HANDLED.labels(method, error.code.name).inc()
-    _refusals((method, error.reason), method=method, code=error.code.name, reason=error.reason)
+    if not isinstance(error, AccessRefused):  # that is on record already
+        _refusals((method, error.reason), method=method, code=error.code.name, reason=error.reason)
     log.debug("refusal in full", method=method, error=error.message)  # which may name a customer
     trailers = [("grpc-status-details-bin", errors.to_status(error, domain).SerializeToString())]
     if error.retry_after_s is not None:  # what the retries built into gRPC's clients read instead of RetryInfo

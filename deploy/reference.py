@@ -21,6 +21,8 @@ from google.protobuf.descriptor_pb2 import (
     ServiceDescriptorProto,
 )
 
+from retail.access.v1 import access_pb2
+
 HEAD = """\
 # Reference of the gRPC services
 
@@ -28,6 +30,12 @@ Made by `make proto` of the comments in [`proto/`](../proto), which are the cont
 from any language: [clients.md](clients.md).
 """
 LEVELS = {MethodOptions.NO_SIDE_EFFECTS: "only reads", MethodOptions.IDEMPOTENT: "safe to repeat"}
+BOUND = {
+    access_pb2.BINDING_ANY: "",
+    access_pb2.BINDING_NAMES_OWN_BRANCH: "; each request names the caller's own branch",
+    access_pb2.BINDING_FINDS_OWN_BRANCH: "; finds the caller's own branch's only",
+    access_pb2.BINDING_NAMES_OWN_TILL: "; each sale is of the caller's own branch and till",
+}
 BEHAVIORS = {field_behavior_pb2.REQUIRED: "required", field_behavior_pb2.OUTPUT_ONLY: "output only"}
 
 
@@ -99,6 +107,7 @@ def _service(commented: Commented, n: int, service: ServiceDescriptorProto) -> I
     for m, method in enumerate(service.method):
         yield _heading(4, f"{name}.{method.name}")
         yield _signature(method)
+        yield _callers(method)
         yield commented.text(6, n, 2, m)
 
 
@@ -106,6 +115,12 @@ def _signature(method: MethodDescriptorProto) -> str:
     takes = ("stream of " if method.client_streaming else "") + _link(method.input_type)
     gives = ("stream of " if method.server_streaming else "") + _link(method.output_type)
     return f"{takes} → {gives}; {LEVELS[method.options.idempotency_level]}"
+
+
+def _callers(method: MethodDescriptorProto) -> str:
+    rule = method.options.Extensions[access_pb2.rule]
+    roles = [access_pb2.Role.Name(role).removeprefix("ROLE_").lower() for role in rule.roles]
+    return f"[Callers](#retail.access.v1.Rule): {', '.join(roles)}{BOUND[rule.binding]}."
 
 
 def _message(commented: Commented, n: int, message: DescriptorProto) -> Iterator[str]:

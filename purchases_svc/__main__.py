@@ -41,7 +41,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         return
     if worker is not None:
         workers.die_with_parent()
-    host = grpc_server.Server("purchases.retail.example")
+    host = grpc_server.Server("purchases.retail.example", config)
     metrics_listen = workers.metrics_address(config.metrics_listen, worker)
     async with (
         metrics.serving_metrics(metrics_listen),

@@ -118,9 +118,14 @@ def replay(sale: Sale, holder: Purchase) -> Outcome:
     """The answer to a sale whose key a purchase holds."""
     if holder.sale.content() == sale.content():
         return Recorded(holder, replayed=True)
+    metadata = {"idempotency_key": sale.idempotency_key}
+    if holder.sale.branch_id != sale.branch_id:  # what other branches sold is not this one's to know
+        return IdempotencyKeyReused(
+            f"idempotency_key {sale.idempotency_key} belongs to another purchase", metadata=metadata
+        )
     return IdempotencyKeyReused(
         f"idempotency_key {sale.idempotency_key} belongs to purchase {holder.purchase_id}, whose content differs",
-        metadata={"idempotency_key": sale.idempotency_key, "purchase_id": holder.purchase_id},
+        metadata={**metadata, "purchase_id": holder.purchase_id},
     )
 
 

@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 from google.protobuf import message
 from uuid_utils import uuid7
 
-from chassis import wire
+from chassis import identity, wire
 from chassis.errors import DatabaseUnavailable, FieldReason, InvalidRequest, Overloaded, Violation
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool, on_standby
@@ -59,7 +59,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     async def CreatePurchase(
         self, request: purchases_service_pb2.CreatePurchaseRequest, context: Any
     ) -> purchases_service_pb2.CreatePurchaseResponse:
-        recorded = await self._recorder.record(messages.parse_sale(request), context.peer())
+        recorded = await self._recorder.record(messages.parse_sale(request), identity.current().name)
         return messages.answer(request, recorded)
 
     async def GetPurchase(
@@ -67,7 +67,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     ) -> purchases_service_pb2.GetPurchaseResponse:
         purchase_id = _required_uuid("purchase_id", request.purchase_id)
         async with _reading(self._shares, context) as connection:
-            purchase = await stored.by_id(connection, purchase_id)
+            purchase = await stored.by_id(connection, purchase_id, identity.current().branch_id)
         if purchase is None:
             raise PurchaseNotFound(f"no purchase has the id {purchase_id}", metadata={"purchase_id": purchase_id})
         return purchases_service_pb2.GetPurchaseResponse(purchase=messages.to_purchase(purchase))
@@ -155,7 +155,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     async def UploadPurchases(
         self, request_iterator: Any, context: Any
     ) -> AsyncIterator[purchases_service_pb2.UploadPurchasesResponse]:
-        async with aclosing(self._uploads.answer(request_iterator, context.peer())) as responses:
+        async with aclosing(self._uploads.answer(request_iterator, identity.current().name)) as responses:
             async for response in responses:
                 yield response
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from chassis.access import AccessSettings
 from chassis.settings import address, integer, log_level, postgres_url, seconds, setting, switch, time_zone
 
 
@@ -15,7 +16,7 @@ class MigrateSettings:
 
 
 @dataclass(frozen=True)
-class ServeSettings(MigrateSettings):
+class ServeSettings(AccessSettings, MigrateSettings):
     listen: str = setting("PURCHASES_LISTEN", address, "host:port", "where it is called", default="127.0.0.1:50051")
     metrics_listen: str = setting(
         "PURCHASES_METRICS_LISTEN",

@@ -75,14 +75,16 @@ async def held_customers(connection: Connection, customer_ids: Sequence[str]) ->
     return {customer_id for (customer_id,) in await cursor.fetchall()}
 
 
-async def by_id(connection: Connection, purchase_id: str) -> Purchase | None:
-    """A purchase. Its id tells the millisecond of its time, and so the one partition to look into."""
+async def by_id(connection: Connection, purchase_id: str, branch_id: int | None = None) -> Purchase | None:
+    """A purchase, if it is that branch's, should one be given. Its id tells the millisecond of its time, and so the one
+    partition to look into."""
     milliseconds = int(purchase_id[:8] + purchase_id[9:13], 16)
     cursor = await connection.execute(
         f"SELECT {_COLUMNS} FROM purchases p WHERE p.purchase_id = %(id)s"
         " AND p.purchase_time >= to_timestamp(%(ms)s / 1000.0)"
-        " AND p.purchase_time < to_timestamp((%(ms)s + 1) / 1000.0)",
-        {"id": purchase_id, "ms": milliseconds},
+        " AND p.purchase_time < to_timestamp((%(ms)s + 1) / 1000.0)"
+        " AND (%(branch_id)s::int IS NULL OR p.branch_id = %(branch_id)s::int)",
+        {"id": purchase_id, "ms": milliseconds, "branch_id": branch_id},
     )
     found = await _with_items(connection, await cursor.fetchall())
     return found[0] if found else None

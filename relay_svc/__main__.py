@@ -29,7 +29,7 @@ log = structlog.get_logger()
 
 async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     """Relay until `stop`, then finish the window in flight."""
-    host = grpc_server.Server("relay.retail.example")
+    host = grpc_server.Server("relay.retail.example", config)
     async with (
         metrics.serving_metrics(config.metrics_listen),
         postgres.open_pool(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from chassis.access import AccessSettings
 from chassis.settings import address, amqp_url, integer, log_level, postgres_url, seconds, setting, text
 
 
@@ -11,7 +12,7 @@ def _database_url() -> Any:
 
 
 @dataclass(frozen=True)
-class ServeSettings:
+class ServeSettings(AccessSettings):
     database_url: str = _database_url()
     amqp_url: str = setting("AMQP_URL", amqp_url, "URL", "the RabbitMQ that events are published to")
     listen: str = setting("RELAY_LISTEN", address, "host:port", "where it is called", default="127.0.0.1:50053")

@@ -38,7 +38,7 @@ log = structlog.get_logger()
 
 async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
     """Keep the read models until `stop`, then finish the batch in flight."""
-    host = grpc_server.Server(database.DOMAIN)
+    host = grpc_server.Server(database.DOMAIN, config)
     health = Health(host.set_serving, {"deliveries", "database"})
     zone = zones.load(config.business_time_zone)
     async with (

@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     """Answer until `stop`, then finish what is in flight."""
-    host = grpc_server.Server(database.DOMAIN)
+    host = grpc_server.Server(database.DOMAIN, config)
     async with (
         postgres.open_pool(
             config.database_url,

@@ -27,9 +27,10 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.type import date_pb2 as google_dot_type_dot_date__pb2
 from google.type import decimal_pb2 as google_dot_type_dot_decimal__pb2
+from retail.access.v1 import access_pb2 as retail_dot_access_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'retail/analytics/v1/audit_service.proto\x12\x13retail.analytics.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\x1a\x19google/type/decimal.proto\"\x86\x01\n\x0b\x41uditTotals\x12\x16\n\x0epurchase_count\x18\x01 \x01(\x03\x12$\n\x1cpurchase_with_customer_count\x18\x02 \x01(\x03\x12\x12\n\nitem_count\x18\x03 \x01(\x03\x12%\n\x07revenue\x18\x04 \x01(\x0b\x32\x14.google.type.Decimal\"\xef\x01\n\x08\x41uditRow\x12%\n\nsales_date\x18\x01 \x01(\x0b\x32\x11.google.type.Date\x12\x11\n\tbranch_id\x18\x02 \x01(\x03\x12\x32\n\x08recorded\x18\x03 \x01(\x0b\x32 .retail.analytics.v1.AuditTotals\x12\x31\n\x07\x63ounted\x18\x04 \x01(\x0b\x32 .retail.analytics.v1.AuditTotals\x12\x32\n\x07verdict\x18\x05 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\"a\n\x0c\x41uditFinding\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12%\n\nsales_date\x18\x04 \x01(\x0b\x32\x11.google.type.Date\"v\n\x1b\x43ompareControlTotalsRequest\x12+\n\nfirst_date\x18\x01 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12*\n\tlast_date\x18\x02 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\"\xf0\x02\n\x1c\x43ompareControlTotalsResponse\x12+\n\x04rows\x18\x01 \x03(\x0b\x32\x1d.retail.analytics.v1.AuditRow\x12\x32\n\x07verdict\x18\x02 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x15\n\rpending_count\x18\x03 \x01(\x03\x12\x19\n\x11\x66oreign_event_ids\x18\x04 \x03(\t\x12\x33\n\x08\x66indings\x18\x05 \x03(\x0b\x32!.retail.analytics.v1.AuditFinding\x12.\n\x13\x65\x61rliest_sales_date\x18\x06 \x01(\x0b\x32\x11.google.type.Date\x12,\n\x11latest_sales_date\x18\x07 \x01(\x0b\x32\x11.google.type.Date\x12*\n\x0fnext_sales_date\x18\x08 \x01(\x0b\x32\x11.google.type.Date\"@\n\x11RebuildDayRequest\x12+\n\nsales_date\x18\x01 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\"\xae\x01\n\x12RebuildDayResponse\x12\x16\n\x0epurchase_count\x18\x01 \x01(\x03\x12\x1a\n\x12repaired_row_count\x18\x02 \x01(\x03\x12\x1c\n\x14\x61\x64\x64\x65\x64_purchase_count\x18\x03 \x01(\x03\x12\x19\n\x11\x66oreign_event_ids\x18\x04 \x03(\t\x12\x1b\n\x13\x66oreign_event_count\x18\x05 \x01(\x03\x12\x0e\n\x06\x61greed\x18\x06 \x01(\x08\"\x17\n\x15GetAuditStatusRequest\"\xab\x04\n\x16GetAuditStatusResponse\x12\x32\n\x07verdict\x18\x01 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x33\n\x0flast_cycle_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x0e\x64ifferent_rows\x18\x03 \x03(\x0b\x32\x1d.retail.analytics.v1.AuditRow\x12\x18\n\x10proven_day_count\x18\x04 \x01(\x03\x12\x33\n\x08\x66indings\x18\x05 \x03(\x0b\x32!.retail.analytics.v1.AuditFinding\x12\x19\n\x11\x66oreign_event_ids\x18\x06 \x03(\t\x12\x15\n\rpending_count\x18\x07 \x01(\x03\x12\x31\n\x0e\x63ycle_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\nsweep_date\x18\t \x01(\x0b\x32\x11.google.type.Date\x12\x33\n\x0flast_sweep_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12pending_since_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05stale\x18\x0c \x01(\x08\x12\x1a\n\x12unproven_day_count\x18\r \x01(\x03*\xb6\x01\n\x0c\x41uditVerdict\x12\x1d\n\x19\x41UDIT_VERDICT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41UDIT_VERDICT_AGREED\x10\x01\x12\x19\n\x15\x41UDIT_VERDICT_PENDING\x10\x02\x12\x1b\n\x17\x41UDIT_VERDICT_DIFFERENT\x10\x03\x12\x19\n\x15\x41UDIT_VERDICT_FOREIGN\x10\x04\x12\x1a\n\x16\x41UDIT_VERDICT_UNPROVEN\x10\x05\x32\xe5\x02\n\x0c\x41uditService\x12\x80\x01\n\x14\x43ompareControlTotals\x12\x30.retail.analytics.v1.CompareControlTotalsRequest\x1a\x31.retail.analytics.v1.CompareControlTotalsResponse\"\x03\x90\x02\x01\x12\x62\n\nRebuildDay\x12&.retail.analytics.v1.RebuildDayRequest\x1a\'.retail.analytics.v1.RebuildDayResponse\"\x03\x90\x02\x02\x12n\n\x0eGetAuditStatus\x12*.retail.analytics.v1.GetAuditStatusRequest\x1a+.retail.analytics.v1.GetAuditStatusResponse\"\x03\x90\x02\x01\x42g\n\x1b\x65xample.retail.analytics.v1P\x01Z0retail.example/backbone/analytics/v1;analyticsv1\xaa\x02\x13Retail.Analytics.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'retail/analytics/v1/audit_service.proto\x12\x13retail.analytics.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\x1a\x19google/type/decimal.proto\x1a\x1dretail/access/v1/access.proto\"\x86\x01\n\x0b\x41uditTotals\x12\x16\n\x0epurchase_count\x18\x01 \x01(\x03\x12$\n\x1cpurchase_with_customer_count\x18\x02 \x01(\x03\x12\x12\n\nitem_count\x18\x03 \x01(\x03\x12%\n\x07revenue\x18\x04 \x01(\x0b\x32\x14.google.type.Decimal\"\xef\x01\n\x08\x41uditRow\x12%\n\nsales_date\x18\x01 \x01(\x0b\x32\x11.google.type.Date\x12\x11\n\tbranch_id\x18\x02 \x01(\x03\x12\x32\n\x08recorded\x18\x03 \x01(\x0b\x32 .retail.analytics.v1.AuditTotals\x12\x31\n\x07\x63ounted\x18\x04 \x01(\x0b\x32 .retail.analytics.v1.AuditTotals\x12\x32\n\x07verdict\x18\x05 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\"a\n\x0c\x41uditFinding\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12%\n\nsales_date\x18\x04 \x01(\x0b\x32\x11.google.type.Date\"v\n\x1b\x43ompareControlTotalsRequest\x12+\n\nfirst_date\x18\x01 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12*\n\tlast_date\x18\x02 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\"\xf0\x02\n\x1c\x43ompareControlTotalsResponse\x12+\n\x04rows\x18\x01 \x03(\x0b\x32\x1d.retail.analytics.v1.AuditRow\x12\x32\n\x07verdict\x18\x02 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x15\n\rpending_count\x18\x03 \x01(\x03\x12\x19\n\x11\x66oreign_event_ids\x18\x04 \x03(\t\x12\x33\n\x08\x66indings\x18\x05 \x03(\x0b\x32!.retail.analytics.v1.AuditFinding\x12.\n\x13\x65\x61rliest_sales_date\x18\x06 \x01(\x0b\x32\x11.google.type.Date\x12,\n\x11latest_sales_date\x18\x07 \x01(\x0b\x32\x11.google.type.Date\x12*\n\x0fnext_sales_date\x18\x08 \x01(\x0b\x32\x11.google.type.Date\"@\n\x11RebuildDayRequest\x12+\n\nsales_date\x18\x01 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\"\xae\x01\n\x12RebuildDayResponse\x12\x16\n\x0epurchase_count\x18\x01 \x01(\x03\x12\x1a\n\x12repaired_row_count\x18\x02 \x01(\x03\x12\x1c\n\x14\x61\x64\x64\x65\x64_purchase_count\x18\x03 \x01(\x03\x12\x19\n\x11\x66oreign_event_ids\x18\x04 \x03(\t\x12\x1b\n\x13\x66oreign_event_count\x18\x05 \x01(\x03\x12\x0e\n\x06\x61greed\x18\x06 \x01(\x08\"\x17\n\x15GetAuditStatusRequest\"\xab\x04\n\x16GetAuditStatusResponse\x12\x32\n\x07verdict\x18\x01 \x01(\x0e\x32!.retail.analytics.v1.AuditVerdict\x12\x33\n\x0flast_cycle_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x0e\x64ifferent_rows\x18\x03 \x03(\x0b\x32\x1d.retail.analytics.v1.AuditRow\x12\x18\n\x10proven_day_count\x18\x04 \x01(\x03\x12\x33\n\x08\x66indings\x18\x05 \x03(\x0b\x32!.retail.analytics.v1.AuditFinding\x12\x19\n\x11\x66oreign_event_ids\x18\x06 \x03(\t\x12\x15\n\rpending_count\x18\x07 \x01(\x03\x12\x31\n\x0e\x63ycle_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\nsweep_date\x18\t \x01(\x0b\x32\x11.google.type.Date\x12\x33\n\x0flast_sweep_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12pending_since_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05stale\x18\x0c \x01(\x08\x12\x1a\n\x12unproven_day_count\x18\r \x01(\x03*\xb6\x01\n\x0c\x41uditVerdict\x12\x1d\n\x19\x41UDIT_VERDICT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41UDIT_VERDICT_AGREED\x10\x01\x12\x19\n\x15\x41UDIT_VERDICT_PENDING\x10\x02\x12\x1b\n\x17\x41UDIT_VERDICT_DIFFERENT\x10\x03\x12\x19\n\x15\x41UDIT_VERDICT_FOREIGN\x10\x04\x12\x1a\n\x16\x41UDIT_VERDICT_UNPROVEN\x10\x05\x32\x85\x03\n\x0c\x41uditService\x12\x8b\x01\n\x14\x43ompareControlTotals\x12\x30.retail.analytics.v1.CompareControlTotalsRequest\x1a\x31.retail.analytics.v1.CompareControlTotalsResponse\"\x0e\x90\x02\x01\xe2\xce\x18\x07\n\x03\x03\x04\x05\x10\x01\x12l\n\nRebuildDay\x12&.retail.analytics.v1.RebuildDayRequest\x1a\'.retail.analytics.v1.RebuildDayResponse\"\r\x90\x02\x02\xe2\xce\x18\x06\n\x02\x04\x05\x10\x01\x12y\n\x0eGetAuditStatus\x12*.retail.analytics.v1.GetAuditStatusRequest\x1a+.retail.analytics.v1.GetAuditStatusResponse\"\x0e\x90\x02\x01\xe2\xce\x18\x07\n\x03\x03\x04\x05\x10\x01\x42g\n\x1b\x65xample.retail.analytics.v1P\x01Z0retail.example/backbone/analytics/v1;analyticsv1\xaa\x02\x13Retail.Analytics.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,31 +45,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REBUILDDAYREQUEST'].fields_by_name['sales_date']._loaded_options = None
   _globals['_REBUILDDAYREQUEST'].fields_by_name['sales_date']._serialized_options = b'\342A\001\002'
   _globals['_AUDITSERVICE'].methods_by_name['CompareControlTotals']._loaded_options = None
-  _globals['_AUDITSERVICE'].methods_by_name['CompareControlTotals']._serialized_options = b'\220\002\001'
+  _globals['_AUDITSERVICE'].methods_by_name['CompareControlTotals']._serialized_options = b'\220\002\001\342\316\030\007\n\003\003\004\005\020\001'
   _globals['_AUDITSERVICE'].methods_by_name['RebuildDay']._loaded_options = None
-  _globals['_AUDITSERVICE'].methods_by_name['RebuildDay']._serialized_options = b'\220\002\002'
+  _globals['_AUDITSERVICE'].methods_by_name['RebuildDay']._serialized_options = b'\220\002\002\342\316\030\006\n\002\004\005\020\001'
   _globals['_AUDITSERVICE'].methods_by_name['GetAuditStatus']._loaded_options = None
-  _globals['_AUDITSERVICE'].methods_by_name['GetAuditStatus']._serialized_options = b'\220\002\001'
-  _globals['_AUDITVERDICT']._serialized_start=2009
-  _globals['_AUDITVERDICT']._serialized_end=2191
-  _globals['_AUDITTOTALS']._serialized_start=214
-  _globals['_AUDITTOTALS']._serialized_end=348
-  _globals['_AUDITROW']._serialized_start=351
-  _globals['_AUDITROW']._serialized_end=590
-  _globals['_AUDITFINDING']._serialized_start=592
-  _globals['_AUDITFINDING']._serialized_end=689
-  _globals['_COMPARECONTROLTOTALSREQUEST']._serialized_start=691
-  _globals['_COMPARECONTROLTOTALSREQUEST']._serialized_end=809
-  _globals['_COMPARECONTROLTOTALSRESPONSE']._serialized_start=812
-  _globals['_COMPARECONTROLTOTALSRESPONSE']._serialized_end=1180
-  _globals['_REBUILDDAYREQUEST']._serialized_start=1182
-  _globals['_REBUILDDAYREQUEST']._serialized_end=1246
-  _globals['_REBUILDDAYRESPONSE']._serialized_start=1249
-  _globals['_REBUILDDAYRESPONSE']._serialized_end=1423
-  _globals['_GETAUDITSTATUSREQUEST']._serialized_start=1425
-  _globals['_GETAUDITSTATUSREQUEST']._serialized_end=1448
-  _globals['_GETAUDITSTATUSRESPONSE']._serialized_start=1451
-  _globals['_GETAUDITSTATUSRESPONSE']._serialized_end=2006
-  _globals['_AUDITSERVICE']._serialized_start=2194
-  _globals['_AUDITSERVICE']._serialized_end=2551
+  _globals['_AUDITSERVICE'].methods_by_name['GetAuditStatus']._serialized_options = b'\220\002\001\342\316\030\007\n\003\003\004\005\020\001'
+  _globals['_AUDITVERDICT']._serialized_start=2040
+  _globals['_AUDITVERDICT']._serialized_end=2222
+  _globals['_AUDITTOTALS']._serialized_start=245
+  _globals['_AUDITTOTALS']._serialized_end=379
+  _globals['_AUDITROW']._serialized_start=382
+  _globals['_AUDITROW']._serialized_end=621
+  _globals['_AUDITFINDING']._serialized_start=623
+  _globals['_AUDITFINDING']._serialized_end=720
+  _globals['_COMPARECONTROLTOTALSREQUEST']._serialized_start=722
+  _globals['_COMPARECONTROLTOTALSREQUEST']._serialized_end=840
+  _globals['_COMPARECONTROLTOTALSRESPONSE']._serialized_start=843
+  _globals['_COMPARECONTROLTOTALSRESPONSE']._serialized_end=1211
+  _globals['_REBUILDDAYREQUEST']._serialized_start=1213
+  _globals['_REBUILDDAYREQUEST']._serialized_end=1277
+  _globals['_REBUILDDAYRESPONSE']._serialized_start=1280
+  _globals['_REBUILDDAYRESPONSE']._serialized_end=1454
+  _globals['_GETAUDITSTATUSREQUEST']._serialized_start=1456
+  _globals['_GETAUDITSTATUSREQUEST']._serialized_end=1479
+  _globals['_GETAUDITSTATUSRESPONSE']._serialized_start=1482
+  _globals['_GETAUDITSTATUSRESPONSE']._serialized_end=2037
+  _globals['_AUDITSERVICE']._serialized_start=2225
+  _globals['_AUDITSERVICE']._serialized_end=2614
 # @@protoc_insertion_point(module_scope)

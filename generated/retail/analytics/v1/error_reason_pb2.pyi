@@ -109,6 +109,15 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. Final: the retention has dropped purchases of the day,
     so that it cannot be rebuilt.
     """
+    UNAUTHENTICATED: _ErrorReason.ValueType  # 22
+    """UNAUTHENTICATED. Final: the server does not know who calls. The certificate,
+    or the token, is none of the chain's, has ended, or is no longer accepted.
+    """
+    PERMISSION_DENIED: _ErrorReason.ValueType  # 23
+    """PERMISSION_DENIED. Final: the method, or what the request names, is not for
+    this caller; see the method's rule. The answer is the same whether what it
+    names exists or not.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the reason of google.rpc.ErrorInfo, whose domain is
@@ -204,5 +213,14 @@ REBUILD_RUNNING: ErrorReason.ValueType  # 20
 HISTORY_DROPPED: ErrorReason.ValueType  # 21
 """FAILED_PRECONDITION. Final: the retention has dropped purchases of the day,
 so that it cannot be rebuilt.
+"""
+UNAUTHENTICATED: ErrorReason.ValueType  # 22
+"""UNAUTHENTICATED. Final: the server does not know who calls. The certificate,
+or the token, is none of the chain's, has ended, or is no longer accepted.
+"""
+PERMISSION_DENIED: ErrorReason.ValueType  # 23
+"""PERMISSION_DENIED. Final: the method, or what the request names, is not for
+this caller; see the method's rule. The answer is the same whether what it
+names exists or not.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from retail.access.v1 import access_pb2 as retail_dot_access_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,retail/analytics/v1/quarantine_service.proto\x12\x13retail.analytics.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb1\x01\n\x10QuarantinedEvent\x12\x15\n\rquarantine_id\x18\x01 \x01(\t\x12\x10\n\x08\x65vent_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x0c\n\x04\x62ody\x18\x05 \x01(\x0c\x12\x33\n\x0fquarantine_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tbody_size\x18\x07 \x01(\x03\"U\n\x1cListQuarantinedEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"{\n\x1dListQuarantinedEventsResponse\x12\x41\n\x12quarantined_events\x18\x01 \x03(\x0b\x32%.retail.analytics.v1.QuarantinedEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x14RedriveEventsRequest\x12\x1c\n\x0equarantine_ids\x18\x01 \x03(\tB\x04\xe2\x41\x01\x02\"h\n\x15RedriveEventsResponse\x12\x16\n\x0eredriven_count\x18\x01 \x01(\x03\x12\x17\n\x0fremaining_count\x18\x02 \x01(\x03\x12\x1e\n\x16unknown_quarantine_ids\x18\x03 \x03(\t\"4\n\x14\x44iscardEventsRequest\x12\x1c\n\x0equarantine_ids\x18\x01 \x03(\tB\x04\xe2\x41\x01\x02\"P\n\x15\x44iscardEventsResponse\x12\x17\n\x0f\x64iscarded_count\x18\x01 \x01(\x03\x12\x1e\n\x16unknown_quarantine_ids\x18\x02 \x03(\t2\xf3\x02\n\x11QuarantineService\x12\x83\x01\n\x15ListQuarantinedEvents\x12\x31.retail.analytics.v1.ListQuarantinedEventsRequest\x1a\x32.retail.analytics.v1.ListQuarantinedEventsResponse\"\x03\x90\x02\x01\x12k\n\rRedriveEvents\x12).retail.analytics.v1.RedriveEventsRequest\x1a*.retail.analytics.v1.RedriveEventsResponse\"\x03\x90\x02\x02\x12k\n\rDiscardEvents\x12).retail.analytics.v1.DiscardEventsRequest\x1a*.retail.analytics.v1.DiscardEventsResponse\"\x03\x90\x02\x02\x42g\n\x1b\x65xample.retail.analytics.v1P\x01Z0retail.example/backbone/analytics/v1;analyticsv1\xaa\x02\x13Retail.Analytics.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,retail/analytics/v1/quarantine_service.proto\x12\x13retail.analytics.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dretail/access/v1/access.proto\"\xb1\x01\n\x10QuarantinedEvent\x12\x15\n\rquarantine_id\x18\x01 \x01(\t\x12\x10\n\x08\x65vent_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x0c\n\x04\x62ody\x18\x05 \x01(\x0c\x12\x33\n\x0fquarantine_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tbody_size\x18\x07 \x01(\x03\"U\n\x1cListQuarantinedEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"{\n\x1dListQuarantinedEventsResponse\x12\x41\n\x12quarantined_events\x18\x01 \x03(\x0b\x32%.retail.analytics.v1.QuarantinedEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x14RedriveEventsRequest\x12\x1c\n\x0equarantine_ids\x18\x01 \x03(\tB\x04\xe2\x41\x01\x02\"h\n\x15RedriveEventsResponse\x12\x16\n\x0eredriven_count\x18\x01 \x01(\x03\x12\x17\n\x0fremaining_count\x18\x02 \x01(\x03\x12\x1e\n\x16unknown_quarantine_ids\x18\x03 \x03(\t\"4\n\x14\x44iscardEventsRequest\x12\x1c\n\x0equarantine_ids\x18\x01 \x03(\tB\x04\xe2\x41\x01\x02\"P\n\x15\x44iscardEventsResponse\x12\x17\n\x0f\x64iscarded_count\x18\x01 \x01(\x03\x12\x1e\n\x16unknown_quarantine_ids\x18\x02 \x03(\t2\x91\x03\n\x11QuarantineService\x12\x8d\x01\n\x15ListQuarantinedEvents\x12\x31.retail.analytics.v1.ListQuarantinedEventsRequest\x1a\x32.retail.analytics.v1.ListQuarantinedEventsResponse\"\r\x90\x02\x01\xe2\xce\x18\x06\n\x02\x04\x05\x10\x01\x12u\n\rRedriveEvents\x12).retail.analytics.v1.RedriveEventsRequest\x1a*.retail.analytics.v1.RedriveEventsResponse\"\r\x90\x02\x02\xe2\xce\x18\x06\n\x02\x04\x05\x10\x01\x12u\n\rDiscardEvents\x12).retail.analytics.v1.DiscardEventsRequest\x1a*.retail.analytics.v1.DiscardEventsResponse\"\r\x90\x02\x02\xe2\xce\x18\x06\n\x02\x04\x05\x10\x01\x42g\n\x1b\x65xample.retail.analytics.v1P\x01Z0retail.example/backbone/analytics/v1;analyticsv1\xaa\x02\x13Retail.Analytics.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,25 +40,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DISCARDEVENTSREQUEST'].fields_by_name['quarantine_ids']._loaded_options = None
   _globals['_DISCARDEVENTSREQUEST'].fields_by_name['quarantine_ids']._serialized_options = b'\342A\001\002'
   _globals['_QUARANTINESERVICE'].methods_by_name['ListQuarantinedEvents']._loaded_options = None
-  _globals['_QUARANTINESERVICE'].methods_by_name['ListQuarantinedEvents']._serialized_options = b'\220\002\001'
+  _globals['_QUARANTINESERVICE'].methods_by_name['ListQuarantinedEvents']._serialized_options = b'\220\002\001\342\316\030\006\n\002\004\005\020\001'
   _globals['_QUARANTINESERVICE'].methods_by_name['RedriveEvents']._loaded_options = None
-  _globals['_QUARANTINESERVICE'].methods_by_name['RedriveEvents']._serialized_options = b'\220\002\002'
+  _globals['_QUARANTINESERVICE'].methods_by_name['RedriveEvents']._serialized_options = b'\220\002\002\342\316\030\006\n\002\004\005\020\001'
   _globals['_QUARANTINESERVICE'].methods_by_name['DiscardEvents']._loaded_options = None
-  _globals['_QUARANTINESERVICE'].methods_by_name['DiscardEvents']._serialized_options = b'\220\002\002'
-  _globals['_QUARANTINEDEVENT']._serialized_start=136
-  _globals['_QUARANTINEDEVENT']._serialized_end=313
-  _globals['_LISTQUARANTINEDEVENTSREQUEST']._serialized_start=315
-  _globals['_LISTQUARANTINEDEVENTSREQUEST']._serialized_end=400
-  _globals['_LISTQUARANTINEDEVENTSRESPONSE']._serialized_start=402
-  _globals['_LISTQUARANTINEDEVENTSRESPONSE']._serialized_end=525
-  _globals['_REDRIVEEVENTSREQUEST']._serialized_start=527
-  _globals['_REDRIVEEVENTSREQUEST']._serialized_end=579
-  _globals['_REDRIVEEVENTSRESPONSE']._serialized_start=581
-  _globals['_REDRIVEEVENTSRESPONSE']._serialized_end=685
-  _globals['_DISCARDEVENTSREQUEST']._serialized_start=687
-  _globals['_DISCARDEVENTSREQUEST']._serialized_end=739
-  _globals['_DISCARDEVENTSRESPONSE']._serialized_start=741
-  _globals['_DISCARDEVENTSRESPONSE']._serialized_end=821
-  _globals['_QUARANTINESERVICE']._serialized_start=824
-  _globals['_QUARANTINESERVICE']._serialized_end=1195
+  _globals['_QUARANTINESERVICE'].methods_by_name['DiscardEvents']._serialized_options = b'\220\002\002\342\316\030\006\n\002\004\005\020\001'
+  _globals['_QUARANTINEDEVENT']._serialized_start=167
+  _globals['_QUARANTINEDEVENT']._serialized_end=344
+  _globals['_LISTQUARANTINEDEVENTSREQUEST']._serialized_start=346
+  _globals['_LISTQUARANTINEDEVENTSREQUEST']._serialized_end=431
+  _globals['_LISTQUARANTINEDEVENTSRESPONSE']._serialized_start=433
+  _globals['_LISTQUARANTINEDEVENTSRESPONSE']._serialized_end=556
+  _globals['_REDRIVEEVENTSREQUEST']._serialized_start=558
+  _globals['_REDRIVEEVENTSREQUEST']._serialized_end=610
+  _globals['_REDRIVEEVENTSRESPONSE']._serialized_start=612
+  _globals['_REDRIVEEVENTSRESPONSE']._serialized_end=716
+  _globals['_DISCARDEVENTSREQUEST']._serialized_start=718
+  _globals['_DISCARDEVENTSREQUEST']._serialized_end=770
+  _globals['_DISCARDEVENTSRESPONSE']._serialized_start=772
+  _globals['_DISCARDEVENTSRESPONSE']._serialized_end=852
+  _globals['_QUARANTINESERVICE']._serialized_start=855
+  _globals['_QUARANTINESERVICE']._serialized_end=1256
 # @@protoc_insertion_point(module_scope)

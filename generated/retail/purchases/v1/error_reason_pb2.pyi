@@ -80,7 +80,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     IDEMPOTENCY_KEY_REUSED: _ErrorReason.ValueType  # 14
     """FAILED_PRECONDITION. Final: the key belongs to a purchase with other
-    content, metadata's purchase_id.
+    content, metadata's purchase_id if it is of the same branch.
     """
     RECEIPT_EXISTS: _ErrorReason.ValueType  # 15
     """ALREADY_EXISTS. Final: another purchase of that branch, till and business
@@ -113,6 +113,15 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     is open. Most often the till's clock is wrong, say at 2000-01-01 after its
     battery went flat: set it, and keep the sale. If the time is right, an
     operator opens the month, and the same sale is taken.
+    """
+    UNAUTHENTICATED: _ErrorReason.ValueType  # 22
+    """UNAUTHENTICATED. Final: the server does not know who calls. The certificate,
+    or the token, is none of the chain's, has ended, or is no longer accepted.
+    """
+    PERMISSION_DENIED: _ErrorReason.ValueType  # 23
+    """PERMISSION_DENIED. Final: the method, or what the request names, is not for
+    this caller; see the method's rule. The answer is the same whether what it
+    names exists or not.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -181,7 +190,7 @@ purchase_time and server_time.
 """
 IDEMPOTENCY_KEY_REUSED: ErrorReason.ValueType  # 14
 """FAILED_PRECONDITION. Final: the key belongs to a purchase with other
-content, metadata's purchase_id.
+content, metadata's purchase_id if it is of the same branch.
 """
 RECEIPT_EXISTS: ErrorReason.ValueType  # 15
 """ALREADY_EXISTS. Final: another purchase of that branch, till and business
@@ -214,5 +223,14 @@ ago that no sale is expected from it; metadata's open_from is the first that
 is open. Most often the till's clock is wrong, say at 2000-01-01 after its
 battery went flat: set it, and keep the sale. If the time is right, an
 operator opens the month, and the same sale is taken.
+"""
+UNAUTHENTICATED: ErrorReason.ValueType  # 22
+"""UNAUTHENTICATED. Final: the server does not know who calls. The certificate,
+or the token, is none of the chain's, has ended, or is no longer accepted.
+"""
+PERMISSION_DENIED: ErrorReason.ValueType  # 23
+"""PERMISSION_DENIED. Final: the method, or what the request names, is not for
+this caller; see the method's rule. The answer is the same whether what it
+names exists or not.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -27,10 +27,11 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from google.type import date_pb2 as google_dot_type_dot_date__pb2
 from google.type import decimal_pb2 as google_dot_type_dot_decimal__pb2
+from retail.access.v1 import access_pb2 as retail_dot_access_dot_v1_dot_access__pb2
 from retail.purchases.v1 import purchase_pb2 as retail_dot_purchases_dot_v1_dot_purchase__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+retail/purchases/v1/purchases_service.proto\x12\x13retail.purchases.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16google/type/date.proto\x1a\x19google/type/decimal.proto\x1a\"retail/purchases/v1/purchase.proto\"\x8e\x01\n\x15\x43reatePurchaseRequest\x12\x1d\n\x0fidempotency_key\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x35\n\x08purchase\x18\x02 \x01(\x0b\x32\x1d.retail.purchases.v1.PurchaseB\x04\xe2\x41\x01\x02\x12\x1f\n\x11register_customer\x18\x03 \x01(\x08\x42\x04\xe2\x41\x01\x01\"v\n\x16\x43reatePurchaseResponse\x12/\n\x08purchase\x18\x01 \x01(\x0b\x32\x1d.retail.purchases.v1.Purchase\x12\x10\n\x08replayed\x18\x02 \x01(\x08\x12\x19\n\x11\x63onsistency_token\x18\x03 \x01(\t\"/\n\x12GetPurchaseRequest\x12\x19\n\x0bpurchase_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"F\n\x13GetPurchaseResponse\x12/\n\x08purchase\x18\x01 \x01(\x0b\x32\x1d.retail.purchases.v1.Purchase\"\xeb\x01\n\x14ListPurchasesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x18\n\x0b\x63ustomer_id\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x16\n\tbranch_id\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0e\n\x0c_customer_idB\x0c\n\n_branch_id\"b\n\x15ListPurchasesResponse\x12\x30\n\tpurchases\x18\x01 \x03(\x0b\x32\x1d.retail.purchases.v1.Purchase\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x16UploadPurchasesRequest\x12:\n\x07uploads\x18\x01 \x03(\x0b\x32#.retail.purchases.v1.PurchaseUploadB\x04\xe2\x41\x01\x02\"t\n\x0ePurchaseUpload\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x03\x12I\n\x0f\x63reate_purchase\x18\x02 \x01(\x0b\x32*.retail.purchases.v1.CreatePurchaseRequestB\x04\xe2\x41\x01\x02\"U\n\x17UploadPurchasesResponse\x12:\n\x07results\x18\x01 \x03(\x0b\x32).retail.purchases.v1.PurchaseUploadResult\"\x9f\x01\n\x14PurchaseUploadResult\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x03\x12>\n\x07\x63reated\x18\x02 \x01(\x0b\x32+.retail.purchases.v1.CreatePurchaseResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"\xae\x01\n\x18ListControlTotalsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12+\n\nfirst_date\x18\x03 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12*\n\tlast_date\x18\x04 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12\x12\n\nbranch_ids\x18\x05 \x03(\x03\"\xbf\x02\n\x19ListControlTotalsResponse\x12:\n\x0e\x63ontrol_totals\x18\x01 \x03(\x0b\x32\".retail.purchases.v1.ControlTotals\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x11\n\ttime_zone\x18\x03 \x01(\t\x12.\n\x13\x65\x61rliest_sales_date\x18\x04 \x01(\x0b\x32\x11.google.type.Date\x12,\n\x11latest_sales_date\x18\x05 \x01(\x0b\x32\x11.google.type.Date\x12-\n\tread_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x12\x63omplete_from_date\x18\x07 \x01(\x0b\x32\x11.google.type.Date\"\xc2\x01\n\rControlTotals\x12%\n\nsales_date\x18\x01 \x01(\x0b\x32\x11.google.type.Date\x12\x11\n\tbranch_id\x18\x02 \x01(\x03\x12\x16\n\x0epurchase_count\x18\x03 \x01(\x03\x12$\n\x1cpurchase_with_customer_count\x18\x04 \x01(\x03\x12\x12\n\nitem_count\x18\x05 \x01(\x03\x12%\n\x07revenue\x18\x06 \x01(\x0b\x32\x14.google.type.Decimal\"\x87\x01\n\x16\x45xportPurchasesRequest\x12+\n\nfirst_date\x18\x01 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12*\n\tlast_date\x18\x02 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12\x14\n\x0c\x63ustomer_ids\x18\x03 \x03(\t\"\\\n\x17\x45xportPurchasesResponse\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12/\n\x08purchase\x18\x02 \x01(\x0b\x32\x1d.retail.purchases.v1.Purchase2\xbb\x05\n\x10PurchasesService\x12n\n\x0e\x43reatePurchase\x12*.retail.purchases.v1.CreatePurchaseRequest\x1a+.retail.purchases.v1.CreatePurchaseResponse\"\x03\x90\x02\x02\x12\x65\n\x0bGetPurchase\x12\'.retail.purchases.v1.GetPurchaseRequest\x1a(.retail.purchases.v1.GetPurchaseResponse\"\x03\x90\x02\x01\x12k\n\rListPurchases\x12).retail.purchases.v1.ListPurchasesRequest\x1a*.retail.purchases.v1.ListPurchasesResponse\"\x03\x90\x02\x01\x12u\n\x0fUploadPurchases\x12+.retail.purchases.v1.UploadPurchasesRequest\x1a,.retail.purchases.v1.UploadPurchasesResponse\"\x03\x90\x02\x02(\x01\x30\x01\x12w\n\x11ListControlTotals\x12-.retail.purchases.v1.ListControlTotalsRequest\x1a..retail.purchases.v1.ListControlTotalsResponse\"\x03\x90\x02\x01\x12s\n\x0f\x45xportPurchases\x12+.retail.purchases.v1.ExportPurchasesRequest\x1a,.retail.purchases.v1.ExportPurchasesResponse\"\x03\x90\x02\x01\x30\x01\x42g\n\x1b\x65xample.retail.purchases.v1P\x01Z0retail.example/backbone/purchases/v1;purchasesv1\xaa\x02\x13Retail.Purchases.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+retail/purchases/v1/purchases_service.proto\x12\x13retail.purchases.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16google/type/date.proto\x1a\x19google/type/decimal.proto\x1a\x1dretail/access/v1/access.proto\x1a\"retail/purchases/v1/purchase.proto\"\x8e\x01\n\x15\x43reatePurchaseRequest\x12\x1d\n\x0fidempotency_key\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x35\n\x08purchase\x18\x02 \x01(\x0b\x32\x1d.retail.purchases.v1.PurchaseB\x04\xe2\x41\x01\x02\x12\x1f\n\x11register_customer\x18\x03 \x01(\x08\x42\x04\xe2\x41\x01\x01\"v\n\x16\x43reatePurchaseResponse\x12/\n\x08purchase\x18\x01 \x01(\x0b\x32\x1d.retail.purchases.v1.Purchase\x12\x10\n\x08replayed\x18\x02 \x01(\x08\x12\x19\n\x11\x63onsistency_token\x18\x03 \x01(\t\"/\n\x12GetPurchaseRequest\x12\x19\n\x0bpurchase_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"F\n\x13GetPurchaseResponse\x12/\n\x08purchase\x18\x01 \x01(\x0b\x32\x1d.retail.purchases.v1.Purchase\"\xeb\x01\n\x14ListPurchasesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x18\n\x0b\x63ustomer_id\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x16\n\tbranch_id\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0e\n\x0c_customer_idB\x0c\n\n_branch_id\"b\n\x15ListPurchasesResponse\x12\x30\n\tpurchases\x18\x01 \x03(\x0b\x32\x1d.retail.purchases.v1.Purchase\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x16UploadPurchasesRequest\x12:\n\x07uploads\x18\x01 \x03(\x0b\x32#.retail.purchases.v1.PurchaseUploadB\x04\xe2\x41\x01\x02\"t\n\x0ePurchaseUpload\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x03\x12I\n\x0f\x63reate_purchase\x18\x02 \x01(\x0b\x32*.retail.purchases.v1.CreatePurchaseRequestB\x04\xe2\x41\x01\x02\"U\n\x17UploadPurchasesResponse\x12:\n\x07results\x18\x01 \x03(\x0b\x32).retail.purchases.v1.PurchaseUploadResult\"\x9f\x01\n\x14PurchaseUploadResult\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x03\x12>\n\x07\x63reated\x18\x02 \x01(\x0b\x32+.retail.purchases.v1.CreatePurchaseResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"\xae\x01\n\x18ListControlTotalsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12+\n\nfirst_date\x18\x03 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12*\n\tlast_date\x18\x04 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12\x12\n\nbranch_ids\x18\x05 \x03(\x03\"\xbf\x02\n\x19ListControlTotalsResponse\x12:\n\x0e\x63ontrol_totals\x18\x01 \x03(\x0b\x32\".retail.purchases.v1.ControlTotals\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x11\n\ttime_zone\x18\x03 \x01(\t\x12.\n\x13\x65\x61rliest_sales_date\x18\x04 \x01(\x0b\x32\x11.google.type.Date\x12,\n\x11latest_sales_date\x18\x05 \x01(\x0b\x32\x11.google.type.Date\x12-\n\tread_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x12\x63omplete_from_date\x18\x07 \x01(\x0b\x32\x11.google.type.Date\"\xc2\x01\n\rControlTotals\x12%\n\nsales_date\x18\x01 \x01(\x0b\x32\x11.google.type.Date\x12\x11\n\tbranch_id\x18\x02 \x01(\x03\x12\x16\n\x0epurchase_count\x18\x03 \x01(\x03\x12$\n\x1cpurchase_with_customer_count\x18\x04 \x01(\x03\x12\x12\n\nitem_count\x18\x05 \x01(\x03\x12%\n\x07revenue\x18\x06 \x01(\x0b\x32\x14.google.type.Decimal\"\x87\x01\n\x16\x45xportPurchasesRequest\x12+\n\nfirst_date\x18\x01 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12*\n\tlast_date\x18\x02 \x01(\x0b\x32\x11.google.type.DateB\x04\xe2\x41\x01\x02\x12\x14\n\x0c\x63ustomer_ids\x18\x03 \x03(\t\"\\\n\x17\x45xportPurchasesResponse\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12/\n\x08purchase\x18\x02 \x01(\x0b\x32\x1d.retail.purchases.v1.Purchase2\xfe\x05\n\x10PurchasesService\x12w\n\x0e\x43reatePurchase\x12*.retail.purchases.v1.CreatePurchaseRequest\x1a+.retail.purchases.v1.CreatePurchaseResponse\"\x0c\x90\x02\x02\xe2\xce\x18\x05\n\x01\x01\x10\x04\x12r\n\x0bGetPurchase\x12\'.retail.purchases.v1.GetPurchaseRequest\x1a(.retail.purchases.v1.GetPurchaseResponse\"\x10\x90\x02\x01\xe2\xce\x18\t\n\x05\x01\x02\x03\x04\x05\x10\x03\x12w\n\rListPurchases\x12).retail.purchases.v1.ListPurchasesRequest\x1a*.retail.purchases.v1.ListPurchasesResponse\"\x0f\x90\x02\x01\xe2\xce\x18\x08\n\x04\x01\x02\x03\x04\x10\x02\x12~\n\x0fUploadPurchases\x12+.retail.purchases.v1.UploadPurchasesRequest\x1a,.retail.purchases.v1.UploadPurchasesResponse\"\x0c\x90\x02\x02\xe2\xce\x18\x05\n\x01\x01\x10\x04(\x01\x30\x01\x12\x84\x01\n\x11ListControlTotals\x12-.retail.purchases.v1.ListControlTotalsRequest\x1a..retail.purchases.v1.ListControlTotalsResponse\"\x10\x90\x02\x01\xe2\xce\x18\t\n\x05\x01\x02\x03\x04\x05\x10\x02\x12}\n\x0f\x45xportPurchases\x12+.retail.purchases.v1.ExportPurchasesRequest\x1a,.retail.purchases.v1.ExportPurchasesResponse\"\r\x90\x02\x01\xe2\xce\x18\x06\n\x02\x04\x05\x10\x01\x30\x01\x42g\n\x1b\x65xample.retail.purchases.v1P\x01Z0retail.example/backbone/purchases/v1;purchasesv1\xaa\x02\x13Retail.Purchases.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -59,47 +60,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPORTPURCHASESREQUEST'].fields_by_name['last_date']._loaded_options = None
   _globals['_EXPORTPURCHASESREQUEST'].fields_by_name['last_date']._serialized_options = b'\342A\001\002'
   _globals['_PURCHASESSERVICE'].methods_by_name['CreatePurchase']._loaded_options = None
-  _globals['_PURCHASESSERVICE'].methods_by_name['CreatePurchase']._serialized_options = b'\220\002\002'
+  _globals['_PURCHASESSERVICE'].methods_by_name['CreatePurchase']._serialized_options = b'\220\002\002\342\316\030\005\n\001\001\020\004'
   _globals['_PURCHASESSERVICE'].methods_by_name['GetPurchase']._loaded_options = None
-  _globals['_PURCHASESSERVICE'].methods_by_name['GetPurchase']._serialized_options = b'\220\002\001'
+  _globals['_PURCHASESSERVICE'].methods_by_name['GetPurchase']._serialized_options = b'\220\002\001\342\316\030\t\n\005\001\002\003\004\005\020\003'
   _globals['_PURCHASESSERVICE'].methods_by_name['ListPurchases']._loaded_options = None
-  _globals['_PURCHASESSERVICE'].methods_by_name['ListPurchases']._serialized_options = b'\220\002\001'
+  _globals['_PURCHASESSERVICE'].methods_by_name['ListPurchases']._serialized_options = b'\220\002\001\342\316\030\010\n\004\001\002\003\004\020\002'
   _globals['_PURCHASESSERVICE'].methods_by_name['UploadPurchases']._loaded_options = None
-  _globals['_PURCHASESSERVICE'].methods_by_name['UploadPurchases']._serialized_options = b'\220\002\002'
+  _globals['_PURCHASESSERVICE'].methods_by_name['UploadPurchases']._serialized_options = b'\220\002\002\342\316\030\005\n\001\001\020\004'
   _globals['_PURCHASESSERVICE'].methods_by_name['ListControlTotals']._loaded_options = None
-  _globals['_PURCHASESSERVICE'].methods_by_name['ListControlTotals']._serialized_options = b'\220\002\001'
+  _globals['_PURCHASESSERVICE'].methods_by_name['ListControlTotals']._serialized_options = b'\220\002\001\342\316\030\t\n\005\001\002\003\004\005\020\002'
   _globals['_PURCHASESSERVICE'].methods_by_name['ExportPurchases']._loaded_options = None
-  _globals['_PURCHASESSERVICE'].methods_by_name['ExportPurchases']._serialized_options = b'\220\002\001'
-  _globals['_CREATEPURCHASEREQUEST']._serialized_start=247
-  _globals['_CREATEPURCHASEREQUEST']._serialized_end=389
-  _globals['_CREATEPURCHASERESPONSE']._serialized_start=391
-  _globals['_CREATEPURCHASERESPONSE']._serialized_end=509
-  _globals['_GETPURCHASEREQUEST']._serialized_start=511
-  _globals['_GETPURCHASEREQUEST']._serialized_end=558
-  _globals['_GETPURCHASERESPONSE']._serialized_start=560
-  _globals['_GETPURCHASERESPONSE']._serialized_end=630
-  _globals['_LISTPURCHASESREQUEST']._serialized_start=633
-  _globals['_LISTPURCHASESREQUEST']._serialized_end=868
-  _globals['_LISTPURCHASESRESPONSE']._serialized_start=870
-  _globals['_LISTPURCHASESRESPONSE']._serialized_end=968
-  _globals['_UPLOADPURCHASESREQUEST']._serialized_start=970
-  _globals['_UPLOADPURCHASESREQUEST']._serialized_end=1054
-  _globals['_PURCHASEUPLOAD']._serialized_start=1056
-  _globals['_PURCHASEUPLOAD']._serialized_end=1172
-  _globals['_UPLOADPURCHASESRESPONSE']._serialized_start=1174
-  _globals['_UPLOADPURCHASESRESPONSE']._serialized_end=1259
-  _globals['_PURCHASEUPLOADRESULT']._serialized_start=1262
-  _globals['_PURCHASEUPLOADRESULT']._serialized_end=1421
-  _globals['_LISTCONTROLTOTALSREQUEST']._serialized_start=1424
-  _globals['_LISTCONTROLTOTALSREQUEST']._serialized_end=1598
-  _globals['_LISTCONTROLTOTALSRESPONSE']._serialized_start=1601
-  _globals['_LISTCONTROLTOTALSRESPONSE']._serialized_end=1920
-  _globals['_CONTROLTOTALS']._serialized_start=1923
-  _globals['_CONTROLTOTALS']._serialized_end=2117
-  _globals['_EXPORTPURCHASESREQUEST']._serialized_start=2120
-  _globals['_EXPORTPURCHASESREQUEST']._serialized_end=2255
-  _globals['_EXPORTPURCHASESRESPONSE']._serialized_start=2257
-  _globals['_EXPORTPURCHASESRESPONSE']._serialized_end=2349
-  _globals['_PURCHASESSERVICE']._serialized_start=2352
-  _globals['_PURCHASESSERVICE']._serialized_end=3051
+  _globals['_PURCHASESSERVICE'].methods_by_name['ExportPurchases']._serialized_options = b'\220\002\001\342\316\030\006\n\002\004\005\020\001'
+  _globals['_CREATEPURCHASEREQUEST']._serialized_start=278
+  _globals['_CREATEPURCHASEREQUEST']._serialized_end=420
+  _globals['_CREATEPURCHASERESPONSE']._serialized_start=422
+  _globals['_CREATEPURCHASERESPONSE']._serialized_end=540
+  _globals['_GETPURCHASEREQUEST']._serialized_start=542
+  _globals['_GETPURCHASEREQUEST']._serialized_end=589
+  _globals['_GETPURCHASERESPONSE']._serialized_start=591
+  _globals['_GETPURCHASERESPONSE']._serialized_end=661
+  _globals['_LISTPURCHASESREQUEST']._serialized_start=664
+  _globals['_LISTPURCHASESREQUEST']._serialized_end=899
+  _globals['_LISTPURCHASESRESPONSE']._serialized_start=901
+  _globals['_LISTPURCHASESRESPONSE']._serialized_end=999
+  _globals['_UPLOADPURCHASESREQUEST']._serialized_start=1001
+  _globals['_UPLOADPURCHASESREQUEST']._serialized_end=1085
+  _globals['_PURCHASEUPLOAD']._serialized_start=1087
+  _globals['_PURCHASEUPLOAD']._serialized_end=1203
+  _globals['_UPLOADPURCHASESRESPONSE']._serialized_start=1205
+  _globals['_UPLOADPURCHASESRESPONSE']._serialized_end=1290
+  _globals['_PURCHASEUPLOADRESULT']._serialized_start=1293
+  _globals['_PURCHASEUPLOADRESULT']._serialized_end=1452
+  _globals['_LISTCONTROLTOTALSREQUEST']._serialized_start=1455
+  _globals['_LISTCONTROLTOTALSREQUEST']._serialized_end=1629
+  _globals['_LISTCONTROLTOTALSRESPONSE']._serialized_start=1632
+  _globals['_LISTCONTROLTOTALSRESPONSE']._serialized_end=1951
+  _globals['_CONTROLTOTALS']._serialized_start=1954
+  _globals['_CONTROLTOTALS']._serialized_end=2148
+  _globals['_EXPORTPURCHASESREQUEST']._serialized_start=2151
+  _globals['_EXPORTPURCHASESREQUEST']._serialized_end=2286
+  _globals['_EXPORTPURCHASESRESPONSE']._serialized_start=2288
+  _globals['_EXPORTPURCHASESRESPONSE']._serialized_end=2380
+  _globals['_PURCHASESSERVICE']._serialized_start=2383
+  _globals['_PURCHASESSERVICE']._serialized_end=3149
 # @@protoc_insertion_point(module_scope)

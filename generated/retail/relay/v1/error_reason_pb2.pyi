@@ -76,6 +76,15 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED. Retry after 1 s: more calls are in flight, or have
     larger requests, than the server takes in.
     """
+    UNAUTHENTICATED: _ErrorReason.ValueType  # 14
+    """UNAUTHENTICATED. Final: the server does not know who calls. The certificate,
+    or the token, is none of the chain's, has ended, or is no longer accepted.
+    """
+    PERMISSION_DENIED: _ErrorReason.ValueType  # 15
+    """PERMISSION_DENIED. Final: the method, or what the request names, is not for
+    this caller; see the method's rule. The answer is the same whether what it
+    names exists or not.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the reason of google.rpc.ErrorInfo, whose domain is
@@ -138,5 +147,14 @@ listing would have had. See ListCommittedEventIds for how to go on.
 OVERLOADED: ErrorReason.ValueType  # 13
 """RESOURCE_EXHAUSTED. Retry after 1 s: more calls are in flight, or have
 larger requests, than the server takes in.
+"""
+UNAUTHENTICATED: ErrorReason.ValueType  # 14
+"""UNAUTHENTICATED. Final: the server does not know who calls. The certificate,
+or the token, is none of the chain's, has ended, or is no longer accepted.
+"""
+PERMISSION_DENIED: ErrorReason.ValueType  # 15
+"""PERMISSION_DENIED. Final: the method, or what the request names, is not for
+this caller; see the method's rule. The answer is the same whether what it
+names exists or not.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,0 +1,153 @@
+"""Rules are read from the contract; what has none is not served. Identities are read strictly."""
+
+import itertools
+from collections.abc import Iterable
+
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
+
+from chassis import grpc_server, identity
+from chassis.access import RuleMissing, rules_of
+from chassis.identity import Caller, Certificates
+from retail.access.v1 import access_pb2
+from retail.analytics.v1 import analytics_service_pb2, audit_service_pb2, quarantine_service_pb2
+from retail.purchases.v1 import customers_service_pb2, purchases_service_pb2
+from retail.relay.v1 import outbox_service_pb2
+
+CONTRACTS = [
+    analytics_service_pb2,
+    audit_service_pb2,
+    quarantine_service_pb2,
+    customers_service_pb2,
+    purchases_service_pb2,
+    outbox_service_pb2,
+]
+SERVICES = [name.full_name for module in CONTRACTS for name in module.DESCRIPTOR.services_by_name.values()]
+PURCHASES = "/retail.purchases.v1.PurchasesService/"
+TILL = Caller("spiffe://retail.example/branch/12/till/POS-3", "till", 12, "POS-3")
+
+_numbers = itertools.count(1)
+
+
+def service(rule: access_pb2.Rule | None, request: str = ".retail.purchases.v1.GetPurchaseRequest") -> str:
+    """A service of one method, as a contract would have it."""
+    name = f"test_access_{next(_numbers)}"
+    file = descriptor_pb2.FileDescriptorProto(name=f"{name}.proto", package=name, syntax="proto3")
+    file.dependency.append("retail/purchases/v1/purchases_service.proto")
+    method = file.service.add(name="Service").method.add(name="Do", input_type=request, output_type=request)
+    if rule is not None:
+        method.options.Extensions[access_pb2.rule].CopyFrom(rule)
+    descriptor_pool.Default().AddSerializedFile(file.SerializeToString())
+    return f"{name}.Service"
+
+
+def test_every_method_of_ours_has_a_rule() -> None:
+    rules = rules_of(SERVICES)
+    assert len(rules) >= 26
+    assert all(rule.roles for rule in rules.values())
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        None,
+        access_pb2.Rule(roles=[access_pb2.ROLE_OPERATOR]),
+        access_pb2.Rule(roles=[access_pb2.ROLE_UNSPECIFIED], binding=access_pb2.BINDING_ANY),
+        # What GetPurchase is asked names no branch and no till, so that nobody could be held to it.
+        access_pb2.Rule(roles=[access_pb2.ROLE_TILL], binding=access_pb2.BINDING_NAMES_OWN_BRANCH),
+        access_pb2.Rule(roles=[access_pb2.ROLE_TILL], binding=access_pb2.BINDING_NAMES_OWN_TILL),
+    ],
+    ids=["none", "no binding", "no role", "no branch to look at", "no till to look at"],
+)
+async def test_a_server_does_not_start_with_a_method_whose_rule_cannot_be_kept(rule: access_pb2.Rule | None) -> None:
+    name = service(rule)
+    host = grpc_server.Server("test.retail.example")
+    with pytest.raises(RuleMissing, match=f"/{name}/Do"):
+        async with host.listening("127.0.0.1:0", [grpc_server.Service(lambda *_: None, None, name)]):
+            pass
+
+
+def test_a_rule_without_roles_lets_nobody_in() -> None:
+    (rule,) = rules_of([service(access_pb2.Rule(binding=access_pb2.BINDING_ANY))]).values()
+    assert not rule.roles
+
+
+def sales(*tills: tuple[int, str]) -> purchases_service_pb2.UploadPurchasesRequest:
+    request = purchases_service_pb2.UploadPurchasesRequest()
+    for branch_id, pos_id in tills:
+        purchase = request.uploads.add().create_purchase.purchase
+        purchase.branch_id, purchase.pos_id = branch_id, pos_id
+    return request
+
+
+@pytest.mark.parametrize(
+    ("tills", "overstepped"),
+    [
+        ([(12, "POS-3"), (12, "POS-3")], ""),
+        ([(12, "POS-3"), (13, "POS-3")], "branch"),
+        ([(12, "POS-3"), (12, "POS-4")], "till"),
+        ([(12, "")], "till"),
+        ([(0, "POS-3")], "branch"),
+        ([], ""),
+    ],
+)
+def test_every_sale_of_an_upload_is_of_the_callers_own_till(tills: Iterable[tuple[int, str]], overstepped: str) -> None:
+    rule = rules_of(["retail.purchases.v1.PurchasesService"])[f"{PURCHASES}UploadPurchases"]
+    assert rule.oversteps(TILL, sales(*tills)) == overstepped
+
+
+@pytest.mark.parametrize(
+    ("branch_ids", "overstepped"), [([12], ""), ([12, 12], ""), ([12, 13], "branch"), ([13], "branch"), ([], "branch")]
+)
+def test_a_list_of_branches_names_the_own_one_only(branch_ids: list[int], overstepped: str) -> None:
+    rule = rules_of(["retail.purchases.v1.PurchasesService"])[f"{PURCHASES}ListControlTotals"]
+    request = purchases_service_pb2.ListControlTotalsRequest(branch_ids=branch_ids)
+    assert rule.oversteps(TILL, request) == overstepped
+    assert rule.oversteps(Caller("hq", "reader"), request) == ""
+
+
+def test_a_branch_that_is_not_given_is_all_of_them() -> None:
+    rule = rules_of(["retail.purchases.v1.PurchasesService"])[f"{PURCHASES}ListPurchases"]
+    assert rule.oversteps(TILL, purchases_service_pb2.ListPurchasesRequest()) == "branch"
+    assert rule.oversteps(TILL, purchases_service_pb2.ListPurchasesRequest(branch_id=12)) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "caller"),
+    [
+        ("/branch/12/till/POS-3", ("till", 12, "POS-3")),
+        ("/branch/12/manager/anna", ("manager", 12, None)),
+        ("/reader/hq", ("reader", None, None)),
+        ("/operator/kim", ("operator", None, None)),
+        ("/service/consumer", ("service", None, None)),
+        ("/branch/012/till/POS-3", None),
+        ("/branch/0/till/POS-3", None),
+        ("/branch/-12/till/POS-3", None),
+        ("/branch/12/till/", None),
+        ("/branch/12/till/..", None),
+        ("/branch/12/till/POS-3/", None),
+        ("/branch/12/till/POS 3", None),
+        ("/branch/12/operator/kim", None),
+        ("/branch/12", None),
+        ("/till/POS-3", None),
+        ("/operator/kim\n", None),
+        ("/operator/kim?role=till", None),
+        ("/Operator/kim", None),
+        ("", None),
+    ],
+)
+def test_an_identity_is_read_strictly(path: str, caller: tuple[str, int | None, str | None] | None) -> None:
+    uri = f"spiffe://retail.example{path}"
+    expected = caller and Caller(uri, *caller)
+    assert identity.of_uri(uri, "retail.example") == expected
+    assert identity.of_uri(uri, "retail.exampl") is None
+    assert identity.of_uri(f"x{uri}", "retail.example") is None
+
+
+def test_a_certificate_has_exactly_one_uri() -> None:
+    certificates = Certificates("retail.example")
+    kim, evil = b"spiffe://retail.example/operator/kim", b"spiffe://evil.example/operator/kim"
+    assert certificates.caller({"peer_uri": [kim]}) == Caller(kim.decode(), "operator")
+    for uris in ([], [kim, kim], [kim, evil], [evil], [b"\xff"]):
+        assert certificates.caller({"peer_uri": uris}) is None
+    assert certificates.caller({}) is None
