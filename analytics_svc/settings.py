@@ -4,28 +4,40 @@ from dataclasses import dataclass
 from typing import Any
 
 from chassis.access import AccessSettings
-from chassis.settings import address, amqp_url, integer, log_level, postgres_url, setting, text, time_zone
+from chassis.plaintext import PlaintextSettings
+from chassis.settings import (
+    address,
+    amqp_url,
+    integer,
+    listen_address,
+    log_level,
+    postgres_url,
+    setting,
+    target,
+    time_zone,
+)
+from chassis.tls import TlsSettings
 
 
 def _purchases_target() -> Any:
     return setting(
-        "PURCHASES_TARGET", text, "host:port", "where the purchases service is found", default="127.0.0.1:50051"
+        "PURCHASES_TARGET", target, "host:port", "where the purchases service is found", default="127.0.0.1:50051"
     )
 
 
 def _relay_target() -> Any:
-    return setting("RELAY_TARGET", text, "host:port", "where the relay is found", default="127.0.0.1:50053")
+    return setting("RELAY_TARGET", target, "host:port", "where the relay is found", default="127.0.0.1:50053")
 
 
 @dataclass(frozen=True)
-class ConsumerClientSettings:
+class ConsumerClientSettings(TlsSettings):
     consumer_target: str = setting(
-        "CONSUMER_TARGET", text, "host:port", "where the consumer is found", default="127.0.0.1:50054"
+        "CONSUMER_TARGET", target, "host:port", "where the consumer is found", default="127.0.0.1:50054"
     )
 
 
 @dataclass(frozen=True)
-class MigrateSettings:
+class MigrateSettings(PlaintextSettings):
     database_url: str = setting("ANALYTICS_DATABASE_URL", postgres_url, "URL", "the database of the read models")
     business_time_zone: str = setting(
         "BUSINESS_TIME_ZONE", time_zone, "IANA name", "cuts business days; fixed by the first migration", default="UTC"
@@ -34,14 +46,16 @@ class MigrateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProveSettings(MigrateSettings):
+class ProveSettings(MigrateSettings, TlsSettings):
     purchases_target: str = _purchases_target()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsumeSettings(AccessSettings, ProveSettings):
     amqp_url: str = setting("AMQP_URL", amqp_url, "URL", "the RabbitMQ that events come from")
-    listen: str = setting("CONSUMER_LISTEN", address, "host:port", "where it is called", default="127.0.0.1:50054")
+    listen: str = setting(
+        "CONSUMER_LISTEN", listen_address, "host:port", "where it is called", default="127.0.0.1:50054"
+    )
     metrics_listen: str = setting(
         "CONSUMER_METRICS_LISTEN", address, "host:port", "where Prometheus reads", default="127.0.0.1:9467"
     )
@@ -72,8 +86,10 @@ class ConsumeSettings(AccessSettings, ProveSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(AccessSettings, MigrateSettings):
-    listen: str = setting("ANALYTICS_LISTEN", address, "host:port", "where it is called", default="127.0.0.1:50052")
+class ServeSettings(AccessSettings, MigrateSettings, TlsSettings):
+    listen: str = setting(
+        "ANALYTICS_LISTEN", listen_address, "host:port", "where it is called", default="127.0.0.1:50052"
+    )
     metrics_listen: str = setting(
         "ANALYTICS_METRICS_LISTEN", address, "host:port", "where Prometheus reads", default="127.0.0.1:9465"
     )
@@ -88,13 +104,13 @@ class ServeSettings(AccessSettings, MigrateSettings):
 
 
 @dataclass(frozen=True)
-class ReportSettings:
+class ReportSettings(TlsSettings):
     analytics_target: str = setting(
-        "ANALYTICS_TARGET", address, "host:port", "where the query server is found", default="127.0.0.1:50052"
+        "ANALYTICS_TARGET", target, "host:port", "where the query server is found", default="127.0.0.1:50052"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class RebuildSettings(MigrateSettings):
+class RebuildSettings(MigrateSettings, TlsSettings):
     purchases_target: str = _purchases_target()
     relay_target: str = _relay_target()

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -43,6 +44,17 @@ def nodes(url: str) -> list[pika.URLParameters]:
         return [pika.URLParameters(f"{scheme}://{user}{at}{host}{rest}") for host in hosts.split(",")]
     except Exception as error:  # whatever pika and ssl make of an option
         raise ValueError(f"an option is wrong: {type(error).__name__}: {error}") from None
+
+
+def is_verified(node: pika.URLParameters) -> bool:
+    """Whether it is reached by TLS 1.2 or newer, and only with a certificate of a CA that we believe, for its name."""
+    context = node.ssl_options.context if node.ssl_options else None
+    return (
+        context is not None
+        and context.verify_mode is ssl.CERT_REQUIRED
+        and context.check_hostname
+        and context.minimum_version >= ssl.TLSVersion.TLSv1_2
+    )
 
 
 async def connect(url: str, name: str, on_close: Callable[[str], None]) -> Connection:

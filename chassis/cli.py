@@ -19,7 +19,7 @@ from rich.text import Text
 
 from chassis import logs
 from chassis.lifecycle import FORCED_EXIT_CODE
-from chassis.settings import SettingsError, load, settings_of
+from chassis.settings import SettingsError, beyond, load, settings_of
 
 T = TypeVar("T")
 
@@ -145,7 +145,9 @@ def _show(process: str, cls: type, of_stack: str) -> bool:
     out = console()
     out.print(process, style="bold")
     out.print(table)
-    return well
+    for problem in (refused := beyond(cls, environ)):
+        out.print(problem, style="red")
+    return well and not refused
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")

@@ -16,9 +16,9 @@ import grpc
 import structlog
 from google.protobuf import message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
-from chassis import access, errors, postgres, reflection
+from chassis import access, errors, postgres, reflection, tls
 from chassis.access import AccessSettings, Gate, Rule
 from chassis.errors import AccessRefused, PortTaken, ServiceError
 from chassis.grpc_client import REPLY_BYTES_MAX
@@ -37,6 +37,11 @@ IDLE_TIMEOUT_S = 300.0  # of a stream that its caller neither feeds nor ends
 METHOD_LENGTH_MAX = 200  # of a method that is not there, as it is repeated to the caller
 # A stream whose reader takes nothing for so long is cut. Shorter than PostgreSQL's patience with an idle transaction.
 READER_TIMEOUT_S = 20.0
+
+# With certificates, a connection lasts no longer than the first; what is under way on it then, than both together. So
+# ends what was opened with a certificate that has ended since.
+CONNECTION_AGE_S = 600.0
+CONNECTION_GRACE_S = 600.0
 
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", REPLY_BYTES_MAX),
@@ -59,6 +64,11 @@ SECONDS = Histogram(
     "Time to answer a call.",
     ["grpc_method"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+
+CERTIFICATE_DAYS = Gauge("tls_certificate_days_left", "Until the certificate in use ends.", ["file"])
+CERTIFICATE_REFUSED = Gauge(
+    "tls_certificate_refused", "1 while what the files hold is broken, so that older ones are in use.", ["file"]
 )
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -87,7 +97,7 @@ class Server:
         self,
         domain: str,
         config: AccessSettings = AccessSettings(),
-        credentials: grpc.ServerCredentials | None = None,
+        credentials: tls.Credentials | None = None,
     ) -> None:
         """`domain` is that of errors. Without `credentials` callers are not known, and everything is permitted.
 
@@ -127,6 +137,7 @@ class Server:
             ("grpc.max_receive_message_length", GRPC_LIMIT_FACTOR * max(s.message_bytes_max for s in services)),
             # Shared by default on Linux: then two servers would have one port without noticing.
             ("grpc.so_reuseport", int(share_port)),
+            *self._age(),
         ]
         # The last of all limits, without a word to programs; ours come first.
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * CALLS_MAX)
@@ -154,15 +165,28 @@ class Server:
             await server.stop(grace=0.5)  # lets the last answers leave; health watches are cut
             following.cancel()
 
+    def _age(self) -> list[tuple[str, Any]]:
+        if self._credentials is None:
+            return []
+        return [
+            ("grpc.max_connection_age_ms", int(1_000 * CONNECTION_AGE_S)),
+            ("grpc.max_connection_age_grace_ms", int(1_000 * CONNECTION_GRACE_S)),
+        ]
+
     def _add_port(self, server: grpc.aio.Server, address: str) -> None:
         try:
-            if self._credentials:
-                server.add_secure_port(address, self._credentials)
-            else:
+            if self._credentials is None:
+                log.warning(
+                    "plaintext: there are no certificates; callers are not known, and may do everything", listen=address
+                )
                 server.add_insecure_port(address)
-                log.warning("there are no certificates: callers are not known, and may do everything", listen=address)
+                return
+            server.add_secure_port(address, tls.server_credentials(self._credentials))
         except RuntimeError as error:
             raise PortTaken(f"cannot listen on {address}: the port is taken, or the address is not ours") from error
+        file, credentials = self._credentials.name, self._credentials
+        CERTIFICATE_DAYS.labels(file).set_function(lambda: tls.days_left(credentials.now()))
+        CERTIFICATE_REFUSED.labels(file).set_function(lambda: credentials.broken)
 
 
 class Door(NamedTuple):

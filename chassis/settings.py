@@ -11,10 +11,9 @@ settings = load(Settings)
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
-
-from chassis import zones
 
 T = TypeVar("T")
 
@@ -108,9 +107,20 @@ def load(cls: type[T], environ: Mapping[str, str] = os.environ) -> T:
         except ValueError as error:
             shown = "(hidden)" if "://" in raw else repr(raw)  # URLs carry passwords
             problems.append(f"{name}={shown}: {error}")
-    if problems:
+    if problems := [*problems, *beyond(cls, environ)]:
         raise SettingsError(problems)
     return cls(**values)
+
+
+def beyond(cls: type, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What would leave this machine in plaintext; a line for each setting that says so. Wrong values are left out."""
+    from chassis import plaintext  # which knows the kinds below
+
+    declared, values = settings_of(cls), {}
+    for each in declared:
+        with suppress(ValueError):
+            values[each.name] = each.parse(environ.get(each.name, "").strip() or each.default or "")
+    return plaintext.problems(declared, values)
 
 
 def text(raw: str) -> str:
@@ -161,11 +171,21 @@ def switch(raw: str) -> bool:
 
 
 def address(raw: str) -> str:
-    """`host:port`, as gRPC listens on or connects to it; port 0 lets the system choose."""
+    """`host:port`; port 0 lets the system choose."""
     host, _, port = raw.rpartition(":")
     if not host or not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ValueError("must be host:port, such as 127.0.0.1:50051")
     return raw
+
+
+def listen_address(raw: str) -> str:
+    """`host:port` on which gRPC listens: in plaintext within this machine only, see `chassis.plaintext`."""
+    return address(raw)
+
+
+def target(raw: str) -> str:
+    """`host:port`, or another name that gRPC resolves, such as dns:///host:port; in plaintext as above."""
+    return raw if ":///" in raw or raw.startswith("unix:") else address(raw)
 
 
 def _url(raw: str, schemes: tuple[str, ...], example: str) -> str:
@@ -215,6 +235,8 @@ def amqp_url(raw: str) -> str:
 
 def time_zone(raw: str) -> str:
     """The IANA name of a time zone, but none that SQL takes for an abbreviation."""
+    from chassis import zones  # whose data is not there where only a till runs
+
     if instead := zones.ABBREVIATIONS.get(raw):
         raise ValueError(f"{raw} has no summer time in SQL; write {instead}, which means the same and is not mistaken")
     if raw not in zones.names():

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
+from chassis.tls import Credentials
 from pos.client import PosClient, Recorded, Sale, connect
 from pos.errors import PosError
 from pos.tills import ATTEMPT_TIMEOUT_S, TOTAL_TIMEOUT_S, Repetition, SaleFailed, check_same, repeats
@@ -17,7 +18,9 @@ class Backlog:
     The counters may be read at any time, and mean what those of `Tills` mean.
     """
 
-    def __init__(self, sales: Sequence[Sale], target: str, *, seed: int) -> None:
+    def __init__(
+        self, sales: Sequence[Sale], target: str, *, seed: int, credentials: Credentials | None = None
+    ) -> None:
         """`seed` decides which sales are sent twice."""
         self.recorded = 0
         self.replayed = 0
@@ -26,7 +29,7 @@ class Backlog:
         self._sales, self._seed = sales, seed
         self._first_answers: dict[str, Recorded] = {}  # to sales that are sent twice, by key
         self._stop = threading.Event()
-        self._channel = connect(target)
+        self._channel = connect(target, credentials)
         self._client = PosClient(
             self._channel,
             attempt_timeout_s=ATTEMPT_TIMEOUT_S,

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import grpc
 
+from chassis import grpc_client
+from chassis.tls import Credentials
 from pos import errors, service_config
 from pos.errors import PosError, Status
 from pos.service_config import BACKOFF_FACTOR, FIRST_BACKOFF_S, MOST_BACKOFF_S, TOTAL_TIMEOUT_S
@@ -33,9 +35,13 @@ Reply = TypeVar("Reply")
 Pause = Callable[[float, PosError], object]
 
 
-def connect(target: str) -> grpc.Channel:
-    """A channel to `host:port`: every address that DNS knows for the name gets its share of the calls."""
-    return grpc.insecure_channel(target if ":///" in target else f"dns:///{target}", options=_OPTIONS)
+def connect(target: str, credentials: Credentials | None = None) -> grpc.Channel:
+    """A channel to `host:port`: every address that DNS knows for the name gets its share of the calls.
+
+    `credentials` is who the till is; new certificates in its files take effect by themselves. Without them, all is
+    in plaintext: within a machine, or where a mesh sees to it.
+    """
+    return grpc_client.connect_blocking(target if ":///" in target else f"dns:///{target}", credentials, _OPTIONS)
 
 
 def sleep(pause_s: float, _: PosError) -> None:

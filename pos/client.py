@@ -1,6 +1,7 @@
 """The client library for till software.
 
-    with connect("purchases.example:50051") as channel:
+    credentials = Credentials("till.pem", "till-key.pem", "ca.pem")
+    with connect("purchases.example:50051", credentials) as channel:
         client = PosClient(channel)
         sale = Sale(receipt_id="4711", branch_id=1, cashier_id=17, pos_id="POS-3", items=[Item(1001, 890)])
         recorded = client.create_purchase(sale)
@@ -20,6 +21,7 @@ from google.protobuf import timestamp_pb2
 from google.type import date_pb2
 
 from chassis import wire
+from chassis.tls import Credentials
 from pos import errors
 from pos.calls import ATTEMPT_TIMEOUT_S, Calls, Pause, connect, sleep
 from pos.sale import Item, Sale, create_request
@@ -32,6 +34,7 @@ from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 
 __all__ = [
     "BusinessDays",
+    "Credentials",
     "Customer",
     "DayTotals",
     "Item",

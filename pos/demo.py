@@ -25,9 +25,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from chassis import cli
+from chassis import cli, tls
 from chassis.lifecycle import FORCED_EXIT_CODE
-from chassis.settings import address, setting
+from chassis.settings import setting, target
 from pos import report
 from pos.analytics import AnalyticsClient
 from pos.audit import AuditClient
@@ -46,15 +46,15 @@ SEED = 1
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(tls.TlsSettings):
     purchases_target: str = setting(
-        "PURCHASES_TARGET", address, "host:port", "where the purchases service is found", default="127.0.0.1:50051"
+        "PURCHASES_TARGET", target, "host:port", "where the purchases service is found", default="127.0.0.1:50051"
     )
     analytics_target: str = setting(
-        "ANALYTICS_TARGET", address, "host:port", "where the query server is found", default="127.0.0.1:50052"
+        "ANALYTICS_TARGET", target, "host:port", "where the query server is found", default="127.0.0.1:50052"
     )
     consumer_target: str = setting(
-        "CONSUMER_TARGET", address, "host:port", "where the consumer, which audits, is found", default="127.0.0.1:50054"
+        "CONSUMER_TARGET", target, "host:port", "where the consumer, which audits, is found", default="127.0.0.1:50054"
     )
 
 
@@ -107,8 +107,10 @@ def run(args: Asked, settings: Settings, console: Console) -> bool:
     sales = _sales(args, console)
     with _progress(console) as progress:
         sender = Backlog if args.file else Tills  # books are sent as a till sends what it sold while it was offline
-        sent = send(sender(sales, settings.purchases_target, seed=args.seed), len(sales), progress)
-        comparison, answers = wait_and_ask(settings, progress)
+        credentials = tls.credentials(settings)
+        sender_of_all = sender(sales, settings.purchases_target, seed=args.seed, credentials=credentials)
+        sent = send(sender_of_all, len(sales), progress)
+        comparison, answers = wait_and_ask(settings, credentials, progress)
     report.print_all(answers, comparison, sent, console)
     if args.file:
         console.print(
@@ -134,7 +136,9 @@ def send(sender: Tills | Backlog, sales: int, progress: Progress) -> Sent:
     return Sent(tills.recorded, tills.replayed, tills.duplicates_sent, seconds)
 
 
-def wait_and_ask(settings: Settings, progress: Progress) -> tuple[Comparison, Answers]:
+def wait_and_ask(
+    settings: Settings, credentials: tls.Credentials | None, progress: Progress
+) -> tuple[Comparison, Answers]:
     """Wait until the read models equal what was recorded, or move no more; then ask for the audit and the answers."""
     bar = progress.add_task("counted", total=None, note="")
 
@@ -147,9 +151,9 @@ def wait_and_ask(settings: Settings, progress: Progress) -> tuple[Comparison, An
         progress.update(bar, total=comparison.purchases, completed=comparison.arrived, note=lagging)
 
     with (
-        connect(settings.purchases_target) as truth,
-        connect(settings.analytics_target) as read_models,
-        connect(settings.consumer_target) as auditor,
+        connect(settings.purchases_target, credentials) as truth,
+        connect(settings.analytics_target, credentials) as read_models,
+        connect(settings.consumer_target, credentials) as auditor,
     ):
         purchases = PosClient(truth, total_timeout_s=READ_TIMEOUT_S, pause=pause)
         analytics = AnalyticsClient(read_models, total_timeout_s=READ_TIMEOUT_S, pause=pause)

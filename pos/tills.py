@@ -9,6 +9,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Self
 
+from chassis.tls import Credentials
 from pos.client import PosClient, Recorded, Sale, connect
 from pos.errors import PosError
 
@@ -62,7 +63,9 @@ class Tills:
     The counters may be read at any time.
     """
 
-    def __init__(self, sales: Iterable[Sale], target: str, *, seed: int) -> None:
+    def __init__(
+        self, sales: Iterable[Sale], target: str, *, seed: int, credentials: Credentials | None = None
+    ) -> None:
         """`seed` decides which sales are sent twice."""
         self.recorded = 0  # sales answered, each counted once
         self.replayed = 0  # of those, sales that had been stored before
@@ -72,7 +75,7 @@ class Tills:
         self._waiting = deque(sales)
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._channels = [connect(target) for _ in range(TILLS // TILLS_PER_CHANNEL)]
+        self._channels = [connect(target, credentials) for _ in range(TILLS // TILLS_PER_CHANNEL)]
         self._clients = [
             PosClient(
                 channel,

@@ -11,7 +11,7 @@ import structlog
 from psycopg import sql
 from psycopg_pool import PoolTimeout
 
-from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, zones
+from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, tls, zones
 from chassis.errors import PortTaken
 from chassis.shares import Shares
 from chassis.wire import PageTokens
@@ -41,7 +41,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         return
     if worker is not None:
         workers.die_with_parent()
-    host = grpc_server.Server("purchases.retail.example", config)
+    host = grpc_server.Server("purchases.retail.example", config, tls.credentials(config))
     metrics_listen = workers.metrics_address(config.metrics_listen, worker)
     async with (
         metrics.serving_metrics(metrics_listen),

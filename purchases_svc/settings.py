@@ -3,11 +3,23 @@
 from dataclasses import dataclass
 
 from chassis.access import AccessSettings
-from chassis.settings import address, integer, log_level, postgres_url, seconds, setting, switch, time_zone
+from chassis.plaintext import PlaintextSettings
+from chassis.settings import (
+    address,
+    integer,
+    listen_address,
+    log_level,
+    postgres_url,
+    seconds,
+    setting,
+    switch,
+    time_zone,
+)
+from chassis.tls import TlsSettings
 
 
 @dataclass(frozen=True)
-class MigrateSettings:
+class MigrateSettings(PlaintextSettings):
     database_url: str = setting("PURCHASES_DATABASE_URL", postgres_url, "URL", "the database of the purchases")
     business_time_zone: str = setting(
         "BUSINESS_TIME_ZONE", time_zone, "IANA name", "cuts business days; fixed by the first migration", default="UTC"
@@ -16,8 +28,10 @@ class MigrateSettings:
 
 
 @dataclass(frozen=True)
-class ServeSettings(AccessSettings, MigrateSettings):
-    listen: str = setting("PURCHASES_LISTEN", address, "host:port", "where it is called", default="127.0.0.1:50051")
+class ServeSettings(AccessSettings, MigrateSettings, TlsSettings):
+    listen: str = setting(
+        "PURCHASES_LISTEN", listen_address, "host:port", "where it is called", default="127.0.0.1:50051"
+    )
     metrics_listen: str = setting(
         "PURCHASES_METRICS_LISTEN",
         address,

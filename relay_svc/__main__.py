@@ -8,7 +8,7 @@ import structlog
 from psycopg import sql
 from psycopg_pool import PoolTimeout
 
-from chassis import cli, grpc_server, lifecycle, logs, metrics, postgres, settings, wire
+from chassis import cli, grpc_server, lifecycle, logs, metrics, postgres, settings, tls, wire
 from chassis.errors import PortTaken
 from relay_svc import inspection, lost, outbox, retention
 from relay_svc.commands import outbox as outbox_commands
@@ -29,7 +29,7 @@ log = structlog.get_logger()
 
 async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     """Relay until `stop`, then finish the window in flight."""
-    host = grpc_server.Server("relay.retail.example", config)
+    host = grpc_server.Server("relay.retail.example", config, tls.credentials(config))
     async with (
         metrics.serving_metrics(config.metrics_listen),
         postgres.open_pool(

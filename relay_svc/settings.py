@@ -4,7 +4,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from chassis.access import AccessSettings
-from chassis.settings import address, amqp_url, integer, log_level, postgres_url, seconds, setting, text
+from chassis.plaintext import PlaintextSettings
+from chassis.settings import (
+    address,
+    amqp_url,
+    integer,
+    listen_address,
+    log_level,
+    postgres_url,
+    seconds,
+    setting,
+    target,
+)
+from chassis.tls import TlsSettings
 
 
 def _database_url() -> Any:
@@ -12,10 +24,10 @@ def _database_url() -> Any:
 
 
 @dataclass(frozen=True)
-class ServeSettings(AccessSettings):
+class ServeSettings(AccessSettings, TlsSettings):
     database_url: str = _database_url()
     amqp_url: str = setting("AMQP_URL", amqp_url, "URL", "the RabbitMQ that events are published to")
-    listen: str = setting("RELAY_LISTEN", address, "host:port", "where it is called", default="127.0.0.1:50053")
+    listen: str = setting("RELAY_LISTEN", listen_address, "host:port", "where it is called", default="127.0.0.1:50053")
     metrics_listen: str = setting(
         "RELAY_METRICS_LISTEN", address, "host:port", "where Prometheus reads", default="127.0.0.1:9466"
     )
@@ -46,15 +58,15 @@ class ServeSettings(AccessSettings):
 
 
 @dataclass(frozen=True)
-class PartitionsSettings:
+class PartitionsSettings(PlaintextSettings):
     database_url: str = _database_url()
     log_level: str = log_level("WARNING")
 
 
 @dataclass(frozen=True)
-class ClientSettings:
+class ClientSettings(TlsSettings):
     """Of the commands that ask a running relay."""
 
     relay_target: str = setting(
-        "RELAY_TARGET", text, "host:port", "where the relay is found", default="127.0.0.1:50053"
+        "RELAY_TARGET", target, "host:port", "where the relay is found", default="127.0.0.1:50053"
     )

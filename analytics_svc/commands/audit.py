@@ -20,7 +20,7 @@ from rich.text import Text
 from analytics_svc.proof.verdicts import Verdict, worst
 from analytics_svc.settings import ConsumerClientSettings
 from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX
-from chassis import cli, grpc_client, wire
+from chassis import cli, grpc_client, tls, wire
 from retail.analytics.v1 import audit_service_pb2 as pb
 from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub
 
@@ -47,9 +47,10 @@ def audit(first: datetime.datetime | None, last: datetime.datetime | None, as_js
     3 while that is not known, as purchases are on their way or nobody has audited for long, 4 when the consumer does
     not answer.
     """
-    target = cli.of_environment_or_local_stack(ConsumerClientSettings, "consumer").consumer_target
+    config = cli.of_environment_or_local_stack(ConsumerClientSettings, "consumer")
+    target = config.consumer_target
     try:
-        with grpc_client.connect_blocking(target) as channel:
+        with grpc_client.connect_blocking(target, tls.credentials(config)) as channel:
             stub: Any = AuditServiceStub(channel)
             replies = _ask(stub, first and first.date(), last and last.date())
             status = stub.GetAuditStatus(pb.GetAuditStatusRequest(), timeout=TIMEOUT_S)

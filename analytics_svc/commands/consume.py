@@ -20,7 +20,7 @@ from analytics_svc.proof.keeper import KEEPER_SESSION, Keeper
 from analytics_svc.settings import ConsumeSettings
 from analytics_svc.upstream import SERVICE_CONFIG, source
 from analytics_svc.upstream.outbox import Outbox
-from chassis import grpc_client, grpc_server, lifecycle, metrics, postgres, zones
+from chassis import grpc_client, grpc_server, lifecycle, metrics, postgres, tls, zones
 from chassis.wire import PageTokens
 from retail.analytics.v1 import audit_service_pb2_grpc as audit_grpc
 from retail.analytics.v1 import quarantine_service_pb2_grpc as quarantine_grpc
@@ -38,16 +38,17 @@ log = structlog.get_logger()
 
 async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
     """Keep the read models until `stop`, then finish the batch in flight."""
-    host = grpc_server.Server(database.DOMAIN, config)
+    credentials = tls.credentials(config)
+    host = grpc_server.Server(database.DOMAIN, config, credentials)
     health = Health(host.set_serving, {"deliveries", "database"})
     zone = zones.load(config.business_time_zone)
     async with (
         _pool(config, "consume", CONSUMER_CONNECTIONS) as pool,
         _pool(config, "upkeep", UPKEEP_CONNECTIONS) as upkeep_pool,
         _pool(config, "audit", AUDIT_CONNECTIONS, AUDIT_STATEMENT_TIMEOUT_S) as audit_pool,
-        grpc_client.connect(config.purchases_target, SERVICE_CONFIG) as purchases,
-        grpc_client.connect(config.relay_target, SERVICE_CONFIG) as relay,
-        source.connect(config.purchases_target, zone) as truth,
+        grpc_client.connect(config.purchases_target, SERVICE_CONFIG, credentials) as purchases,
+        grpc_client.connect(config.relay_target, SERVICE_CONFIG, credentials) as relay,
+        source.connect(config.purchases_target, zone, credentials) as truth,
     ):
         outbox = Outbox(relay)
         quarantine = QuarantineServicer(upkeep_pool, Settler(upkeep_pool, zone, config.deaths_max), purchases, outbox)

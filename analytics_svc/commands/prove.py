@@ -15,7 +15,7 @@ from analytics_svc import database
 from analytics_svc.proof.auditor import Auditor
 from analytics_svc.settings import ProveSettings
 from analytics_svc.upstream import source
-from chassis import lifecycle, postgres, zones
+from chassis import lifecycle, postgres, tls, zones
 from chassis.lifecycle import Backoff, wait_set
 
 COMMAND = (sys.executable, "-m", "analytics_svc", "prove")
@@ -37,7 +37,9 @@ async def prove(config: ProveSettings, stop: asyncio.Event) -> None:
             size=CONNECTIONS,
             statement_timeout_s=STATEMENT_TIMEOUT_S,
         ) as pool,
-        source.connect(config.purchases_target, zones.load(config.business_time_zone)) as truth,
+        source.connect(
+            config.purchases_target, zones.load(config.business_time_zone), tls.credentials(config)
+        ) as truth,
     ):
         if await database.wait_until_ready(pool, config.business_time_zone, stop):
             async with lifecycle.beside(Auditor(pool, truth).run()):
@@ -63,6 +65,10 @@ async def _keep_running(config: ProveSettings) -> None:
         "BUSINESS_TIME_ZONE": config.business_time_zone,
         "PURCHASES_TARGET": config.purchases_target,
         "LOG_LEVEL": config.log_level,
+        "TLS_CERTIFICATE_FILE": config.certificate_file,
+        "TLS_KEY_FILE": config.key_file,
+        "TLS_CA_FILE": config.ca_file,
+        "ALLOW_PLAINTEXT": config.allow_plaintext,
     }
     backoff = Backoff(1.0, 30.0)
     while True:

@@ -10,7 +10,7 @@ import grpc
 from rich.table import Column, Table
 
 from analytics_svc.settings import ConsumerClientSettings
-from chassis import cli, grpc_client
+from chassis import cli, grpc_client, tls
 from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
 
@@ -57,8 +57,9 @@ def discard_command(ids: tuple[str, ...]) -> int:
 
 def ask(question: Callable[[Any], int]) -> int:
     """The exit code of what is asked of the consumer; 1 also when the call fails."""
-    target = cli.of_environment_or_local_stack(ConsumerClientSettings, "consumer").consumer_target
-    with grpc_client.connect_blocking(target) as channel:
+    config = cli.of_environment_or_local_stack(ConsumerClientSettings, "consumer")
+    target = config.consumer_target
+    with grpc_client.connect_blocking(target, tls.credentials(config)) as channel:
         try:
             return question(QuarantineServiceStub(channel))
         except grpc.RpcError as error:

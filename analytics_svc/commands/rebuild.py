@@ -10,7 +10,7 @@ from analytics_svc.proof import rebuild
 from analytics_svc.settings import RebuildSettings
 from analytics_svc.upstream import SERVICE_CONFIG, source
 from analytics_svc.upstream.outbox import Outbox
-from chassis import cli, grpc_client, logs, zones
+from chassis import cli, grpc_client, logs, tls, zones
 from chassis.errors import ServiceError
 
 
@@ -28,7 +28,7 @@ def command() -> int:
 
 async def run(config: RebuildSettings, *, console: Console) -> int:
     """Rebuild and tell what was wrong; returns the exit code: 0 when it is done, 1 when it ended before."""
-    zone = zones.load(config.business_time_zone)
+    zone, credentials = zones.load(config.business_time_zone), tls.credentials(config)
     columns = (
         TextColumn("days"),
         BarColumn(),
@@ -46,8 +46,8 @@ async def run(config: RebuildSettings, *, console: Console) -> int:
 
         try:
             async with (
-                source.connect(config.purchases_target, zone) as truth,
-                grpc_client.connect(config.relay_target, SERVICE_CONFIG) as relay,
+                source.connect(config.purchases_target, zone, credentials) as truth,
+                grpc_client.connect(config.relay_target, SERVICE_CONFIG, credentials) as relay,
             ):
                 rebuilt = await rebuild.rebuild_all(
                     config.database_url,

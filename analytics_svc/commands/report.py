@@ -10,7 +10,7 @@ import grpc
 
 from analytics_svc.commands import figures, report_page
 from analytics_svc.settings import ReportSettings
-from chassis import cli, grpc_client
+from chassis import cli, grpc_client, tls
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 
 DAYS, DAYS_MAX = 28, 366  # by default, at most: beyond, a page is no page any more
@@ -52,9 +52,10 @@ def report(days: int, branch: int | None, as_json: bool, png: Path | None) -> in
                 err=True,
             )
             return 1
-    target = cli.of_environment_or_local_stack(ReportSettings, "analytics").analytics_target
+    config = cli.of_environment_or_local_stack(ReportSettings, "analytics")
+    target = config.analytics_target
     try:
-        with grpc_client.connect_blocking(target) as channel:
+        with grpc_client.connect_blocking(target, tls.credentials(config)) as channel:
             found = figures.gather(AnalyticsServiceStub(channel), days, branch)
     except grpc.RpcError as error:
         click.echo(f"report: {target}: {error.code().name}: {error.details()}", err=True)

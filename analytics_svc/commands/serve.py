@@ -11,7 +11,7 @@ from analytics_svc.serve.listener import Listener
 from analytics_svc.serve.server import AnalyticsServicer
 from analytics_svc.serve.watch import Watchers
 from analytics_svc.settings import ServeSettings
-from chassis import grpc_server, lifecycle, metrics, postgres
+from chassis import grpc_server, lifecycle, metrics, postgres, tls
 from chassis.wire import PageTokens
 from retail.analytics.v1 import analytics_service_pb2_grpc as analytics_grpc
 
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     """Answer until `stop`, then finish what is in flight."""
-    host = grpc_server.Server(database.DOMAIN, config)
+    host = grpc_server.Server(database.DOMAIN, config, tls.credentials(config))
     async with (
         postgres.open_pool(
             config.database_url,

@@ -15,6 +15,7 @@ from analytics_svc.errors import PurchasesUnavailable, TimeZonesDiffer
 from analytics_svc.purchase import Item, PurchaseCreated
 from analytics_svc.upstream import SERVICE_CONFIG
 from chassis import grpc_client, wire
+from chassis.tls import Credentials
 from chassis.zones import business_day
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
@@ -131,9 +132,9 @@ class Source:
 
 
 @asynccontextmanager
-async def connect(target: str, zone: ZoneInfo) -> AsyncIterator[Source]:
+async def connect(target: str, zone: ZoneInfo, credentials: Credentials | None) -> AsyncIterator[Source]:
     """A source at `target`, which need not be up yet."""
-    async with grpc_client.connect(target, SERVICE_CONFIG) as channel:
+    async with grpc_client.connect(target, SERVICE_CONFIG, credentials) as channel:
         yield Source(channel, zone)
 
 

@@ -10,7 +10,17 @@ from deploy.local.machine import MARK, StackError
 BROKER_SETTING = "AMQP_URL"
 
 # The caller's variables that configure us, so that whoever restarts one process must give it the same ones.
-SETTING_PREFIXES = ("PURCHASES_", "RELAY_", "CONSUMER_", "ANALYTICS_", "AMQP_", "BUSINESS_", "LOG_")
+SETTING_PREFIXES = (
+    "PURCHASES_",
+    "RELAY_",
+    "CONSUMER_",
+    "ANALYTICS_",
+    "AMQP_",
+    "BUSINESS_",
+    "LOG_",
+    "TLS",
+    "ALLOW_PLAINTEXT",
+)
 
 # Here, where no till has a flat battery: the demo replays sales of any year.
 LOCAL_SETTINGS = {"PURCHASES_BACKLOG_MONTHS": "0"}

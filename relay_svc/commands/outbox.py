@@ -12,7 +12,7 @@ import grpc
 from google.protobuf import json_format
 from rich.table import Column, Table
 
-from chassis import cli, grpc_client
+from chassis import cli, grpc_client, tls
 from relay_svc.settings import ClientSettings
 from retail.relay.v1 import outbox_service_pb2 as pb
 from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceStub
@@ -25,8 +25,9 @@ STATUSES = ("NEW", "SENT", "FAILED")
 
 def ask(question: Callable[[Any], int]) -> int:
     """The exit code of what is asked of the relay; 1 also when the call fails."""
-    target = cli.of_environment_or_local_stack(ClientSettings, "relay").relay_target
-    with grpc_client.connect_blocking(target) as channel:
+    config = cli.of_environment_or_local_stack(ClientSettings, "relay")
+    target = config.relay_target
+    with grpc_client.connect_blocking(target, tls.credentials(config)) as channel:
         try:
             return question(OutboxServiceStub(channel))
         except grpc.RpcError as error:

@@ -16,7 +16,7 @@ from relay_svc.__main__ import commands as relay
 from relay_svc.settings import ClientSettings, PartitionsSettings
 
 ALL = {commands.name: commands for commands in (purchases, relay, analytics, pos)}
-URL = "postgresql://till:s3cret@db1:5432,db2/purchases?sslcert=s3cret.pem"
+URL = "postgresql://till:s3cret@db1:5432,db2/purchases?sslmode=verify-full&sslcert=s3cret.pem"
 
 
 def every(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -102,10 +102,10 @@ def test_local_stack(local_stack: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("LOG_LEVEL", "DEBUG")
     assert cli.of_environment_or_local_stack(PartitionsSettings, "relay").log_level == "DEBUG"
     monkeypatch.delenv("LOG_LEVEL")
-    monkeypatch.setenv("PURCHASES_DATABASE_URL", "postgresql://elsewhere/purchases")
+    monkeypatch.setenv("PURCHASES_DATABASE_URL", "postgresql://localhost:1/purchases")
     capsys.readouterr()
     assert cli.of_environment_or_local_stack(PartitionsSettings, "relay") == PartitionsSettings(
-        "postgresql://elsewhere/purchases"
+        "postgresql://localhost:1/purchases"
     )
     assert not capsys.readouterr().err
     monkeypatch.setattr(sys, "prefix", "/usr")
@@ -118,14 +118,17 @@ def test_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     """Name, value, default, unit and meaning, each on a line of its own; nothing secret; what is wrong gives 2."""
     monkeypatch.setenv("PURCHASES_DATABASE_URL", URL)
     monkeypatch.setenv("RELAY_WINDOW", "250")
-    monkeypatch.setenv("RELAY_LISTEN", "[::]:50053")
+    monkeypatch.setenv("RELAY_LISTEN", "[::1]:50053")
     assert relay.carry_out(["settings", "serve"]) == 0
     said = capsys.readouterr().out
     lines = {line.split()[0]: line for line in said.splitlines() if line.strip()}
     assert lines["RELAY_WINDOW"].split()[1:4] == ["250", "500", "events"]
-    assert "[::]:50053" in lines["RELAY_LISTEN"]
+    assert "[::1]:50053" in lines["RELAY_LISTEN"]
     assert "db1:5432,db2/purchases" in lines["PURCHASES_DATABASE_URL"]
     assert "s3cret" not in said
+    monkeypatch.setenv("RELAY_LISTEN", "[::]:50053")
+    assert relay.carry_out(["settings", "serve"]) == 2
+    assert "RELAY_LISTEN: [::] is beyond this machine" in capsys.readouterr().out
     monkeypatch.setenv("RELAY_WINDOW", "many")
     assert relay.carry_out(["settings"]) == 2
     assert "many: must be a whole number from 1 to 10000" in capsys.readouterr().out

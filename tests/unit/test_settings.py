@@ -11,7 +11,7 @@ from purchases_svc.upload import UPLOADS_PER_MESSAGE_MAX
 from relay_svc.settings import ServeSettings as RelaySettings
 from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest
 
-GOOD = {"PURCHASES_DATABASE_URL": "postgresql://u:p@h/d"}
+GOOD = {"PURCHASES_DATABASE_URL": "postgresql://u:p@localhost/d"}
 
 
 def test_defaults_are_filled_in() -> None:
@@ -124,7 +124,7 @@ def test_wrong_broker_urls(url: str, problem: str) -> None:
 
 def check_refusal(name: str, url: str, problem: str) -> None:
     """The process does not start; it says which setting is wrong, and how, and no password."""
-    good = {"PURCHASES_DATABASE_URL": "postgresql://u:p@h/d", "AMQP_URL": "amqp://u:p@h/%2F"}
+    good = {"PURCHASES_DATABASE_URL": "postgresql://u:p@localhost/d", "AMQP_URL": "amqp://u:p@localhost/%2F"}
     with pytest.raises(SettingsError) as caught:
         load(RelaySettings, good | {name: url})
     (said,) = caught.value.problems
