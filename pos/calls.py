@@ -81,11 +81,11 @@ class Calls:
 
     def __call__(
         self,
-        method: "grpc.UnaryUnaryMultiCallable[Request, Reply]",  # no generic at run time
+        method: Callable[..., Reply],
         request: Request,
         meaning: Callable[[Status], PosError] = errors.of_call,
     ) -> Reply:
-        """Call `method` until it answers, within the total timeout.
+        """Call `method`, a stub's or what is called like one, until it answers, within the total timeout.
 
         Raises:
             PosError: as `meaning` translates the last status.
@@ -98,6 +98,8 @@ class Calls:
                 return method(request, timeout=min(self._attempt_timeout_s, timeout_s))
             except grpc.RpcError as error:
                 status = errors.read_status(error)
+            except PosError as error:
+                status = error.status
             except ValueError as error:  # how gRPC says that the channel is closed, as by another thread
                 raise meaning(Status(grpc.StatusCode.CANCELLED, str(error))) from None
             failure = meaning(status)

@@ -24,6 +24,7 @@ from chassis import wire
 from chassis.tls import Credentials
 from pos import errors
 from pos.calls import ATTEMPT_TIMEOUT_S, Calls, Pause, connect, sleep
+from pos.open_stream import OpenStream
 from pos.sale import Item, Sale, create_request
 from pos.service_config import TOTAL_TIMEOUT_S
 from pos.upload import Uploader
@@ -38,6 +39,7 @@ __all__ = [
     "Customer",
     "DayTotals",
     "Item",
+    "OpenStream",
     "PosClient",
     "Purchase",
     "Recorded",
@@ -136,6 +138,20 @@ class PosClient:
         reply = self._call(self._purchases.CreatePurchase, request, errors.of_sale)
         with errors.reading(errors.OutcomeUnknown):
             return _recorded(reply)
+
+    def open_stream(self) -> OpenStream[Recorded]:
+        """One stream for sales as they happen, for a till or all tills of a branch; to be closed, as by `with`.
+
+        `record` on it does what `create_purchase` does, for a fraction of what that costs the service. The stream is
+        opened when there is a sale, renewed by itself, and replaced by calls while it is broken or refused.
+        """
+        return OpenStream(
+            self._purchases.UploadPurchases,
+            self._purchases.CreatePurchase,
+            self._call,
+            _recorded,
+            answer_timeout_s=self._timeouts_s[0],
+        )
 
     def upload_purchases(self, sales: Iterable[Sale], *, register_customers: bool = False) -> Iterator[Uploaded]:
         """Send a backlog, such as that of a till that was offline: several times as fast as one by one.

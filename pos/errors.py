@@ -210,7 +210,8 @@ def parse_status(rich: status_pb2.Status) -> Status:
         return status
 
 
-_CODES: Mapping[int, StatusCode] = {code.value[0]: code for code in StatusCode}
+# Without OK, which is not what became of a sale that was not stored.
+_CODES: Mapping[int, StatusCode] = {code.value[0]: code for code in StatusCode if code is not StatusCode.OK}
 
 
 def _with_details(status: Status, rich: status_pb2.Status) -> Status:

@@ -289,6 +289,7 @@ SALES = st.one_of(
 METHODS: dict[str, Callable[[PosClient, list[Any]], Any]] = {
     "create": lambda client, values: client.create_purchase(values[0], register_customer=values[1]),
     "upload": lambda client, values: list(client.upload_purchases(values[2], register_customers=values[1])),
+    "stream": lambda client, values: client.open_stream().record(values[0], register_customer=values[1]),
     "get": lambda client, values: client.get_purchase(values[1]),
     "list": lambda client, values: list(
         client.list_purchases(customer_id=values[1], branch_id=values[3], start_time=values[4], end_time=values[5])
