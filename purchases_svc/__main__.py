@@ -215,7 +215,7 @@ def _partitions(drop: bool, opened: Sequence[datetime.datetime]) -> None:
 
 @commands.command("retention")
 @click.option("--keep-months", type=click.IntRange(0, 1_200), help="Full months of purchases, besides the current one.")
-@click.option("--keep-outbox-days", type=click.IntRange(1, 365), help="Full days of the outbox, besides today.")
+@click.option("--keep-outbox-days", type=click.IntRange(1, 3_650), help="Full days of the outbox, besides today.")
 def _retention(keep_months: int | None, keep_outbox_days: int | None) -> None:
     """Show how long is kept, or decide it.
 

@@ -7,7 +7,7 @@ whatever order transactions started and committed.
 
 import datetime
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import NamedTuple
 
 import psycopg
@@ -15,6 +15,8 @@ from psycopg import sql
 
 from chassis.errors import InvalidToken
 from chassis.postgres import Connection
+from relay_svc import days
+from relay_svc.days import Day
 from relay_svc.errors import EventsDropped
 
 CHUNK = 1_000  # ids read and sent at once
@@ -89,19 +91,52 @@ async def position(connection: Connection) -> Listing:
 async def since(connection: Connection, after: Snapshot | None) -> AsyncGenerator[Listing, None]:
     """The ids of all events committed since a snapshot, whatever their status, in parts.
 
-    In a transaction of its own, READ COMMITTED: now() is read first, and the ids from a later snapshot. So what was
-    committed before now() is visible there.
+    The first transaction reads now() first, and then the snapshot that the listing stands for: so what was committed
+    before now() is visible there. Each hundred days are read in a transaction of their own. Whoever asks for everything
+    may get what is written meanwhile now and the next time.
 
     Raises:
         EventsDropped: events that the snapshot does not have are no longer there.
     """
+    async with connection.transaction():
+        begun = await _begin(connection, after)
+        asked = after
+        if not begun.is_past:
+            after = None  # the server was set back, or is another one: its transactions have other numbers
+        upto, among = await (days.since(connection, after.value) if after else days.every_day(connection))
+        first = Listing([], Snapshot(begun.realm, upto), begun.as_of_time, after)
+        now, *later = days.parts(among)
+        async for event_ids in _ids(connection, after, upto, now):
+            yield first._replace(event_ids=event_ids)
+            first = Listing([], None, None)
+        if first.snapshot:
+            yield first
+    for part in later:
+        async with connection.transaction():
+            await _begin(connection, asked)
+            async for event_ids in _ids(connection, after, upto, part):
+                yield Listing(event_ids, None, None)
+
+
+class _Begun(NamedTuple):
+    as_of_time: datetime.datetime
+    realm: str
+    is_past: bool  # whether the snapshot is one that this server gave
+
+
+async def _begin(connection: Connection, after: Snapshot | None) -> _Begun:
+    """From here on until the transaction ends, no day is dropped.
+
+    Raises:
+        EventsDropped: one was before, which the reader may not know.
+    """
     await connection.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ ONLY")
-    await connection.execute("LOCK TABLE ONLY outbox_events IN ACCESS SHARE MODE")  # from here on, no day is dropped
+    await connection.execute("LOCK TABLE ONLY outbox_events IN ACCESS SHARE MODE")
     cursor = await connection.execute(
         """
         SELECT now(), here.realm,
-               %(realm)s::text = here.realm AND outbox_listing.realm = here.realm
-                   AND pg_snapshot_xmax(%(after)s::pg_snapshot) <= pg_snapshot_xmax(given_snapshot),
+               coalesce(%(realm)s::text = here.realm AND outbox_listing.realm = here.realm
+                   AND pg_snapshot_xmax(%(after)s::pg_snapshot) <= pg_snapshot_xmax(given_snapshot), false),
                dropped_xid IS NULL
                    OR %(realm)s::text = dropped_realm AND pg_snapshot_xmin(%(after)s::pg_snapshot) > dropped_xid
                    OR %(realm)s::text = here.realm AND here.realm <> dropped_realm -- before this server's time
@@ -111,31 +146,33 @@ async def since(connection: Connection, after: Snapshot | None) -> AsyncGenerato
     )
     row = await cursor.fetchone()
     assert row is not None
-    as_of_time, realm, is_past, knows_dropped = row
+    *begun, knows_dropped = row
     if not knows_dropped:
         raise EventsDropped(
             "events that after_snapshot does not have were dropped with days past their retention; a reader that may"
             " lack them gets them from the recorded purchases, and continues from a position"
         )
-    if not is_past:
-        after = None  # the server was set back, or is another one: its transactions have other numbers
+    return _Begun(*begun)
+
+
+async def _ids(
+    connection: Connection, after: Snapshot | None, upto: str, among: Sequence[Day]
+) -> AsyncGenerator[list[str], None]:
+    """Those of some days, in chunks: what the snapshot `upto` shows and `after` does not, or all."""
+    query = sql.SQL("SELECT event_id::text FROM outbox_events e WHERE {}").format(days.within(among))
+    parameters = {}
     if after:
         # What another server wrote before a restore may have numbers that this one has not reached: it is in no
         # snapshot of this one, and was listed with everything.
         await connection.execute("SET LOCAL enable_seqscan = off")
-        query = sql.SQL("""
-            SELECT pg_current_snapshot()::text UNION ALL
-            SELECT event_id::text FROM outbox_events
-            WHERE created_xid >= pg_snapshot_xmax(%(after)s::pg_snapshot)
-                AND created_xid < pg_snapshot_xmax(pg_current_snapshot())
-                OR created_xid = ANY(ARRAY(SELECT pg_snapshot_xip(%(after)s::pg_snapshot)))
+        query += sql.SQL("""
+            AND (created_xid >= pg_snapshot_xmax(%(after)s::pg_snapshot)
+                    AND created_xid < pg_snapshot_xmax(%(upto)s::pg_snapshot)
+                OR created_xid = ANY(ARRAY(SELECT pg_snapshot_xip(%(after)s::pg_snapshot))))
+            AND pg_visible_in_snapshot(created_xid, %(upto)s::pg_snapshot)
             """)
-    else:
-        query = sql.SQL("SELECT pg_current_snapshot()::text UNION ALL SELECT event_id::text FROM outbox_events")
-    # A cursor reads from one snapshot, and pg_current_snapshot() is that one.
+        parameters = {"after": after.value, "upto": upto}
     async with connection.cursor(name="committed") as ids:
-        await ids.execute(query, {"after": after.value} if after else None)
-        rows = await ids.fetchmany(CHUNK)
-        yield Listing([event_id for (event_id,) in rows[1:]], Snapshot(realm, rows[0][0]), as_of_time, after)
+        await ids.execute(query, parameters)
         while rows := await ids.fetchmany(CHUNK):
-            yield Listing([event_id for (event_id,) in rows], None, None)
+            yield [event_id for (event_id,) in rows]

@@ -8,10 +8,13 @@ from typing import LiteralString, NamedTuple
 import psycopg
 import structlog
 from prometheus_client import Gauge
+from psycopg import sql
 from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import wait_set
 from chassis.postgres import Connection, Pool
+from relay_svc import days
+from relay_svc.days import Day
 from relay_svc.outbox import NIL
 
 COUNT_MAX = 1_000_000  # counting stops there: it takes a tenth of a second, and the answer is the same
@@ -72,20 +75,24 @@ BEGINNING = Place("0", NIL)
 
 
 async def backlog(connection: Connection) -> Backlog:
-    cursor = await connection.execute(
+    statement = sql.SQL(
         """
         SELECT outbox_waiting(%(most)s),
-               (SELECT count(*) FROM (SELECT FROM outbox_events WHERE status = 'FAILED' LIMIT %(most)s) AS given_up),
+               (SELECT count(*) FROM (
+                   SELECT FROM outbox_events e WHERE status = 'FAILED' AND {days} LIMIT %(most)s) AS given_up)
+                   + (SELECT coalesce(sum(failed), 0) FROM outbox_calendar WHERE settled_in IS NOT NULL),
                (SELECT greatest(now() - min(oldest.occurred_at), '0 s') FROM (
                    (SELECT e.occurred_at FROM outbox_events e
-                    WHERE e.status = 'NEW' AND e.created_xid >= outbox_low_water_xid() ORDER BY e.created_xid LIMIT 1)
+                    WHERE e.status = 'NEW' AND e.created_xid >= outbox_low_water_xid() AND {days}
+                    ORDER BY e.created_xid LIMIT 1)
                    UNION ALL
                    (SELECT e.occurred_at FROM outbox_events e
-                    WHERE e.status = 'NEW' AND e.next_attempt_at IS NOT NULL LIMIT %(most)s)
+                    WHERE e.status = 'NEW' AND e.next_attempt_at IS NOT NULL AND {days} LIMIT %(most)s)
                 ) AS oldest HAVING count(*) > 0)
-        """,
-        {"most": COUNT_MAX},
+        """
     )
+    among = (await days.open_days(connection)).days
+    cursor = await connection.execute(statement.format(days=days.within(among)), {"most": COUNT_MAX})
     row = await cursor.fetchone()
     assert row is not None
     return Backlog(*row)
@@ -118,27 +125,55 @@ async def measure(pool: Pool, stop: asyncio.Event) -> None:
         await wait_set(stop, MEASURE_EVERY_S)
 
 
+# Each status has an index of its own, which a parameter would hide from the planner.
+_STATUS: dict[str | None, LiteralString] = {
+    None: "true",
+    "NEW": "status = 'NEW'",
+    "SENT": "status = 'SENT'",
+    "FAILED": "status = 'FAILED'",
+}
+
+
+async def days_with(connection: Connection, status: str | None) -> Sequence[Day]:
+    """The days that may have events of a status; of any, if it is None."""
+    find = {"NEW": days.open_days, "FAILED": days.with_failed}.get(status or "", days.every_day)
+    return (await find(connection)).days
+
+
 async def page(
-    connection: Connection, *, status: str | None, among: Sequence[str], after: Place, limit: int
+    connection: Connection, among: Sequence[Day], *, status: str | None, after: Place, limit: int
 ) -> list[StoredEvent]:
-    """Events in the order in which they were written, from `after` on; only those of some ids if there are any."""
-    # Each status has an index of its own, which a parameter would hide from the planner.
-    conditions: dict[str | None, LiteralString] = {
-        None: "true",
-        "NEW": "status = 'NEW'",
-        "SENT": "status = 'SENT'",
-        "FAILED": "status = 'FAILED'",
-    }
-    cursor = await connection.execute(
-        f"""
+    """Events of some days in the order in which they were written, from `after` on."""
+    return await _page(connection, days.within(among), status, after, limit)
+
+
+async def page_among(
+    connection: Connection, among: Sequence[str], *, status: str | None, after: Place, limit: int
+) -> list[StoredEvent]:
+    """The same of some ids, whatever their days."""
+    return await _page(connection, sql.SQL("e.event_id = ANY ({}::uuid[])").format(list(among)), status, after, limit)
+
+
+def order(event: StoredEvent) -> tuple[int, str]:
+    """In which events were written."""
+    return int(event.created_xid), event.event_id
+
+
+async def _page(
+    connection: Connection, which: sql.Composable, status: str | None, after: Place, limit: int
+) -> list[StoredEvent]:
+    statement = sql.SQL(
+        """
         SELECT event_id::text, event_type, aggregate_id::text, occurred_at, status, attempts, last_error, sent_at,
                created_xid::text
         FROM outbox_events e
-        WHERE {conditions[status]} AND {"e.event_id = ANY (%(among)s::uuid[])" if among else "true"}
-            AND (e.created_xid, e.event_id) > (%(xid)s::xid8, %(id)s::uuid)
+        WHERE {status} AND {which} AND (e.created_xid, e.event_id) > (%(xid)s::xid8, %(id)s::uuid)
         ORDER BY e.created_xid, e.event_id LIMIT %(limit)s
-        """,
-        {"among": list(among), "xid": after.created_xid, "id": after.event_id, "limit": limit},
+        """
+    )
+    cursor = await connection.execute(
+        statement.format(status=sql.SQL(_STATUS[status]), which=which),
+        {"xid": after.created_xid, "id": after.event_id, "limit": limit},
     )
     return [StoredEvent(*row) for row in await cursor.fetchall()]
 
@@ -146,41 +181,54 @@ async def page(
 async def missing(connection: Connection, event_ids: Sequence[str]) -> list[str]:
     """Those of the events that are not in the outbox."""
     cursor = await connection.execute(
-        "SELECT id::text FROM unnest(%s::uuid[]) AS id"
-        " WHERE NOT EXISTS (SELECT FROM outbox_events WHERE event_id = id)",
-        [list(event_ids)],
+        "SELECT event_id::text FROM outbox_events WHERE event_id = ANY(%s::uuid[])", [list(event_ids)], prepare=False
     )
-    return [event_id for (event_id,) in await cursor.fetchall()]
+    there = {event_id for (event_id,) in await cursor.fetchall()}
+    return [event_id for event_id in dict.fromkeys(event_ids) if event_id not in there]
 
 
 async def requeue(connection: Connection, event_ids: Sequence[str]) -> int:
-    """Make events NEW, as if they had never been tried; how many were not. Locks in order of ids."""
-    cursor = await connection.execute(
+    """Make events NEW, as if they had never been tried; how many were not. Locks in order of ids.
+
+    Their days are opened, and stay so until the transaction ends.
+    """
+    await connection.execute(
         """
-        WITH chosen AS (
-            SELECT event_id, status FROM outbox_events
-            WHERE event_id = ANY(%s::uuid[]) AND (status <> 'NEW' OR attempts > 0)
-            ORDER BY event_id FOR UPDATE
-        ), requeued AS (
-            UPDATE outbox_events e SET status = 'NEW', attempts = 0, next_attempt_at = now(), sent_at = NULL
-            FROM chosen WHERE e.event_id = chosen.event_id
-        )
-        SELECT count(*) FROM chosen WHERE status <> 'NEW'
+        SELECT reopen_outbox_day(day) FROM outbox_calendar WHERE day IN (
+            SELECT to_timestamp(('x' || left(translate(id::text, '-', ''), 12))::bit(48)::bigint / 1000.0)::date
+            FROM unnest(%s::uuid[]) AS id
+        ) ORDER BY day
         """,
         [list(event_ids)],
+    )
+    which = sql.SQL("e.event_id = ANY ({}::uuid[])").format(list(event_ids))  # the planner sees the days in the ids
+    cursor = await connection.execute(
+        sql.SQL(
+            """
+            WITH chosen AS (
+                SELECT event_id, status FROM outbox_events e
+                WHERE {which} AND (status <> 'NEW' OR attempts > 0)
+                ORDER BY event_id FOR UPDATE
+            ), requeued AS (
+                UPDATE outbox_events e SET status = 'NEW', attempts = 0, next_attempt_at = now(), sent_at = NULL
+                FROM chosen WHERE e.event_id = chosen.event_id AND {which}
+            )
+            SELECT count(*) FROM chosen WHERE status <> 'NEW'
+            """
+        ).format(which=which)
     )
     row = await cursor.fetchone()
     assert row is not None
     return int(row[0])
 
 
-async def failed_ids(connection: Connection, *, after: str, limit: int) -> list[str]:
-    """Ids of events that were given up, in order, from `after` on."""
-    cursor = await connection.execute(
+async def failed_ids(connection: Connection, among: Sequence[Day], *, after: str, limit: int) -> list[str]:
+    """Ids of events of some days that were given up, in order, from `after` on."""
+    statement = sql.SQL(
         "SELECT e.event_id::text FROM outbox_events e"
-        " WHERE e.status = 'FAILED' AND e.event_id > %s ORDER BY e.event_id LIMIT %s",
-        [after, limit],
+        " WHERE e.status = 'FAILED' AND {} AND e.event_id > %s ORDER BY e.event_id LIMIT %s"
     )
+    cursor = await connection.execute(statement.format(days.within(among)), [after, limit])
     return [event_id for (event_id,) in await cursor.fetchall()]
 
 

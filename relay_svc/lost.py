@@ -7,15 +7,18 @@ same, they are counted once.
 """
 
 import asyncio
+from collections.abc import Sequence
 
 import psycopg
 import structlog
 from prometheus_client import Counter
+from psycopg import sql
 from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import wait_set
 from chassis.postgres import Connection, Pool
-from relay_svc import inspection
+from relay_svc import days, inspection
+from relay_svc.days import Day
 from relay_svc.publisher import Publisher
 
 LOOK_EVERY_S = 5.0
@@ -45,7 +48,8 @@ async def run_once(pool: Pool, publisher: Publisher, after_s: float) -> int:
         if queue is None or queue.ready or not queue.consumers:
             return 0
         lost = await _awaited(connection, after_s)
-        count = await inspection.requeue(connection, lost)
+        async with connection.transaction():
+            count = await inspection.requeue(connection, lost)
     if count:
         AGAIN.inc(count)
         log.error("confirmed events never came out of the queue; publishing them again", events=count, first=min(lost))
@@ -66,16 +70,25 @@ async def _reader_waits(connection: Connection, after_s: float) -> bool:
 
 async def _awaited(connection: Connection, after_s: float) -> list[str]:
     """Events that were sent long ago, among those that the reader was given and has not acknowledged."""
-    cursor = await connection.execute(
+    ((known,),) = await (await connection.execute("SELECT after_snapshot::text FROM outbox_listing")).fetchall()
+    lost: list[str] = []
+    for part in days.parts((await days.since(connection, known)).days):
+        if len(lost) < AT_ONCE:
+            lost += await _awaited_of(connection, part, after_s, AT_ONCE - len(lost))
+    return lost
+
+
+async def _awaited_of(connection: Connection, among: Sequence[Day], after_s: float, most: int) -> list[str]:
+    statement = sql.SQL(
         """
         SELECT e.event_id::text
         FROM outbox_listing l, outbox_events e
         WHERE (e.created_xid >= pg_snapshot_xmax(l.after_snapshot)
                 OR e.created_xid = ANY(ARRAY(SELECT pg_snapshot_xip(l.after_snapshot))))
             AND pg_visible_in_snapshot(e.created_xid, l.given_snapshot)
-            AND e.status = 'SENT' AND e.sent_at < now() - %s * interval '1 second'
+            AND e.status = 'SENT' AND e.sent_at < now() - %s * interval '1 second' AND {}
         LIMIT %s
-        """,
-        [after_s, AT_ONCE],
+        """
     )
+    cursor = await connection.execute(statement.format(days.within(among)), [after_s, most])
     return [event_id for (event_id,) in await cursor.fetchall()]

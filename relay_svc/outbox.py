@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from psycopg import sql
+
 from chassis.postgres import Connection
+from relay_svc import days
+from relay_svc.days import Day, Found
 
 ROLE = "purchases_relay"
 NIL = "00000000-0000-0000-0000-000000000000"
 BACKOFF_FIRST_S = 5  # doubled with each attempt that was an event's own fault
-EVENT_AGE_MAX = "1 day"  # events whose id is older when they commit are found by a sweep only
 
 
 class OutboxEvent(NamedTuple):
@@ -33,10 +36,9 @@ class Position(NamedTuple):
     xid: int
     event_id: str
     in_progress: tuple[int, ...]
-    all_days: bool  # whether days past are looked through, too
 
 
-START = Position(0, NIL, (), True)
+START = Position(0, NIL, ())
 
 
 class Claim(NamedTuple):
@@ -44,76 +46,77 @@ class Claim(NamedTuple):
     position: Position  # to continue from, if these are sent
 
 
-async def claim(connection: Connection, limit: int, position: Position) -> Claim:
-    """Lock events that wait, from a position on; the locks last until the transaction ends.
+async def claim(connection: Connection, limit: int, position: Position, found: Found) -> Claim:
+    """Lock events that wait, in the days that are open, from a position on; until the transaction ends.
 
     Exact rows, never "up to": transactions commit out of order. Rows that another relay has are skipped; should it
     give them up, a sweep finds them.
     """
-    cursor = await connection.execute(
+    statement = sql.SQL(
         """
         WITH late AS MATERIALIZED (
             SELECT e.event_id, e.event_type, e.payload_json, e.traceparent, e.created_xid
             FROM outbox_events e
             WHERE e.status = 'NEW' AND e.next_attempt_at IS NULL AND e.created_xid = ANY(%(in_progress)s::xid8[])
-                AND e.event_id >= uuid7_floor(now() - %(age_max)s::interval)
+                AND {days}
             ORDER BY e.created_xid LIMIT %(limit)s FOR UPDATE SKIP LOCKED
         ), fresh AS MATERIALIZED (
             SELECT e.event_id, e.event_type, e.payload_json, e.traceparent, e.created_xid
             FROM outbox_events e
             WHERE e.status = 'NEW' AND e.next_attempt_at IS NULL
-                AND (e.created_xid, e.event_id) > (%(xid)s::xid8, %(event_id)s::uuid)
-                AND e.event_id >= uuid7_floor(now() - %(age_max)s::interval)
+                AND (e.created_xid, e.event_id) > (%(xid)s::xid8, %(event_id)s::uuid) AND {days}
             ORDER BY e.created_xid, e.event_id LIMIT %(limit)s - (SELECT count(*) FROM late) FOR UPDATE SKIP LOCKED
         )
-        SELECT pg_current_snapshot()::text, NULL, NULL, NULL, NULL
-        UNION ALL SELECT event_id::text, event_type, payload_json::text, traceparent, created_xid::text FROM late
+        SELECT event_id::text, event_type, payload_json::text, traceparent, created_xid::text FROM late
         UNION ALL SELECT event_id::text, event_type, payload_json::text, traceparent, created_xid::text FROM fresh
-        """,
+        """
+    )
+    cursor = await connection.execute(
+        statement.format(days=days.within(found.days)),
         {
             "xid": str(position.xid),
             "event_id": position.event_id,
             "in_progress": list(map(str, position.in_progress)),
-            "age_max": "10 years" if position.all_days else EVENT_AGE_MAX,
             "limit": limit,
         },
         prepare=True,
     )
-    (snapshot, *_), *rows = await cursor.fetchall()
+    rows = await cursor.fetchall()
     events = [OutboxEvent(event_id, kind, payload, trace) for event_id, kind, payload, trace, _ in rows]
     if len(rows) < limit:
-        return Claim(events, _everything_in(snapshot)._replace(all_days=False))
+        return Claim(events, _everything_in(found.snapshot))
     last_id, last_xid = rows[-1][0], int(rows[-1][4])
     if last_xid in position.in_progress:  # only late ones, and maybe not all of them
         return Claim(events, position)
-    return Claim(events, _up_to(last_xid, last_id, snapshot)._replace(all_days=position.all_days))
+    return Claim(events, _up_to(last_xid, last_id, found.snapshot))
 
 
-async def claim_retries(connection: Connection, limit: int) -> list[OutboxEvent]:
+async def claim_retries(connection: Connection, limit: int, among: Sequence[Day]) -> list[OutboxEvent]:
     """Lock events whose next attempt is due, and those that were requeued."""
-    cursor = await connection.execute(
+    statement = sql.SQL(
         """
         SELECT event_id::text, event_type, payload_json::text, traceparent, attempts
         FROM outbox_events e
-        WHERE status = 'NEW' AND next_attempt_at <= now()
+        WHERE status = 'NEW' AND next_attempt_at <= now() AND {days}
         ORDER BY next_attempt_at LIMIT %s FOR UPDATE SKIP LOCKED
-        """,
-        [limit],
-        prepare=True,
+        """
     )
+    cursor = await connection.execute(statement.format(days=days.within(among)), [limit], prepare=True)
     return [OutboxEvent(*row) for row in await cursor.fetchall()]
 
 
-async def newest(connection: Connection, limit: int, besides: Sequence[str]) -> list[OutboxEvent]:
-    """The newest events besides some, whatever their status; not locked, and none that is older than a day."""
-    cursor = await connection.execute(
+async def newest(connection: Connection, limit: int, among: Sequence[Day], besides: Sequence[str]) -> list[OutboxEvent]:
+    """The newest events of some days, without those of `besides`, whatever their status; not locked."""
+    statement = sql.SQL(
         """
         SELECT event_id::text, event_type, payload_json::text, traceparent, attempts
         FROM outbox_events e
-        WHERE e.event_id >= uuid7_floor(now() - %(age_max)s::interval) AND e.event_id <> ALL(%(besides)s::uuid[])
+        WHERE {days} AND e.event_id <> ALL(%(besides)s::uuid[])
         ORDER BY e.event_id DESC LIMIT %(limit)s
-        """,
-        {"age_max": EVENT_AGE_MAX, "besides": list(besides), "limit": limit},
+        """
+    )
+    cursor = await connection.execute(
+        statement.format(days=days.within(among)), {"besides": list(besides), "limit": limit}
     )
     return [OutboxEvent(*row) for row in await cursor.fetchall()]
 
@@ -121,23 +124,28 @@ async def newest(connection: Connection, limit: int, besides: Sequence[str]) -> 
 async def sweep(connection: Connection, low_water: Position) -> Position:
     """The position of the oldest event that waits, whoever has it: below, there is nothing left but retries.
 
-    It starts from the last sweep's, so it costs what was written since. Noted in the database, for counting.
+    It starts from the last sweep's, so it costs what was written since. Noted in the database, for counting. It speaks
+    for the snapshot in which the days were found: whatever that shows as waiting is in one of them.
     """
-    cursor = await connection.execute(
+    snapshot, among = await days.open_days(connection)
+    statement = sql.SQL(
         """
-        SELECT pg_current_snapshot()::text,
-               (SELECT e.created_xid::text FROM outbox_events e
+        SELECT (SELECT e.created_xid::text FROM outbox_events e
                 WHERE e.status = 'NEW' AND e.next_attempt_at IS NULL AND e.created_xid = ANY(%(in_progress)s::xid8[])
+                    AND {days}
                 ORDER BY e.created_xid LIMIT 1),
                (SELECT e.created_xid::text FROM outbox_events e
-                WHERE e.status = 'NEW' AND e.next_attempt_at IS NULL AND e.created_xid >= %(xid)s::xid8
+                WHERE e.status = 'NEW' AND e.next_attempt_at IS NULL AND e.created_xid >= %(xid)s::xid8 AND {days}
                 ORDER BY e.created_xid LIMIT 1)
-        """,
+        """
+    )
+    cursor = await connection.execute(
+        statement.format(days=days.within(among)),
         {"xid": str(low_water.xid), "in_progress": list(map(str, low_water.in_progress))},
     )
     row = await cursor.fetchone()
     assert row is not None
-    snapshot, late, fresh = row
+    late, fresh = row
     found = _up_to(int(late or fresh), NIL, snapshot) if late or fresh else _everything_in(snapshot)
     await connection.execute(
         "UPDATE outbox_low_water SET realm = transaction_ids_realm(), xid = %s::xid8",
@@ -149,7 +157,7 @@ async def sweep(connection: Connection, low_water: Position) -> Position:
 def _everything_in(snapshot: str) -> Position:
     _, xmax, in_progress = snapshot.split(":")
     # No event has the id NIL, so events of the transaction xmax are still to come.
-    return Position(int(xmax), NIL, tuple(map(int, filter(None, in_progress.split(",")))), True)
+    return Position(int(xmax), NIL, tuple(map(int, filter(None, in_progress.split(",")))))
 
 
 def _up_to(xid: int, event_id: str, snapshot: str) -> Position:
@@ -159,18 +167,21 @@ def _up_to(xid: int, event_id: str, snapshot: str) -> Position:
         # Events that came with a dump may have ids that this server's transactions have not reached. The position stays
         # within the snapshot, or what is written here and now would lie below it.
         return everything
-    return Position(xid, event_id, tuple(x for x in everything.in_progress if x < xid), True)
+    return Position(xid, event_id, tuple(x for x in everything.in_progress if x < xid))
 
 
-async def mark_sent(connection: Connection, event_ids: Sequence[str]) -> None:
-    """Mark exactly the events that the broker confirmed."""
+async def mark_sent(connection: Connection, event_ids: Sequence[str], among: Sequence[Day]) -> None:
+    """Mark exactly the events that the broker confirmed, of the days among which they were claimed."""
     if not event_ids:
         return
-    await connection.execute(
+    statement = sql.SQL(
         """
-        UPDATE outbox_events SET status = 'SENT', sent_at = now(), last_error = NULL, next_attempt_at = NULL
-        WHERE event_id = ANY(%s::uuid[]) AND event_id BETWEEN %s AND %s
-        """,  # the range is for the planner: it prunes partitions
+        UPDATE outbox_events e SET status = 'SENT', sent_at = now(), last_error = NULL, next_attempt_at = NULL
+        WHERE event_id = ANY(%s::uuid[]) AND event_id BETWEEN %s AND %s AND {days}
+        """  # the range spares the other days a look
+    )
+    await connection.execute(
+        statement.format(days=days.within(among)),
         [list(event_ids), min(event_ids), max(event_ids)],
         prepare=True,
     )
@@ -193,4 +204,5 @@ async def mark_faulty(connection: Connection, faults: Mapping[str, str], attempt
                 "attempts_max": attempts_max,
                 "backoff_s": BACKOFF_FIRST_S,
             },
+            prepare=False,  # so that it is planned for the one day that the id is of
         )

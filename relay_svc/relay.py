@@ -13,7 +13,8 @@ from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import Backoff, wait_set
 from chassis.postgres import Connection, Pool, make_durable
-from relay_svc import outbox
+from relay_svc import days, outbox
+from relay_svc.days import Day
 from relay_svc.outbox import OutboxEvent
 from relay_svc.publisher import Outcome, Publisher
 from relay_svc.wakeup import Wakeup
@@ -138,15 +139,15 @@ class Relay:
         """Claim, publish, mark, commit: one window. The transaction holds the claim, so it lasts until the confirms."""
         await self._sweep_when_due()
         async with self._pool.connection() as connection, connection.transaction():
-            events = await self._claim(connection, limit)
+            events, among = await self._claim(connection, limit)
             if not events:
                 outage = await self._publisher.connect()  # it shows before the first event does
                 self._open_breaker(outage)
                 return Step(0, outage)
             await self._make_durable()
             with CONFIRM_SECONDS.time():
-                outcome = await self._publish(connection, events)
-            await outbox.mark_sent(connection, outcome.confirmed)
+                outcome = await self._publish(connection, events, among)
+            await outbox.mark_sent(connection, outcome.confirmed, among)
             await outbox.mark_faulty(connection, outcome.faulty, self._attempts_max)
         SENT.inc(len(outcome.confirmed))
         self.sent += len(outcome.confirmed)
@@ -160,7 +161,7 @@ class Relay:
         self._open_breaker(outcome.outage)
         return Step(len(events), outcome.outage)
 
-    async def _publish(self, connection: Connection, events: Sequence[OutboxEvent]) -> Outcome:
+    async def _publish(self, connection: Connection, events: Sequence[OutboxEvent], among: Sequence[Day]) -> Outcome:
         """Publish; what is refused alone is at fault only if the broker takes another event now.
 
         When none of these went through, the newest others are published too: once more, perhaps, which does no harm.
@@ -168,7 +169,7 @@ class Relay:
         outcome = await self._publisher.publish(events)
         if outcome.outage or not outcome.refused:
             return outcome
-        witnesses = await outbox.newest(connection, WITNESSES, [event.event_id for event in events])
+        witnesses = await outbox.newest(connection, WITNESSES, among, [event.event_id for event in events])
         if (await self._publisher.publish(witnesses)).confirmed:
             return outcome._replace(faulty={**outcome.faulty, **outcome.refused})
         reason = next(iter(outcome.refused.values()))
@@ -182,18 +183,19 @@ class Relay:
         except TimeoutError:
             raise psycopg.OperationalError("no standby takes what is to be published") from None
 
-    async def _claim(self, connection: Connection, limit: int) -> list[OutboxEvent]:
-        """One lane claims at a time, from where the last ended."""
+    async def _claim(self, connection: Connection, limit: int) -> tuple[list[OutboxEvent], Sequence[Day]]:
+        """Events, and the days that they are among. One lane claims at a time, from where the last ended."""
         async with self._claiming:
+            found = await days.open_days(connection)
             if time.monotonic() >= self._retries_at:
-                retries = await outbox.claim_retries(connection, limit)
+                retries = await outbox.claim_retries(connection, limit, found.days)
                 pause_s = RETRIES_EVERY_S if len(retries) < limit else RETRIES_EVERY_S / 10
                 self._retries_at = time.monotonic() + pause_s
                 if retries:
-                    return retries
-            claim = await outbox.claim(connection, limit, self._position)
+                    return retries, found.days
+            claim = await outbox.claim(connection, limit, self._position, found)
             self._position = claim.position
-            return claim.events
+            return claim.events, found.days
 
     async def _sweep_when_due(self) -> None:
         if time.monotonic() < self._sweep_at:

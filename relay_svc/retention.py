@@ -1,10 +1,11 @@
-"""Dropping days of the outbox that are older than the retention, and telling the operator what there is.
+"""Settling the days of the outbox in which nothing waits, and dropping those that are older than the retention.
 
 The purchases service creates the days, ahead of time and on demand: it is the one that cannot do without.
 """
 
 import asyncio
 import datetime
+from collections import defaultdict
 from typing import NamedTuple
 
 import psycopg
@@ -12,7 +13,7 @@ import structlog
 from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import wait_set
-from chassis.postgres import Pool
+from chassis.postgres import Connection, Pool
 
 LOOK_EVERY_S = 3600.0
 TRY_AGAIN_S = 60.0
@@ -26,7 +27,7 @@ class Day(NamedTuple):
     day: datetime.date
     events: int
     bytes: int
-    kept_for: str | None  # why it could not go, however old
+    kept_for: str | None  # why it cannot go, though it is older than what is kept
 
     def verdict(self, first_kept: datetime.date) -> str:
         """What retention does with it."""
@@ -35,33 +36,64 @@ class Day(NamedTuple):
         return f"keep: {self.kept_for}" if self.kept_for else "drop"
 
 
-async def first_kept(pool: Pool) -> datetime.date:
+async def first_kept(connection: Connection) -> datetime.date:
     """The first day that is kept, as the database's owner has decided."""
-    async with pool.connection() as connection:
-        cursor = await connection.execute("SELECT outbox_horizon()")
-        ((day,),) = await cursor.fetchall()
-        return day  # type: ignore[no-any-return]
+    cursor = await connection.execute("SELECT outbox_horizon()")
+    ((day,),) = await cursor.fetchall()
+    return day  # type: ignore[no-any-return]
 
 
 async def days(pool: Pool) -> list[Day]:
     """All days, the oldest first."""
     async with pool.connection() as connection:
-        cursor = await connection.execute("SELECT day, events, bytes, kept_for FROM outbox_days()")
-        return [Day(*row) for row in await cursor.fetchall()]
+        cursor = await connection.execute("SELECT day, events, bytes FROM outbox_days()")
+        sizes = await cursor.fetchall()
+        horizon = await first_kept(connection)
+        return [
+            Day(day, events, size, await _kept_for(connection, day) if day < horizon else None)
+            for day, events, size in sizes
+        ]
+
+
+async def _kept_for(connection: Connection, day: datetime.date) -> str | None:
+    cursor = await connection.execute("SELECT outbox_day_kept_for(%s)", [day])
+    ((reason,),) = await cursor.fetchall()
+    return reason  # type: ignore[no-any-return]
+
+
+async def settle_days(pool: Pool) -> list[datetime.date]:
+    """Settle the days that are over and in which nothing waits; returns them. One that is in use is left for later."""
+    settled = []
+    async with pool.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT day FROM outbox_calendar WHERE settled_in IS NULL AND day < now()::date ORDER BY day"
+        )
+        for (day,) in await cursor.fetchall():
+            try:
+                cursor = await connection.execute("SELECT settle_outbox_day(%s)", [day])
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+                continue
+            if await cursor.fetchall() == [(None,)]:
+                settled.append(day)
+    return settled
 
 
 async def drop_old_days(pool: Pool) -> list[datetime.date]:
     """Drop what is older than the retention, sent and listed; returns the days dropped. The rest waits."""
-    horizon = await first_kept(pool)
-    dropped = []
-    for day in await days(pool):
-        if day.day >= horizon:
-            break
-        if reason := day.kept_for or await _drop(pool, day.day):
-            log.warning("a day of the outbox past its retention is kept", day=day.day, reason=reason)
+    async with pool.connection() as connection:
+        cursor = await connection.execute("SELECT day FROM outbox_calendar WHERE day < outbox_horizon() ORDER BY day")
+        past = [day for (day,) in await cursor.fetchall()]
+    dropped, kept = [], defaultdict[str, list[datetime.date]](list)
+    for day in past:
+        if reason := await _drop(pool, day):
+            kept[reason].append(day)
         else:
-            log.info("day of the outbox dropped", day=day.day, bytes=day.bytes)
-            dropped.append(day.day)
+            log.info("day of the outbox dropped", day=day)
+            dropped.append(day)
+    for reason, days_kept in kept.items():
+        log.warning(
+            "days of the outbox past their retention are kept", reason=reason, first=days_kept[0], days=len(days_kept)
+        )
     return dropped
 
 
@@ -77,9 +109,10 @@ async def _drop(pool: Pool, day: datetime.date) -> str | None:
 
 
 async def keep(pool: Pool, stop: asyncio.Event) -> None:
-    """Drop what is past its retention, now and every hour."""
+    """Settle what is over and drop what is past its retention, now and every hour."""
     while not stop.is_set():
         try:
+            await settle_days(pool)
             await drop_old_days(pool)
         except (psycopg.Error, PoolTimeout) as error:
             log.warning("retention did not get through", error=error)

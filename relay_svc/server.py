@@ -11,7 +11,7 @@ from chassis.errors import FieldReason, InvalidRequest, Violation
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool
 from chassis.wire import PageTokens
-from relay_svc import committed, inspection
+from relay_svc import committed, days, inspection
 from relay_svc.errors import EventNotFound
 from relay_svc.outbox import NIL
 from relay_svc.relay import Relay
@@ -59,11 +59,25 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
         status = pb2.OutboxStatus.Name(request.status).removeprefix("OUTBOX_STATUS_") if request.status else None
         position = self._tokens.read(request)
         after = inspection.Place(*position) if position else inspection.BEGINNING
-        async with _transaction(self._pool, context) as connection:
-            events = await inspection.page(connection, status=status, among=event_ids, after=after, limit=limit + 1)
+        events = await self._page(context, status, event_ids, after, limit + 1)
         page = events[:limit]
         token = self._tokens.issue(request, list(page[-1].place)) if len(events) > limit else ""
         return pb2.ListOutboxEventsResponse(outbox_events=map(_outbox_event, page), next_page_token=token)
+
+    async def _page(
+        self, context: Any, status: str | None, among: Sequence[str], after: inspection.Place, limit: int
+    ) -> list[inspection.StoredEvent]:
+        """The first events of all days, of which each hundred are read in a transaction of their own."""
+        if among:
+            async with _transaction(self._pool, context) as connection:
+                return await inspection.page_among(connection, status=status, among=among, after=after, limit=limit)
+        async with _transaction(self._pool, context) as connection:
+            found = await inspection.days_with(connection, status)
+        events: list[inspection.StoredEvent] = []
+        for part in days.parts(found):
+            async with _transaction(self._pool, context) as connection:
+                events += await inspection.page(connection, part, status=status, after=after, limit=limit)
+        return sorted(events, key=inspection.order)[:limit]
 
     async def RequeueEvents(self, request: pb2.RequeueEventsRequest, context: Any) -> pb2.RequeueEventsResponse:
         if request.all_failed:
@@ -84,14 +98,17 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
 
     async def _requeue_all_failed(self, context: Any) -> int:
         """A thousand at a time, each in a transaction of its own. What fails again meanwhile is passed already."""
-        requeued, after = 0, NIL
-        while True:
-            async with _transaction(self._pool, context) as connection:
-                event_ids = await inspection.failed_ids(connection, after=after, limit=REQUEUE_MAX)
-                requeued += await inspection.requeue(connection, event_ids)
-            if len(event_ids) < REQUEUE_MAX:
-                return requeued
-            after = event_ids[-1]
+        async with _transaction(self._pool, context) as connection:
+            found = await inspection.days_with(connection, "FAILED")
+        requeued = 0
+        for part in days.parts(found):
+            event_ids, after = [NIL] * REQUEUE_MAX, NIL
+            while len(event_ids) == REQUEUE_MAX:
+                async with _transaction(self._pool, context) as connection:
+                    event_ids = await inspection.failed_ids(connection, part, after=after, limit=REQUEUE_MAX)
+                    requeued += await inspection.requeue(connection, event_ids)
+                after = event_ids[-1] if event_ids else NIL
+        return requeued
 
     async def ListCommittedEventIds(
         self, request: pb2.ListCommittedEventIdsRequest, context: Any
@@ -105,7 +122,7 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
                     first = await committed.position(connection)
             else:
                 after = await committed.parse(connection, request.after_snapshot)
-                async with connection.transaction(), aclosing(committed.since(connection, after)) as parts:
+                async with aclosing(committed.since(connection, after)) as parts:
                     first = await anext(parts)
                     yield pb2.ListCommittedEventIdsResponse(event_ids=first.event_ids)
                     async for part in parts:

@@ -49,7 +49,6 @@ SETTINGS: Mapping[str, str] = {
     "max_wal_size": "4GB",  # fewer checkpoints: each one makes the next change of every page cost a full page image
     "wal_compression": "on",  # those images are most of the WAL, and compress well
     "checkpoint_timeout": "15min",
-    "max_locks_per_transaction": "256",  # every partition and each of its indexes takes a lock
     "random_page_cost": "1.1",  # SSD
     "jit": "off",  # our queries are short: compiling them would cost more than running them
     "fsync": "on",  # an acknowledged sale is on disk, here as in production

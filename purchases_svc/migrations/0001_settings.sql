@@ -39,7 +39,7 @@ CREATE TABLE chain_settings (
     time_zone text NOT NULL,
     dropped_before date NOT NULL DEFAULT '2000-01-01',
     keep_months int NOT NULL DEFAULT 0 CHECK (keep_months BETWEEN 0 AND 1200),
-    keep_outbox_days int NOT NULL DEFAULT 30 CHECK (keep_outbox_days BETWEEN 1 AND 365),
+    keep_outbox_days int NOT NULL DEFAULT 30 CHECK (keep_outbox_days BETWEEN 1 AND 3650),
     page_token_key bytea NOT NULL DEFAULT uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())
 );
 COMMENT ON TABLE chain_settings IS 'One row: what holds for the whole chain. Only the owner changes it.';
@@ -49,8 +49,7 @@ COMMENT ON COLUMN chain_settings.dropped_before IS 'Months before this one were 
 COMMENT ON COLUMN chain_settings.keep_months IS
     'Full months of purchases kept besides the current one; older ones may be dropped. 0: everything is kept.';
 COMMENT ON COLUMN chain_settings.keep_outbox_days IS
-    'Full days of the outbox kept besides today; older ones may be dropped, once all is sent and counted. Not for ever: '
-    'nobody needs them, and statements that look for what waits take locks on each day, of which a server has so many.';
+    'Full days of the outbox kept besides today; older ones may be dropped, once all is sent and counted.';
 COMMENT ON COLUMN chain_settings.page_token_key IS 'Secret that signs page tokens; all servers share it.';
 GRANT SELECT ON chain_settings TO purchases_service;
 GRANT SELECT (page_token_key, keep_outbox_days) ON chain_settings TO purchases_relay; -- it serves pages of the outbox

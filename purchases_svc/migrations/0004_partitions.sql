@@ -57,6 +57,39 @@ BEGIN
     END LOOP;
 END $$;
 
+-- The days of the outbox. Statements name those that they are about: each partition that is looked at, or only planned
+-- for, takes a lock, and one for each of its indexes, of which a server has some thousands. Most questions are about
+-- days that are open; years of settled ones cost nothing.
+CREATE TABLE outbox_calendar (
+    day date PRIMARY KEY,
+    settled_in text,
+    last_xid xid8,
+    failed int NOT NULL DEFAULT 0
+);
+COMMENT ON COLUMN outbox_calendar.settled_in IS 'Null: the day is open. Otherwise nothing in it waits, nothing can be '
+    'written to it, and this is the realm in which last_xid has its meaning.';
+COMMENT ON COLUMN outbox_calendar.last_xid IS 'The last transaction of which a settled day has an event; null: none.';
+COMMENT ON COLUMN outbox_calendar.failed IS 'How many events of a settled day are FAILED.';
+GRANT SELECT ON outbox_calendar TO purchases_service, purchases_relay;
+
+-- Has a day that is settled written to again. Until the transaction ends, nobody settles it.
+CREATE FUNCTION reopen_outbox_day(day date) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s'
+AS $$
+DECLARE
+    was_settled boolean;
+BEGIN
+    SELECT c.settled_in IS NOT NULL INTO was_settled FROM public.outbox_calendar c
+        WHERE c.day = reopen_outbox_day.day FOR UPDATE;
+    IF was_settled THEN
+        EXECUTE format('ALTER TABLE public.%I DROP CONSTRAINT IF EXISTS settled',
+            'outbox_events_' || to_char(day, 'YYYY_MM_DD'));
+        UPDATE public.outbox_calendar c SET settled_in = NULL, last_xid = NULL, failed = 0
+            WHERE c.day = reopen_outbox_day.day;
+    END IF;
+END $$;
+
 -- Makes sure that events of one day (UTC, by the clock of the service that made the id) can be stored.
 CREATE FUNCTION ensure_outbox_day(day date) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
@@ -74,8 +107,30 @@ BEGIN
             events);
         EXECUTE format('ALTER TABLE public.outbox_events ATTACH PARTITION public.%I FOR VALUES FROM (%L) TO (%L)',
             events, public.uuid7_floor(day::timestamptz), public.uuid7_floor((day + 1)::timestamptz));
+        INSERT INTO public.outbox_calendar (day) VALUES (day);
+    ELSIF EXISTS (SELECT FROM public.outbox_calendar c WHERE c.day = ensure_outbox_day.day AND c.settled_in IS NOT NULL)
+    THEN
+        PERFORM public.reopen_outbox_day(day);
     END IF;
 END $$;
 
-REVOKE EXECUTE ON FUNCTION ensure_purchases_month(date), ensure_outbox_day(date) FROM PUBLIC;
+-- What no month may go for: the purchases of events that are not sent.
+CREATE FUNCTION unsent_purchases(OUT purchase_id uuid, OUT status text) RETURNS SETOF record
+    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off
+AS $$
+DECLARE
+    one date;
+    unsent text;
+BEGIN
+    FOR one IN SELECT c.day FROM public.outbox_calendar c WHERE c.settled_in IS NULL OR c.failed > 0 ORDER BY 1 LOOP
+        FOREACH unsent IN ARRAY ARRAY['NEW', 'FAILED'] LOOP -- one by one: each has its partial index
+            RETURN QUERY EXECUTE format('SELECT aggregate_id, status FROM public.%I WHERE status = %L',
+                'outbox_events_' || to_char(one, 'YYYY_MM_DD'), unsent);
+        END LOOP;
+    END LOOP;
+END $$;
+
+REVOKE EXECUTE ON FUNCTION ensure_purchases_month(date), ensure_outbox_day(date), reopen_outbox_day(date),
+    unsent_purchases() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION reopen_outbox_day(date) TO purchases_relay;
 GRANT EXECUTE ON FUNCTION ensure_purchases_month(date), ensure_outbox_day(date) TO purchases_service;

@@ -50,8 +50,7 @@ AS $$
 DECLARE
     purchases text := 'purchases_' || to_char(month, 'YYYY_MM');
     last_month text := to_char(month - interval '1 month', 'YYYY_MM');
-    unsent_status text;
-    unsent bigint;
+    unsent text;
 BEGIN
     IF NOT public.is_past_retention(month) THEN
         RAISE EXCEPTION 'the month % is kept', month USING ERRCODE = 'invalid_parameter_value';
@@ -64,14 +63,11 @@ BEGIN
     THEN
         RETURN 'it is not closed';
     END IF;
-    FOREACH unsent_status IN ARRAY ARRAY['NEW', 'FAILED'] LOOP -- one by one: each has its partial index
-        EXECUTE format('SELECT FROM public.outbox_events e JOIN public.%I p ON p.purchase_id = e.aggregate_id
-            WHERE e.status = %L LIMIT 1', purchases, unsent_status);
-        GET DIAGNOSTICS unsent = ROW_COUNT;
-        IF unsent > 0 THEN
-            RETURN 'some of its events are ' || unsent_status;
-        END IF;
-    END LOOP;
+    EXECUTE format('SELECT e.status FROM public.unsent_purchases() e JOIN public.%I p USING (purchase_id) LIMIT 1',
+        purchases) INTO unsent;
+    IF unsent IS NOT NULL THEN
+        RETURN 'some of its events are ' || unsent;
+    END IF;
     LOCK TABLE ONLY public.receipts, ONLY public.purchases, ONLY public.purchase_items IN ACCESS EXCLUSIVE MODE;
     EXECUTE format('DROP TABLE public.%I', 'purchase_items_' || to_char(month, 'YYYY_MM'));
     EXECUTE format('ALTER TABLE public.purchases DETACH PARTITION public.%I', purchases);
@@ -127,15 +123,11 @@ CREATE FUNCTION purchases_months(OUT month date, OUT purchases bigint, OUT bytes
     RETURNS SETOF record LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET timezone = 'UTC'
 BEGIN ATOMIC
-    WITH unsent_events AS (
-        SELECT aggregate_id FROM public.outbox_events WHERE status = 'NEW'
-        UNION ALL
-        SELECT aggregate_id FROM public.outbox_events WHERE status = 'FAILED'
-    ), unsent_months AS (
+    WITH unsent_months AS (
         SELECT date_trunc('month', to_timestamp(
-                   ('x' || left(translate(aggregate_id::text, '-', ''), 12))::bit(48)::bigint / 1000.0))::date AS month,
+                   ('x' || left(translate(purchase_id::text, '-', ''), 12))::bit(48)::bigint / 1000.0))::date AS month,
                count(*) AS events
-        FROM unsent_events GROUP BY 1
+        FROM public.unsent_purchases() GROUP BY 1
     ), months AS (
         SELECT to_date(right(c.relname, 7), 'YYYY_MM') AS month, c.reltuples, c.oid,
                to_regclass('public.purchase_items_' || right(c.relname, 7)) AS items

@@ -66,15 +66,26 @@ CREATE FUNCTION outbox_low_water_xid() RETURNS xid8
 
 -- Events that wait to be published, `most` at most.
 CREATE FUNCTION outbox_waiting(most int) RETURNS bigint
-    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off
+    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET timezone = 'UTC'
 AS $$
 DECLARE
     low xid8 := public.outbox_low_water_xid();
-    fresh bigint := (SELECT count(*) FROM (SELECT FROM public.outbox_events
-        WHERE status = 'NEW' AND created_xid >= low LIMIT most) AS waiting);
+    waiting bigint := 0;
+    of_day bigint;
+    one date;
 BEGIN
-    RETURN least(most, fresh + (SELECT count(*) FROM (SELECT FROM public.outbox_events
-        WHERE status = 'NEW' AND next_attempt_at IS NOT NULL AND created_xid < low LIMIT most) AS retries));
+    FOR one IN SELECT day FROM public.outbox_calendar WHERE settled_in IS NULL ORDER BY day LOOP
+        EXECUTE 'SELECT (SELECT count(*) FROM (SELECT FROM public.outbox_events
+                WHERE event_id >= $1 AND event_id < $2 AND status = ''NEW'' AND created_xid >= $3 LIMIT $4) AS fresh)
+            + (SELECT count(*) FROM (SELECT FROM public.outbox_events
+                WHERE event_id >= $1 AND event_id < $2 AND status = ''NEW'' AND next_attempt_at IS NOT NULL
+                    AND created_xid < $3 LIMIT $4) AS retries)'
+            USING public.uuid7_floor(one::timestamptz), public.uuid7_floor((one + 1)::timestamptz), low, most
+            INTO of_day;
+        waiting := waiting + of_day;
+        EXIT WHEN waiting >= most;
+    END LOOP;
+    RETURN least(most, waiting);
 END $$;
 
 -- How many there were when somebody counted them last. Who finds that old locks the row, counts, and stores it; the others

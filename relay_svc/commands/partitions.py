@@ -22,7 +22,8 @@ async def run(config: PartitionsSettings, *, drop: bool, as_json: bool) -> None:
     ) as pool:
         dropped = await retention.drop_old_days(pool) if drop else []
         days = await retention.days(pool)
-        horizon = await retention.first_kept(pool)
+        async with pool.connection() as connection:
+            horizon = await retention.first_kept(connection)
     if as_json:
         for day in days:
             print(json.dumps({**day._asdict(), "day": day.day.isoformat(), "retention": day.verdict(horizon)}))

@@ -21,7 +21,7 @@ from analytics_svc.ingest.quarantine import QuarantinedEvent
 from analytics_svc.proof import keeper
 from analytics_svc.purchase import Item, PurchaseCreated
 from analytics_svc.upstream.outbox import Listed
-from relay_svc import inspection, outbox
+from relay_svc import days, inspection, outbox
 from relay_svc.server import OutboxServicer
 from retail.relay.v1.outbox_service_pb2 import ListCommittedEventIdsRequest
 from tests.integration.outbox_events import new_ids
@@ -218,8 +218,9 @@ class World:
             return
         relay = self._chance.choice(free)
         await self._relays[relay].execute("BEGIN")
-        retries = await outbox.claim_retries(self._relays[relay], 2)
-        claim = await outbox.claim(self._relays[relay], self._chance.randint(1, 5), outbox.START)
+        found = await days.open_days(self._relays[relay])
+        retries = await outbox.claim_retries(self._relays[relay], 2, found.days)
+        claim = await outbox.claim(self._relays[relay], self._chance.randint(1, 5), outbox.START, found)
         self._claims[relay] = [event.event_id for event in [*retries, *claim.events]]
         self._queue += self._claims[relay]  # published; marked, if ever, by a later step
 
@@ -235,12 +236,14 @@ class World:
         failed = [i for i in ids if self._chance.random() < self._hardship["fail"] / 4]
         for event_id in failed:
             self._queue = [i for i in self._queue if i != event_id]  # it was not published after all
-        await outbox.mark_sent(connection, [i for i in ids if i not in failed])
+        among = (await days.open_days(connection)).days
+        await outbox.mark_sent(connection, [i for i in ids if i not in failed], among)
         await outbox.mark_faulty(connection, dict.fromkeys(failed, "no"), attempts_max=1)
         await connection.execute("COMMIT")
 
     async def _requeue_failed(self) -> None:
-        ids = await inspection.failed_ids(self._owner, after=outbox.NIL, limit=100)
+        among = await inspection.days_with(self._owner, "FAILED")
+        ids = await inspection.failed_ids(self._owner, among, after=outbox.NIL, limit=100)
         await inspection.requeue(self._owner, ids)
 
     async def _consume(self) -> None:

@@ -5,6 +5,7 @@ import datetime
 from collections.abc import AsyncIterator
 from typing import Any
 
+import psycopg
 import pytest
 
 import relay_svc.__main__ as relay
@@ -43,11 +44,12 @@ def send_long_ago(purchases_url: str) -> None:
     """As if all that is recorded had been recorded and sent that many days ago."""
     day = today() - datetime.timedelta(days=AGE_DAYS)
     for table, status in (("purchases", ""), ("outbox_events", ", status = 'SENT'")):
-        query(
-            purchases_url,
-            f"UPDATE {table} SET event_id = (left(uuid7_floor('{day} 12:00Z')::text, 13)"
-            f" || substr(event_id::text, 14))::uuid{status}",
-        )
+        with psycopg.connect(purchases_url) as connection:
+            connection.execute("SELECT reopen_outbox_day(%s)", [day])  # and nobody settles it before the commit
+            connection.execute(
+                f"UPDATE {table} SET event_id = (left(uuid7_floor('{day} 12:00Z')::text, 13)"
+                f" || substr(event_id::text, 14))::uuid{status}"
+            )
 
 
 def mark(url: str) -> tuple[str | None, datetime.datetime | None]:

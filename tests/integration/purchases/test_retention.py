@@ -319,6 +319,21 @@ async def test_service_that_counts_on_a_dropped_month(opened: Pool, purchases_db
     assert isinstance(stored, Recorded)
 
 
+async def test_service_that_counts_on_a_settled_day(opened: Pool, purchases_db: str) -> None:
+    """A process whose clock is at a day that was settled behind its back has it opened, and stores its sales."""
+    recorder = make_recorder(opened, Partitions(opened))
+    await recorder.record(old_sale(0))
+    mark_sent(purchases_db)
+    with psycopg.connect(purchases_db) as connection:  # no day that is settled is today, unless a clock is wrong
+        connection.execute(
+            f"ALTER TABLE outbox_events_{today():%Y_%m_%d} ADD CONSTRAINT settled CHECK (false) NOT VALID"
+        )
+        connection.execute(
+            "UPDATE outbox_calendar SET settled_in = transaction_ids_realm(), last_xid = '1' WHERE day = %s", [today()]
+        )
+    assert isinstance(await recorder.record(old_sale(0)), Recorded)
+
+
 async def test_sales_and_retention_race_for_a_month(opened: Pool, purchases_db: str) -> None:
     """Retention tries to drop a month in which sales go on: no acknowledged sale goes with its event unsent."""
     recorder = make_recorder(opened, Partitions(opened))

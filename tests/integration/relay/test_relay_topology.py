@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from urllib.parse import unquote, urlsplit
 
 import pika
@@ -244,8 +244,8 @@ async def send(url: str, count: int) -> list[str]:
 async def read(outbox: Pool, after: committed.Snapshot | None) -> None:
     """As the reader of committed events does it: all up to `after` is counted; what came since then?"""
     async with outbox.connection() as connection:
-        async with connection.transaction():
-            listing = await anext(aiter(committed.since(connection, after)))
+        async with aclosing(committed.since(connection, after)) as listings:
+            listing = await anext(listings)
         await committed.remember(connection, listing)
 
 

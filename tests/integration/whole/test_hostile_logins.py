@@ -129,8 +129,7 @@ async def test_nobody_is_sure_of_what_was_not_given(purchases_db: str) -> None:
     async with pool(purchases_db, "purchases_relay") as opened, opened.connection() as connection:
 
         async def ask(after: committed.Snapshot | None) -> committed.Listing:
-            async with connection.transaction():
-                first, *_ = [part async for part in committed.since(connection, after)]
+            first, *_ = [part async for part in committed.since(connection, after)]
             await committed.remember(connection, first)
             return first
 
