@@ -162,6 +162,86 @@ def test_migration_gives_way_to_sales(purchases_db: str, tmp_path: Path) -> None
         assert migrating.result(WAIT_S) == ["9000_wider"]
 
 
+def test_first_statements_give_way_too(purchases_db: str) -> None:
+    """What every `migrate` does waits for nobody longer than its files do."""
+    wait = "SELECT count(*) FROM pg_locks WHERE relation = 'schema_migrations'::regclass AND NOT granted AND pid = %s"
+    with (
+        migrate.connect(purchases_db) as connection,
+        ThreadPoolExecutor(1) as aside,
+        psycopg.connect(purchases_db) as holder,
+        psycopg.connect(purchases_db, autocommit=True) as looking,
+    ):
+        holder.execute("LOCK TABLE schema_migrations IN ACCESS EXCLUSIVE MODE")
+        migrating = aside.submit(migrate.migrate, connection, purchases.MIGRATIONS)
+
+        def waits() -> bool:
+            return looking.execute(wait, [connection.info.backend_pid]).fetchone() == (1,)
+
+        assert wait_until(waits, WAIT_S)  # it waits, gives way, and waits again
+        assert wait_until(lambda: not waits(), WAIT_S)
+        assert wait_until(waits, WAIT_S)
+        holder.rollback()
+        assert migrating.result(WAIT_S) == []
+
+
+INDEXES = {
+    "customers": "CREATE INDEX CONCURRENTLY customers_twice ON customers (customer_id, customer_id);",
+    "receipts": "-- Why.\nCREATE UNIQUE INDEX CONCURRENTLY receipts_twice\n  ON receipts (business_day, purchase_id)",
+}
+WRITES = {
+    "customers": "INSERT INTO customers VALUES (gen_random_uuid())",
+    "receipts": "INSERT INTO {} SELECT 1, 'P', '2026-03-05', gen_random_uuid()::text, gen_random_uuid(),"
+    " '2026-03-05 12:00Z'",
+}
+
+
+@pytest.mark.parametrize("table", INDEXES)
+def test_index_of_a_table_in_use(purchases_db: str, tmp_path: Path, table: str) -> None:
+    """An index is made while somebody writes, on all partitions; no writer waits longer than a second.
+
+    A try that was broken off leaves an index that is not valid, and the next one makes it again.
+    """
+    copy_migrations(tmp_path)
+    (tmp_path / "9000_index.sql").write_text(INDEXES[table])
+    builds = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%INDEX CONCURRENTLY%' AND wait_event_type = 'Lock'"
+    built = f"SELECT indisvalid FROM pg_index WHERE indexrelid::regclass::text LIKE '%{table}_twice'"
+
+    def build() -> list[str]:
+        with migrate.connect(purchases_db) as connection:
+            return migrate.migrate(connection, tmp_path)
+
+    with (
+        ThreadPoolExecutor(1) as aside,
+        psycopg.connect(purchases_db, autocommit=True) as till,
+        psycopg.connect(purchases_db) as slow,
+    ):
+        for month in ("2026-03-01", "2026-05-01"):
+            till.execute("SELECT ensure_purchases_month(%s)", [month])
+        slow.execute(WRITES[table].format("receipts_2026_03"))  # was there before: the index has to wait for it
+        till.execute("SET lock_timeout = '1s'")
+        for attempt in range(2):
+            migrating = aside.submit(build)
+            assert wait_until(lambda: bool(till.execute(builds).fetchall()), WAIT_S)
+            for _ in range(20):
+                till.execute(WRITES[table].format(table))
+            if attempt == 0:
+                till.execute(f"SELECT pg_terminate_backend(pid) FROM ({builds}) AS building")
+                with pytest.raises(psycopg.OperationalError):
+                    migrating.result(WAIT_S)
+                assert (False,) in till.execute(built).fetchall()
+        slow.commit()
+        assert migrating.result(WAIT_S) == ["9000_index"]
+        parts = till.execute(built).fetchall()
+        if table == "receipts":  # February to June: those of the months around, too
+            assert len(parts) == 1 + 5
+            till.execute("SELECT ensure_purchases_month('2026-09-01')")  # later partitions have theirs
+            assert till.execute(
+                "SELECT count(*) FROM pg_inherits WHERE inhparent = 'receipts_twice'::regclass"
+            ).fetchone() == (8,)
+        assert {valid for (valid,) in parts} == {True}
+    assert migrate_from(purchases_db, tmp_path) == []
+
+
 async def test_database_of_another_history_is_refused(purchases_db: str, tmp_path: Path) -> None:
     """Files that were changed, or are gone, after they were applied: both sides name them and the database.
 
