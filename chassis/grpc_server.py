@@ -38,10 +38,12 @@ METHOD_LENGTH_MAX = 200  # of a method that is not there, as it is repeated to t
 # A stream whose reader takes nothing for so long is cut. Shorter than PostgreSQL's patience with an idle transaction.
 READER_TIMEOUT_S = 20.0
 
-# With certificates, a connection lasts no longer than the first; what is under way on it then, than both together. So
-# ends what was opened with a certificate that has ended since.
+# A connection takes no new calls after the first, which go on another one; what is under way on it then has the second.
+# So tills find servers that came later, and what was opened with a certificate that has ended since ends, too.
 CONNECTION_AGE_S = 600.0
-CONNECTION_GRACE_S = 600.0
+CONNECTION_GRACE_S = 1_860.0  # longer than any call may take: gRPC cuts it off without a word
+STREAM_TIMEOUT_S = 1_800.0  # then its caller is told to come again
+SIDE_STREAM_TIMEOUT_S = 600.0  # of health and reflection, which wait for nobody's work
 
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", REPLY_BYTES_MAX),
@@ -137,15 +139,27 @@ class Server:
             ("grpc.max_receive_message_length", GRPC_LIMIT_FACTOR * max(s.message_bytes_max for s in services)),
             # Shared by default on Linux: then two servers would have one port without noticing.
             ("grpc.so_reuseport", int(share_port)),
-            *self._age(),
+            ("grpc.max_connection_age_ms", int(1_000 * CONNECTION_AGE_S)),
+            ("grpc.max_connection_age_grace_ms", int(1_000 * CONNECTION_GRACE_S)),
         ]
         # The last of all limits, without a word to programs; ours come first.
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * CALLS_MAX)
         for service in services:
-            door = Door(self.domain, self._gate, rules, self.in_flight, service.timeout_s, service.message_bytes_max)
+            door = Door(
+                self.domain,
+                self._gate,
+                rules,
+                self.in_flight,
+                service.timeout_s,
+                STREAM_TIMEOUT_S,
+                service.message_bytes_max,
+            )
             service.add(service.servicer, _WrappingServer(server, door))
-        # Health and reflection answer while draining, so they are counted apart: a health watch never ends.
-        shell = _WrappingServer(server, Door(self.domain, self._gate, rules, InFlight(), None, MESSAGE_BYTES_MAX))
+        # Health and reflection answer while draining, so they are counted apart: a health watch does not end then.
+        door = Door(
+            self.domain, self._gate, rules, InFlight(), CALL_TIMEOUT_S, SIDE_STREAM_TIMEOUT_S, MESSAGE_BYTES_MAX
+        )
+        shell = _WrappingServer(server, door)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, shell)  # type: ignore[arg-type]
         if self._reflection:
             reflection.add_to_server([*(s.name for s in services), health.SERVICE_NAME], shell)
@@ -164,14 +178,6 @@ class Server:
                 log.warning("calls were cut off by the end of the drain", calls=self.in_flight.calls)
             await server.stop(grace=0.5)  # lets the last answers leave; health watches are cut
             following.cancel()
-
-    def _age(self) -> list[tuple[str, Any]]:
-        if self._credentials is None:
-            return []
-        return [
-            ("grpc.max_connection_age_ms", int(1_000 * CONNECTION_AGE_S)),
-            ("grpc.max_connection_age_grace_ms", int(1_000 * CONNECTION_GRACE_S)),
-        ]
 
     def _add_port(self, server: grpc.aio.Server, address: str) -> None:
         try:
@@ -196,7 +202,8 @@ class Door(NamedTuple):
     gate: Gate
     rules: Mapping[str, Rule]  # by method
     in_flight: InFlight
-    timeout_s: float | None  # of a call
+    timeout_s: float  # of a call with one answer, and for the request of others
+    stream_timeout_s: float
     message_bytes_max: int
 
 
@@ -246,7 +253,8 @@ class _Guard:
     def __init__(self, method: str, handler: Any, door: Door) -> None:
         self._method, self._domain, self._in_flight = method, door.domain, door.in_flight
         self._gate, self._rule = door.gate, door.rules[method]
-        self._timeout_s, self._message_bytes_max = door.timeout_s, door.message_bytes_max
+        self._timeout_s, self._stream_timeout_s = door.timeout_s, door.stream_timeout_s
+        self._message_bytes_max = door.message_bytes_max
         self._behavior = (  # exactly one is set
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         )
@@ -259,7 +267,7 @@ class _Guard:
         try:
             remaining = context.time_remaining()
             cap = self._timeout_s
-            if cap is None or (remaining is not None and remaining <= cap):  # nearly always; gRPC ends it in time
+            if remaining is not None and remaining <= cap:  # nearly always; gRPC ends it in time
                 reply = await self._reply(requests, context)
             else:
                 async with asyncio.timeout(cap):
@@ -291,7 +299,7 @@ class _Guard:
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
         try:
             caller = self._gate.admit(self._rule, context)
-            async with self._gate.while_accepted(self._rule, caller):
+            async with self._gate.while_accepted(self._rule, caller), self._in_time():
                 await self._stream(caller, requests, context)
         except BaseException as error:
             failure = self._explain(error)
@@ -313,6 +321,17 @@ class _Guard:
         finally:
             stream.close()
             self._in_flight.leave(caller.name, size)
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._stream_timeout_s) as limit:
+                yield
+        except TimeoutError:
+            if limit.expired():
+                text = f"a stream lasts {self._stream_timeout_s:,g} s at most; call again for what comes after that"
+                raise errors.ShuttingDown(text) from None
+            raise
 
     async def _answer(self, replies: Any, context: Any) -> None:
         if inspect.isawaitable(replies):  # the health service writes to the context itself

@@ -152,7 +152,8 @@ class AnalyticsServiceServicer:
         their latest state only. A row that a repair has taken away is sent with
         zeros. All rows are sent again when changes may have been missed. A watcher
         that reads nothing for 10 seconds is cut off with RESOURCE_EXHAUSTED,
-        WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN.
+        WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN,
+        and so does each after half an hour: watch again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -69,7 +69,8 @@ class AnalyticsServiceStub:
     their latest state only. A row that a repair has taken away is sent with
     zeros. All rows are sent again when changes may have been missed. A watcher
     that reads nothing for 10 seconds is cut off with RESOURCE_EXHAUSTED,
-    WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN.
+    WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN,
+    and so does each after half an hour: watch again.
     """
 
 @_typing.type_check_only
@@ -113,7 +114,8 @@ class AnalyticsServiceAsyncStub(AnalyticsServiceStub):
     their latest state only. A row that a repair has taken away is sent with
     zeros. All rows are sent again when changes may have been missed. A watcher
     that reads nothing for 10 seconds is cut off with RESOURCE_EXHAUSTED,
-    WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN.
+    WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN,
+    and so does each after half an hour: watch again.
     """
 
 class AnalyticsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -196,7 +198,8 @@ class AnalyticsServiceServicer(metaclass=_abc_1.ABCMeta):
         their latest state only. A row that a repair has taken away is sent with
         zeros. All rows are sent again when changes may have been missed. A watcher
         that reads nothing for 10 seconds is cut off with RESOURCE_EXHAUSTED,
-        WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN.
+        WATCHER_TOO_SLOW; a server that stops ends with UNAVAILABLE, SHUTTING_DOWN,
+        and so does each after half an hour: watch again.
         """
 
 def add_AnalyticsServiceServicer_to_server(servicer: AnalyticsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

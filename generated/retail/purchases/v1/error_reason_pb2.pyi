@@ -56,8 +56,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     same kind of thing were answered all the while.
     """
     SHUTTING_DOWN: _ErrorReason.ValueType  # 8
-    """UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or
-    the next, answers.
+    """UNAVAILABLE. Retry after 0.2 s: this server is stopping, or a stream has
+    lasted as long as any may; another one, or the next, answers.
     """
     DATABASE_UNAVAILABLE: _ErrorReason.ValueType  # 9
     """UNAVAILABLE. Retry after 1 s: the service does not reach its database at
@@ -166,8 +166,8 @@ more calls are in flight, than the server takes in; or others that read the
 same kind of thing were answered all the while.
 """
 SHUTTING_DOWN: ErrorReason.ValueType  # 8
-"""UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or
-the next, answers.
+"""UNAVAILABLE. Retry after 0.2 s: this server is stopping, or a stream has
+lasted as long as any may; another one, or the next, answers.
 """
 DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 9
 """UNAVAILABLE. Retry after 1 s: the service does not reach its database at

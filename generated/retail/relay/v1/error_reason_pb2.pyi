@@ -51,8 +51,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     a relay.
     """
     SHUTTING_DOWN: _ErrorReason.ValueType  # 7
-    """UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or
-    the next, answers.
+    """UNAVAILABLE. Retry after 0.2 s: this server is stopping, or a stream has
+    lasted as long as any may; another one, or the next, answers.
     """
     DATABASE_UNAVAILABLE: _ErrorReason.ValueType  # 8
     """UNAVAILABLE. Retry after 1 s: the service does not reach its database at
@@ -123,8 +123,8 @@ other filters: begin with the first page. Or after_snapshot was not made by
 a relay.
 """
 SHUTTING_DOWN: ErrorReason.ValueType  # 7
-"""UNAVAILABLE. Retry after 0.2 s: this server is stopping; another one, or
-the next, answers.
+"""UNAVAILABLE. Retry after 0.2 s: this server is stopping, or a stream has
+lasted as long as any may; another one, or the next, answers.
 """
 DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 8
 """UNAVAILABLE. Retry after 1 s: the service does not reach its database at
