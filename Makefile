@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 LOCAL := exec $(PYTHON) -m deploy.local
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run start stop status demo test lint proto settings contract image-check bench faults
+.PHONY: help ready run start stop status demo test lint proto settings contract dev-certs image-check bench faults
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -13,10 +13,10 @@ help: ## this list
 ready: # the virtual environment, as requirements-dev.txt has it; quick when nothing changed
 	@sh deploy/bootstrap.sh
 
-run: ready ## everything, in the foreground: prints the endpoints; Ctrl-C stops it all
+run: ready ## everything, in the foreground: prints the endpoints; Ctrl-C stops it all; [TLS=1]
 	@$(LOCAL) run
 
-start: ready ## start what is not running, in the background
+start: ready ## start what is not running, in the background; [TLS=1]
 	@$(LOCAL) start
 
 stop: ready ## stop everything of this checkout
@@ -42,6 +42,9 @@ settings: ready ## docs/settings.md, of what the processes declare
 
 contract: ready ## accept what proto/ says now, breaking changes included; lint compares with it from then on
 	@.venv/bin/buf build proto --exclude-source-info -o proto/accepted.binpb
+
+dev-certs: ready ## a CA and certificates for trying out, in .local/certificates; `make run TLS=1` makes them too
+	@$(PYTHON) -m deploy.certificates
 
 image-check: ## build the container image without Docker, and try its commands; for root on Debian; [OPTIONAL=1]
 	@OPTIONAL=$(OPTIONAL) bash deploy/image_check.sh

@@ -106,8 +106,9 @@ def _environ_of(cls: type, process: str) -> Mapping[str, str]:
     file = prefix.parent / LOCAL_STACK / f"{process}.env"
     if prefix.name != ".venv" or any(name in environ for name in names if name.endswith(("_TARGET", "_URL"))):
         return environ
+    operator = file.with_name("operator.env")  # who a person is, where there are certificates
     try:
-        words = shlex.split(file.read_text())
+        words = shlex.split(file.read_text() + (operator.read_text() if operator.exists() else ""))
     except (FileNotFoundError, PermissionError):  # no local stack, or somebody else's
         return environ
     click.echo(f"as the local stack is set: {file}", err=True)

@@ -1,17 +1,19 @@
-"""`python healthcheck.py HOST:PORT`: exit code 0 if the gRPC server there is SERVING. For containers."""
+"""`python healthcheck.py HOST:PORT`: exit code 0 if the gRPC server there is SERVING. For containers.
+
+With certificates, HOST is a name in the server's: that of its container."""
 
 import sys
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from chassis import grpc_client
+from chassis import grpc_client, settings, tls
 
 TIMEOUT_S = 2.0
 
 
-def is_serving(target: str) -> bool:
-    with grpc_client.connect_blocking(target) as channel:
+def is_serving(target: str, credentials: tls.Credentials | None = None) -> bool:
+    with grpc_client.connect_blocking(target, credentials) as channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)  # type: ignore[attr-defined]
         except grpc.RpcError:
@@ -20,4 +22,5 @@ def is_serving(target: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if is_serving(sys.argv[1]) else 1)
+    credentials = tls.credentials(settings.load(tls.TlsSettings))  # the process's own
+    sys.exit(0 if is_serving(sys.argv[1], credentials) else 1)

@@ -6,10 +6,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
-from chassis.tls import Credentials
-from pos.client import PosClient, Recorded, Sale, connect
+from chassis.tls import Broken
+from pos.client import PosClient, Recorded, Sale
 from pos.errors import PosError
-from pos.tills import ATTEMPT_TIMEOUT_S, TOTAL_TIMEOUT_S, Repetition, SaleFailed, check_same, repeats
+from pos.lines import Identities, Lines
+from pos.tills import Repetition, SaleFailed, check_same, repeats
 
 
 class Backlog:
@@ -18,10 +19,8 @@ class Backlog:
     The counters may be read at any time, and mean what those of `Tills` mean.
     """
 
-    def __init__(
-        self, sales: Sequence[Sale], target: str, *, seed: int, credentials: Credentials | None = None
-    ) -> None:
-        """`seed` decides which sales are sent twice."""
+    def __init__(self, sales: Sequence[Sale], target: str, *, seed: int, identities: Identities = Identities()) -> None:
+        """`seed` decides which sales are sent twice. Tills with certificates send their own, one after the other."""
         self.recorded = 0
         self.replayed = 0
         self.duplicates_sent = 0
@@ -29,13 +28,8 @@ class Backlog:
         self._sales, self._seed = sales, seed
         self._first_answers: dict[str, Recorded] = {}  # to sales that are sent twice, by key
         self._stop = threading.Event()
-        self._channel = connect(target, credentials)
-        self._client = PosClient(
-            self._channel,
-            attempt_timeout_s=ATTEMPT_TIMEOUT_S,
-            total_timeout_s=TOTAL_TIMEOUT_S,
-            pause=self._pause,
-        )
+        self._lines = Lines(target, identities, shared=1, pause=self._pause)
+        self._by_till = identities.tills is not None
         self._thread = ThreadPoolExecutor(1, "backlog")
         self._work: Future[None] = Future()
 
@@ -58,21 +52,35 @@ class Backlog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._channel.close()  # ends the upload
+        self._lines.close()  # ends the upload
         self._thread.shutdown(cancel_futures=True)
 
     def _send_all(self) -> None:
-        self._upload(self._with_twins())
-        self._upload(sale for sale in self._sales if repeats(sale, self._seed) is Repetition.AGAIN)
+        for sales in self._parts():
+            try:
+                client = self._lines.of(sales[0])
+            except Broken as error:
+                raise SaleFailed(sales[0], str(error)) from error
+            self._upload(client, self._with_twins(sales))
+            self._upload(client, (sale for sale in sales if repeats(sale, self._seed) is Repetition.AGAIN))
 
-    def _with_twins(self) -> Iterator[Sale]:
+    def _parts(self) -> Iterable[Sequence[Sale]]:
+        """What one client may send."""
+        if not self._by_till:
+            return [self._sales] if self._sales else []
+        parts: dict[tuple[int, str], list[Sale]] = {}
         for sale in self._sales:
+            parts.setdefault((sale.branch_id, sale.pos_id), []).append(sale)
+        return parts.values()
+
+    def _with_twins(self, sales: Sequence[Sale]) -> Iterator[Sale]:
+        for sale in sales:
             yield sale
             if repeats(sale, self._seed) is Repetition.AT_ONCE:
                 yield sale
 
-    def _upload(self, sales: Iterable[Sale]) -> None:
-        for sale, outcome in self._client.upload_purchases(sales, register_customers=True):
+    def _upload(self, client: PosClient, sales: Iterable[Sale]) -> None:
+        for sale, outcome in client.upload_purchases(sales, register_customers=True):
             if isinstance(outcome, PosError):
                 raise SaleFailed(sale, str(outcome)) from outcome
             self.trouble = None

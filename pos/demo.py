@@ -27,7 +27,7 @@ from rich.text import Text
 
 from chassis import cli, tls
 from chassis.lifecycle import FORCED_EXIT_CODE
-from chassis.settings import setting, target
+from chassis.settings import setting, target, text
 from pos import report
 from pos.analytics import AnalyticsClient
 from pos.audit import AuditClient
@@ -35,6 +35,7 @@ from pos.backlog import Backlog
 from pos.client import PosClient, Sale, connect
 from pos.control_totals import Comparison, wait_until_equal
 from pos.errors import PosError
+from pos.lines import Identities
 from pos.replay import UnreadableFile, read_sales
 from pos.report import Answers, Sent
 from pos.simulator import simulate
@@ -55,6 +56,13 @@ class Settings(tls.TlsSettings):
     )
     consumer_target: str = setting(
         "CONSUMER_TARGET", target, "host:port", "where the consumer, which audits, is found", default="127.0.0.1:50054"
+    )
+    till_certificates: str = setting(
+        "TILL_CERTIFICATES",
+        text,
+        "directory",
+        "of the tills' certificates, branch-1-till-POS-3.pem and its key in …-key.pem, and of ca.pem",
+        default="",
     )
 
 
@@ -108,8 +116,9 @@ def run(args: Asked, settings: Settings, console: Console) -> bool:
     with _progress(console) as progress:
         sender = Backlog if args.file else Tills  # books are sent as a till sends what it sold while it was offline
         credentials = tls.credentials(settings)
-        sender_of_all = sender(sales, settings.purchases_target, seed=args.seed, credentials=credentials)
-        sent = send(sender_of_all, len(sales), progress)
+        identities = Identities(credentials, Path(settings.till_certificates) if settings.till_certificates else None)
+        tills = sender(sales, settings.purchases_target, seed=args.seed, identities=identities)
+        sent = send(tills, len(sales), progress)
         comparison, answers = wait_and_ask(settings, credentials, progress)
     report.print_all(answers, comparison, sent, console)
     if args.file:

@@ -9,16 +9,15 @@ from enum import Enum
 from types import TracebackType
 from typing import Self
 
-from chassis.tls import Credentials
-from pos.client import PosClient, Recorded, Sale, connect
+from chassis.tls import Broken
+from pos.client import PosClient, Recorded, Sale
 from pos.errors import PosError
+from pos.lines import Identities, Lines
 
 # The service commits what arrives together in one transaction, so it wants many sales in flight; beyond some
 # dozens the threads only wait for each other, since Python runs one at a time.
 TILLS = 32
 TILLS_PER_CHANNEL = 8  # a connection each: the service's workers share connections, not calls
-ATTEMPT_TIMEOUT_S = 10.0
-TOTAL_TIMEOUT_S = 180.0  # rides out an outage of two minutes, and the rush after it
 
 # Real tills repeat themselves when an answer is late. Of 1,000 sales, this many are sent twice on purpose:
 AGAIN_PER_MILLE = 25  # once more after the answer
@@ -63,9 +62,7 @@ class Tills:
     The counters may be read at any time.
     """
 
-    def __init__(
-        self, sales: Iterable[Sale], target: str, *, seed: int, credentials: Credentials | None = None
-    ) -> None:
+    def __init__(self, sales: Iterable[Sale], target: str, *, seed: int, identities: Identities = Identities()) -> None:
         """`seed` decides which sales are sent twice."""
         self.recorded = 0  # sales answered, each counted once
         self.replayed = 0  # of those, sales that had been stored before
@@ -75,23 +72,13 @@ class Tills:
         self._waiting = deque(sales)
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._channels = [connect(target, credentials) for _ in range(TILLS // TILLS_PER_CHANNEL)]
-        self._clients = [
-            PosClient(
-                channel,
-                attempt_timeout_s=ATTEMPT_TIMEOUT_S,
-                total_timeout_s=TOTAL_TIMEOUT_S,
-                pause=self._pause,
-            )
-            for channel in self._channels
-        ]
+        self._lines = Lines(target, identities, shared=TILLS // TILLS_PER_CHANNEL, pause=self._pause)
         self._threads = ThreadPoolExecutor(TILLS, "till")
         self._twins = ThreadPoolExecutor(TILLS, "twin")  # at most one sale's twin for each till
         self._futures: set[Future[None]] = set()
 
     def __enter__(self) -> Self:
-        clients = self._clients
-        self._futures = {self._threads.submit(self._work, clients[i % len(clients)]) for i in range(TILLS)}
+        self._futures = {self._threads.submit(self._work, number) for number in range(TILLS)}
         return self
 
     def wait(self, timeout_s: float) -> bool:
@@ -109,20 +96,19 @@ class Tills:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        for channel in self._channels:
-            channel.close()  # ends the calls in flight
+        self._lines.close()  # ends the calls in flight
         self._threads.shutdown(cancel_futures=True)
         self._twins.shutdown(cancel_futures=True)
 
-    def _work(self, client: PosClient) -> None:
+    def _work(self, number: int) -> None:
         while not self._stop.is_set():
             try:
                 sale = self._waiting.popleft()
             except IndexError:
                 return
             try:
-                self._sell(client, sale)
-            except PosError as error:
+                self._sell(self._lines.of(sale, number), sale)
+            except (PosError, Broken) as error:
                 raise SaleFailed(sale, str(error)) from error
 
     def _sell(self, client: PosClient, sale: Sale) -> None:

@@ -20,6 +20,7 @@ PAGES = (
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "deploy" / "RUNBOOK.md",
+    ROOT / "deploy" / "SECURITY.md",
     ROOT / "tests" / "bench" / "README.md",
     ROOT / "tests" / "faults" / "README.md",
 )

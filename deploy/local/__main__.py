@@ -14,6 +14,7 @@ from types import FrameType
 
 from deploy.local import terminal
 from deploy.local.machine import Process, StackError
+from deploy.local.services import TLS_SETTING
 from deploy.local.stack import Stack, how_it_ended
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +170,8 @@ def show_endpoints(stack: Stack) -> None:
     endpoints = stack.endpoints()
     rows = [(name, address, metrics, _log(stack, name)) for name, (address, metrics) in endpoints.items()]
     terminal.table([("", "address", "metrics", "log"), *rows])
-    terminal.say(_example_calls(endpoints["purchases"][0], endpoints["analytics"][0]))
+    certificates = stack.certificates if stack.settings.get(TLS_SETTING) == "1" else None
+    terminal.say(_example_calls(endpoints["purchases"][0], endpoints["analytics"][0], certificates))
     terminal.say("\nAnd then:\n")
     terminal.table([(f"  .venv/bin/{command}", what) for command, what in NEXT])
 
@@ -178,20 +180,26 @@ def _log(stack: Stack, name: str) -> str:
     return str(stack.log_of(name).relative_to(stack.root))
 
 
-def _example_calls(purchases: str, analytics: str) -> str:
+def _example_calls(purchases: str, analytics: str, certificates: Path | None) -> str:
     now = datetime.now(UTC)
     sale = (
         f'{{"idempotency_key": "{uuid.uuid4()}", "purchase": {{"receipt_id": "{now:%H%M%S}", "branch_id": 1, '
         f'"cashier_id": 17, "pos_id": "POS-3", "purchase_time": "{now:%Y-%m-%dT%H:%M:%SZ}", '
         '"items": [{"product_id": 1001, "quantity": 1, "unit_price": {"value": "8.90"}}]}}'
     )
-    summary = f"http://{analytics}/retail.analytics.v1.AnalyticsService/GetSalesSummary"
+    summary = f"{analytics}/retail.analytics.v1.AnalyticsService/GetSalesSummary"
+    grpcurl, buf, scheme = "-plaintext", "--http2-prior-knowledge", "http"
+    if certificates:
+        whose = [certificates / name for name in ("ca", "branch-1-till-POS-3", "operator-kim")]
+        ca, till, operator = (os.path.relpath(name) for name in whose)
+        grpcurl = f"-cacert {ca}.pem -cert {till}.pem -key {till}-key.pem -protoset proto/image.binpb"
+        buf, scheme = f"--cacert {ca}.pem --cert {operator}.pem --key {operator}-key.pem", "https"
     return f"""
 Record a sale, then ask for the sum:
 
-  grpcurl -plaintext -d '{sale}' {purchases} retail.purchases.v1.PurchasesService/CreatePurchase
+  grpcurl {grpcurl} -d '{sale}' {purchases} retail.purchases.v1.PurchasesService/CreatePurchase
 
-  .venv/bin/buf curl --protocol grpc --http2-prior-knowledge -d '{{}}' {summary}"""
+  .venv/bin/buf curl --protocol grpc {buf} -d '{{}}' {scheme}://{summary}"""
 
 
 if __name__ == "__main__":

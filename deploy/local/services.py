@@ -8,6 +8,7 @@ from pathlib import Path
 from deploy.local.machine import MARK, StackError
 
 BROKER_SETTING = "AMQP_URL"
+TLS_SETTING = "TLS"  # 1: with certificates, made for the purpose
 
 # The caller's variables that configure us, so that whoever restarts one process must give it the same ones.
 SETTING_PREFIXES = (
@@ -19,6 +20,7 @@ SETTING_PREFIXES = (
     "BUSINESS_",
     "LOG_",
     "TLS",
+    "TRUST_DOMAIN",
     "ALLOW_PLAINTEXT",
 )
 

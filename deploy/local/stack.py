@@ -14,6 +14,8 @@ import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from chassis import grpc_client
+from chassis.tls import Credentials
+from deploy import certificates
 from deploy.local import machine, programs, terminal
 from deploy.local.machine import MARK, Notebook, Process, StackError
 from deploy.local.postgres import Postgres
@@ -21,6 +23,7 @@ from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.services import (
     BROKER_SETTING,
     SERVICES,
+    TLS_SETTING,
     Database,
     Service,
     common_environ,
@@ -35,6 +38,7 @@ MIGRATE_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0  # how long a service may take to finish what is in flight
 HEALTH_TIMEOUT_S = 1.0
 NO_SIGNAL = 0
+OPERATOR = "operator/kim"  # who asks and commands by hand
 
 # Unusual ones, below the range of outgoing connections. Where one is taken, another is picked and remembered.
 POSTGRES_PORT, RABBITMQ_PORT = 29_432, 29_672
@@ -48,6 +52,7 @@ class Stack:
     ) -> None:
         self.root = root.resolve()
         self.home = self.root / ".local"
+        self.certificates = self.home / "certificates"
         self.services = services
         self._databases = tuple(dict.fromkeys(service.database for service in services))
         self._caller = environ
@@ -171,6 +176,11 @@ class Stack:
                 raise StackError(done.stderr.strip())
 
     def _start_services(self, missing: Sequence[Service], settings: Mapping[str, str]) -> None:
+        if settings.get(TLS_SETTING) == "1":
+            with terminal.step("certificates"):
+                certificates.make(
+                    self.certificates, trust_domain=settings.get("TRUST_DOMAIN", certificates.TRUST_DOMAIN)
+                )
         if missing:
             with terminal.step("migrations"):
                 self._migrate(settings)
@@ -218,9 +228,15 @@ class Stack:
 
     def _spawn(self, service: Service, settings: Mapping[str, str]) -> Process:
         environ = service_environ(service, self.services, settings, self._urls(service, settings))
+        environ |= self._identity(f"service/{service.name}", settings)
         by_hand = export_lines(common_environ(self.home) | targets(self.services, settings) | environ)
         machine.write_private(self.home / "run" / f"{service.name}.env", by_hand)
+        machine.write_private(self.home / "run" / "operator.env", export_lines(self._identity(OPERATOR, settings)))
         return self._spawn_module(service.name, service.command, environ)
+
+    def _identity(self, path: str, settings: Mapping[str, str]) -> dict[str, str]:
+        """The certificates of whom the path names, where the stack has any."""
+        return certificates.environ(self.certificates, path) if settings.get(TLS_SETTING) == "1" else {}
 
     def _spawn_module(self, name: str, command: Sequence[str], environ: dict[str, str]) -> Process:
         passed_on = {key: self._caller[key] for key in self._caller.keys() - settings_of(self._caller).keys()}
@@ -229,7 +245,9 @@ class Stack:
 
     def _wait_ready(self, service: Service, process: Process, settings: Mapping[str, str]) -> None:
         target = service.target(settings)
-        settled = machine.wait_until(lambda: not process.alive or _serves(target), READY_TIMEOUT_S)
+        files = self._identity(OPERATOR, settings).values()
+        credentials = Credentials(*files) if files else None
+        settled = machine.wait_until(lambda: not process.alive or _serves(target, credentials), READY_TIMEOUT_S)
         if not settled or not process.alive:
             raise self._failure(service.name, process)
 
@@ -327,7 +345,10 @@ class Stack:
         """For a program that talks to the services, and is none of the stack's own processes."""
         environ = {**self._caller, **common_environ(self.home)}
         del environ[MARK]
-        return environ | targets(self.services, self.settings)
+        settings = self.settings
+        identity = self._identity(OPERATOR, settings)
+        tills = {"TILL_CERTIFICATES": str(self.certificates)} if identity else {}
+        return environ | targets(self.services, settings) | identity | tills
 
 
 def how_it_ended(process: Process) -> str:
@@ -354,8 +375,8 @@ def _in(name: str, names: Collection[str] | None) -> bool:
     return names is None or name in names
 
 
-def _serves(target: str) -> bool:
-    with grpc_client.connect_blocking(target) as channel:
+def _serves(target: str, credentials: Credentials | None) -> bool:
+    with grpc_client.connect_blocking(target, credentials) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=HealthCheckRequest.SerializeToString,

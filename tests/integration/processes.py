@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from chassis.tls import Credentials
 from deploy.healthcheck import is_serving
 from deploy.local.machine import wait_until
 from tests.integration.conftest import free_address
@@ -26,6 +27,8 @@ COMMANDS = {
 
 class Processes:
     """The system on given databases and a given broker."""
+
+    credentials: Credentials | None = None  # of whoever asks how they are
 
     def __init__(self, purchases_url: str, analytics_url: str, amqp_url: str, logs: Path) -> None:
         self.address = {name: free_address() for name in COMMANDS}
@@ -47,11 +50,19 @@ class Processes:
     def start(self, name: str) -> None:
         with (self._logs / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", *COMMANDS[name]], cwd=ROOT, env=self.environ, stdout=log, stderr=log
+                [sys.executable, "-m", *COMMANDS[name]],
+                cwd=ROOT,
+                env=self.environ | self.identity(name),
+                stdout=log,
+                stderr=log,
             )
 
+    def identity(self, name: str) -> dict[str, str]:
+        """The settings with a process's certificates."""
+        return {}
+
     def wait_ready(self, name: str) -> None:
-        ready = wait_until(lambda: is_serving(self.address[name]), START_TIMEOUT_S)
+        ready = wait_until(lambda: is_serving(self.address[name], self.credentials), START_TIMEOUT_S)
         assert ready, f"{name} is not up: {self.log(name)[-2000:]}"
 
     def kill(self, name: str) -> None:

@@ -99,6 +99,9 @@ def test_local_stack(local_stack: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert cli.of_environment_or_local_stack(ClientSettings, "relay").relay_target == "127.0.0.1:1111"
     assert str(local_stack) in capsys.readouterr().err
     assert cli.of_environment_or_local_stack(PartitionsSettings, "relay").log_level == "ERROR"
+    operator = "export TLS_CERTIFICATE_FILE=operator.pem\n"
+    (local_stack / ".local" / "run" / "operator.env").write_text(operator)  # a person is nobody's process
+    assert cli.of_environment_or_local_stack(ClientSettings, "relay").certificate_file == "operator.pem"
     monkeypatch.setenv("LOG_LEVEL", "DEBUG")
     assert cli.of_environment_or_local_stack(PartitionsSettings, "relay").log_level == "DEBUG"
     monkeypatch.delenv("LOG_LEVEL")
