@@ -16,7 +16,7 @@ from chassis.settings import pieces
 
 CONNECT_TIMEOUT_S = 10.0
 NODE_TIMEOUT_S = 3.0  # instead, while there are others to try: a host that is off answers nothing at all
-HEARTBEAT_S = 20  # a dead peer is noticed within two of them
+HEARTBEAT_S = 5  # who stands still or is cut off has no answer in two of them: what it was given goes to the next
 BLOCKED_TIMEOUT_S = 60  # a broker out of memory or disk blocks its publishers; longer than this: reconnect
 
 Connection: TypeAlias = AsyncioConnection

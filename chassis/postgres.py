@@ -47,11 +47,11 @@ SESSION = {  # what statements and their answers mean, whatever the defaults of 
 }
 CANCEL_TIMEOUT_S = 0.5  # for a statement to end that was cancelled, while the server runs
 
-SERVER_TCP = {  # the same for the server: a host of ours that vanished must not hold its rows for hours
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
+SERVER_TCP = {  # the same for the server: a host of ours that vanished holds its rows for ten seconds, not for hours
+    "tcp_keepalives_idle": "4",
+    "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
-    "tcp_user_timeout": "20000",
+    "tcp_user_timeout": "10000",
 }
 
 Connection = AsyncConnection[TupleRow]
@@ -236,10 +236,7 @@ async def open_pool(
     async def configure(connection: Connection) -> None:
         await connection.execute(set_all(wanted))
         if transaction_timeout_s:
-            await connection.execute(
-                "SELECT set_config(name, %s, false) FROM pg_settings WHERE name = 'transaction_timeout'",
-                [str(int(transaction_timeout_s * 1000))],
-            )
+            await connection.execute(_TRANSACTION_TIMEOUT, [str(int(transaction_timeout_s * 1000)), False])
 
     kwargs: dict[str, Any] = {
         "autocommit": True,
@@ -264,6 +261,17 @@ async def open_pool(
         yield pool
     finally:
         await pool.close(timeout=5)
+
+
+# Servers before 17 have none.
+_TRANSACTION_TIMEOUT = sql.SQL(
+    "SELECT set_config('transaction_timeout', %s, %s) WHERE current_setting('server_version_num')::int >= 170000"
+)
+
+
+async def end_within(connection: Connection, seconds: float) -> None:
+    """Have the server end the transaction that has just begun, if it takes longer, whatever becomes of this process."""
+    await connection.execute(_TRANSACTION_TIMEOUT, [str(int(seconds * 1000)), True])
 
 
 def set_all(settings: Mapping[str, str]) -> sql.Composed:

@@ -9,6 +9,7 @@ import structlog
 from analytics_svc import database
 from analytics_svc.commands.prove import proving
 from analytics_svc.ingest.consumer import Consumer
+from analytics_svc.ingest.event_log import HOLD_MAX_S
 from analytics_svc.ingest.health import Health
 from analytics_svc.ingest.quarantine_server import QuarantineServicer
 from analytics_svc.ingest.settling import Settler
@@ -30,7 +31,6 @@ UPKEEP_CONNECTIONS = 2  # for upkeep itself, and for whoever looks after the qua
 AUDIT_CONNECTIONS = 3  # for those who ask, and for the metrics of what the audit knows
 AUDIT_STATEMENT_TIMEOUT_S = 300.0  # sums over a long history
 APPLY_TIMEOUT_S = 10.0  # for each statement of a batch; the slowest takes some tens of milliseconds
-TRANSACTION_TIMEOUT_S = 30.0  # whoever is frozen with rows in hand keeps all other consumers waiting
 STOP_TIMEOUT_S = 10.0  # for the batch in flight; what is not applied by then is delivered again
 
 log = structlog.get_logger()
@@ -102,7 +102,7 @@ def _pool(
         size=size,
         statement_timeout_s=statement_timeout_s,
         settings=settings or {},
-        transaction_timeout_s=TRANSACTION_TIMEOUT_S if statement_timeout_s == APPLY_TIMEOUT_S else None,
+        transaction_timeout_s=HOLD_MAX_S if statement_timeout_s == APPLY_TIMEOUT_S else None,
     )
 
 

@@ -33,9 +33,9 @@ QUEUE = ROUTING_KEY = "purchases.created"
 QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000}
 
 REDELIVERED_MAX = 50  # tried together: few enough to be tried alone when a process dies of one, enough to be quick
-# Of bodies in a batch: some forty of the biggest purchases, or thousands of usual ones. With 500 of the biggest, a
-# statement could outlast its timeout, and then would each time that the batch is tried again.
-BATCH_BYTES_MAX = 4 << 20
+# Of bodies in a batch: five of the biggest purchases, or a thousand usual ones. A larger one could outlast what time a
+# transaction has, and then would each time that it is tried again.
+BATCH_BYTES_MAX = 512 << 10
 # Of bodies in hand, and one message more. A prefetch counts messages, whatever their size: 1,500 of the largest that
 # RabbitMQ lets through (16 MiB, 128 before version 4) would fill any memory before they are looked at.
 HELD_BYTES_MAX = 64 << 20

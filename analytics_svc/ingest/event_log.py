@@ -9,6 +9,9 @@ from typing import LiteralString, NamedTuple
 from chassis.postgres import Connection
 
 FORGET_LOCK = 7_265_746_178  # held by the process that deletes, or by a repair, as nothing may be forgotten meanwhile
+# Whoever is frozen, or whose host is lost, with the lock or rows in hand keeps all others from counting: no transaction
+# that counts or repairs lasts longer. Batches are of a size to take a tenth of that.
+HOLD_MAX_S = 8.0
 NO_FLOOR = ""  # below every id
 LATE_DAYS = 30  # beyond the retention, that an event in quarantine may have been under way and still hold the floor
 

@@ -48,9 +48,6 @@ WARN_AFTER_S = 30.0
 # asks something at least every `outbox.SILENCE_S`.
 KEEPER_SESSION = {
     "idle_session_timeout": "60s",
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
-    "tcp_keepalives_count": "3",
 }
 
 TICKS = Counter("analytics_keeper_ticks_total", "Times that complete_through_time was stored.")

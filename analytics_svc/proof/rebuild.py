@@ -7,7 +7,7 @@ A repair that dies leaves what it has repaired so far; its locks end with its se
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import date, timedelta
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import structlog
 
 from analytics_svc.errors import HistoryDropped, PurchaseExists, PurchasesUnavailable, RebuildRunning, RelayUnavailable
 from analytics_svc.ingest.apply import apply
-from analytics_svc.ingest.event_log import FORGET_LOCK
+from analytics_svc.ingest.event_log import FORGET_LOCK, HOLD_MAX_S
 from analytics_svc.proof import keeper, parts, read_models, repair
 from analytics_svc.proof.day import FOREIGN_IDS_MAX, Proof, prove_day
 from analytics_svc.proof.parts import Part
@@ -32,6 +32,7 @@ ONE_REPAIR_LOCK = 7_265_746_176  # any number; advisory locks are per database
 LOCK_ATTEMPTS, LOCK_PAUSE_S = 20, 0.1  # the session of one that died ends within moments
 STATEMENT_TIMEOUT_S = 300.0  # a look at a range of a long history takes seconds
 CONFLICTS_PATIENCE_S = 30.0  # with other applies, until some purchases are counted; one takes milliseconds
+LINES_AT_ONCE = 10_000  # counted in one transaction, well within HOLD_MAX_S
 PROOF_ATTEMPTS = 8  # of one day, while the purchases service is away: about half a minute
 ROUNDS_MAX = 1_000  # of proof and repair of one day; each corrects a thousand entries of the log, and all else
 
@@ -159,7 +160,8 @@ async def _rebuild_day(pool: Pool, source: Source, day: date) -> tuple[DayRebuil
 
     async def count(missing: Sequence[PurchaseCreated]) -> None:
         nonlocal added
-        added += await _count_missing(pool, missing)
+        for batch in _batches(missing):
+            added += await _count_missing(pool, batch)
 
     repaired, touched = Repaired(), repair.Touched(set(), set(), set())
     foreign: dict[str, None] = {}
@@ -332,6 +334,19 @@ async def _lock_repairs(connection: Connection) -> bool:
     return False
 
 
+def _batches(events: Sequence[PurchaseCreated]) -> Iterator[list[PurchaseCreated]]:
+    """Some at a time, none with more than LINES_AT_ONCE unless it is a single one."""
+    batch: list[PurchaseCreated] = []
+    lines = 0
+    for event in events:
+        lines += len(event.items)
+        if batch and lines > LINES_AT_ONCE:
+            yield batch
+            batch, lines = [], len(event.items)
+        batch.append(event)
+    yield batch
+
+
 async def _count_missing(pool: Pool, events: Sequence[PurchaseCreated]) -> int:
     """Count those that never were, as the consumer would have.
 
@@ -343,6 +358,7 @@ async def _count_missing(pool: Pool, events: Sequence[PurchaseCreated]) -> int:
     while True:
         try:
             async with pool.connection() as connection, connection.pipeline(), connection.transaction():
+                await postgres.end_within(connection, HOLD_MAX_S)
                 return (await apply(connection, events, [])).counted
         except postgres.CONFLICT:
             if now() > until:

@@ -4,7 +4,8 @@ Every transaction leaves the read models no worse than it found them, so a repai
 finds what is left to do.
 """
 
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import date
@@ -18,12 +19,12 @@ from analytics_svc.proof.parts import Part
 from analytics_svc.proof.read_models import BRANCHES, CUSTOMERS, DAY, PRODUCTS
 from analytics_svc.proof.verdicts import Comparison
 from analytics_svc.purchase import PurchaseCreated
-from chassis.postgres import Connection, Pool
+from chassis.postgres import Connection, Pool, end_within
 
 # Written by one transaction, in less than a second.
 ROWS_AT_ONCE = 5_000  # differences
-KEYS_AT_ONCE = 20  # products, customers or branches, made anew from their history
 IDS_AT_ONCE = 5_000
+WRITING_S = 0.5  # of one transaction, that makes products, customers or branches anew from their history
 
 Repaired = Counter[str]  # wrong rows by read model
 T = TypeVar("T")
@@ -33,6 +34,7 @@ T = TypeVar("T")
 async def writing(pool: Pool) -> AsyncIterator[Connection]:
     """A transaction that nothing is counted beside."""
     async with pool.connection() as connection, connection.transaction():
+        await end_within(connection, event_log.HOLD_MAX_S)
         await event_log.exclude_applies(connection)
         yield connection
         await announce(connection, EVERYTHING, counted=False)
@@ -53,10 +55,13 @@ async def mend_range(pool: Pool, part: Part) -> Repaired:
     for model in read_models.of_kind(part.kind):
         async with pool.connection() as connection:
             wrong = await read_models.find_wrong(connection, model, part.first, part.last)
-        for keys in _some(wrong.keys, KEYS_AT_ONCE):
+        keys = deque(map(str, wrong.keys))
+        while keys:
             async with writing(pool) as connection:
-                for key in keys:
-                    repaired[model.name] += await read_models.replace(connection, model, str(key), str(key))
+                until = time.monotonic() + WRITING_S
+                while keys and time.monotonic() < until:
+                    key = keys.popleft()
+                    repaired[model.name] += await read_models.replace(connection, model, key, key)
     return repaired
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -191,6 +192,16 @@ async def test_what_was_dropped_is_not_rebuilt(chain: Chain, purchases_db: str) 
     assert read_models(chain.url) == before
 
 
+def start_rebuild(
+    chain: Chain, purchases_address: str, processes: list[subprocess.Popen[bytes]]
+) -> subprocess.Popen[bytes]:
+    """The command, in a process of its own."""
+    environ = {**os.environ, "ANALYTICS_DATABASE_URL": chain.url, "PURCHASES_TARGET": purchases_address}
+    command = [sys.executable, "-m", "analytics_svc", "rebuild"]
+    processes.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return processes[-1]
+
+
 KILLS = 6
 
 
@@ -203,18 +214,6 @@ async def test_kill_9_in_the_middle_leaves_nothing_behind(
     right = read_models(chain.url)
     query(chain.url, "UPDATE daily_sales_of_chain SET items_sum = 7")
     wrong = read_models(chain.url)
-    environ = {
-        **os.environ,
-        "ANALYTICS_DATABASE_URL": chain.url,
-        "PURCHASES_TARGET": purchases_address,
-    }
-
-    def start() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "analytics_svc", "rebuild"]
-        processes.append(
-            subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
-        return processes[-1]
 
     async def rebuilding() -> bool:
         if processes[-1].poll() is not None:
@@ -223,7 +222,7 @@ async def test_kill_9_in_the_middle_leaves_nothing_behind(
 
     chance = random.Random(14)
     for _ in range(KILLS):
-        process = start()
+        process = start_rebuild(chain, purchases_address, processes)
         await eventually(rebuilding, "a rebuild is under way")
         await asyncio.sleep(chance.uniform(0, 0.4))
         process.kill()
@@ -232,7 +231,7 @@ async def test_kill_9_in_the_middle_leaves_nothing_behind(
         for name, rows in read_models(chain.url).items():
             assert rows.keys() == right[name].keys()
             assert all(row in (wrong[name][key], right[name][key]) for key, row in rows.items())
-    process = start()
+    process = start_rebuild(chain, purchases_address, processes)
     output, errors = await asyncio.to_thread(process.communicate)
     assert process.returncode == 0, errors
     assert b"400 purchases were read" in output
@@ -290,3 +289,37 @@ async def test_conflicts_without_end_end_a_rebuild(chain: Chain, monkeypatch: py
                 await asyncio.wait_for(rebuild._count_missing(impatient, missing), 10)
             connection.rollback()
             assert await rebuild._count_missing(impatient, missing) == 5
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("work", ["mending", "counting"])
+async def test_a_frozen_rebuild_stops_counting_for_seconds(
+    chain: Chain, purchases_address: str, processes: list[subprocess.Popen[bytes]], work: str
+) -> None:
+    """Stopped with the locks in hand: the server takes them from it, and what it had not done is done by the next."""
+    await chain.sell(40, seed=17)
+    recorded = await chain.recorded()
+    await chain.apply(recorded if work == "mending" else recorded[:20])
+    if work == "mending":
+        query(chain.url, "UPDATE sales_totals SET items_sum = items_sum + 1")
+    waits = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'analytics rebuild' AND wait_event_type = 'Lock'"
+
+    async def waiting() -> bool:
+        return bool(query(chain.url, waits))
+
+    with psycopg.connect(chain.url) as holder:
+        holder.execute("SELECT FROM sales_totals FOR UPDATE")
+        frozen = start_rebuild(chain, purchases_address, processes)
+        await eventually(waiting, "the rebuild waits, with the apply lock in hand")
+        frozen.send_signal(signal.SIGSTOP)
+    try:
+        await chain.sell(10, seed=18)
+        await chain.apply(await chain.recorded())
+    finally:
+        frozen.send_signal(signal.SIGCONT)
+        frozen.kill()
+    await rebuild.rebuild_all(chain.url, chain.source, FIRST)
+    result, log = read_models(chain.url), chain.ids()
+    query(chain.url, f"TRUNCATE {TABLES}")
+    await chain.apply(await chain.recorded())
+    assert (read_models(chain.url), chain.ids()) == (result, log)
