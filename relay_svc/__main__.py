@@ -10,7 +10,7 @@ from psycopg_pool import PoolTimeout
 
 from chassis import cli, grpc_server, lifecycle, logs, metrics, postgres, settings, tls, wire
 from chassis.errors import PortTaken
-from relay_svc import inspection, lost, outbox, retention
+from relay_svc import inspection, outbox, retention
 from relay_svc.commands import outbox as outbox_commands
 from relay_svc.commands import partitions
 from relay_svc.publisher import Publisher
@@ -63,14 +63,13 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         )
         service = grpc_server.Service(
             add_OutboxServiceServicer_to_server,
-            OutboxServicer(relay, service_pool, tokens),
+            OutboxServicer(relay, publisher, service_pool, tokens),
             "retail.relay.v1.OutboxService",
         )
         try:
             async with host.listening(config.listen, [service]), asyncio.TaskGroup() as tasks:
                 tasks.create_task(relay.run(stop))
                 tasks.create_task(inspection.measure(service_pool, stop))
-                tasks.create_task(lost.keep(service_pool, publisher, stop))
                 tasks.create_task(retention.keep(service_pool, stop))
                 await host.set_serving(True)
                 log.info("serving", listen=config.listen, metrics=config.metrics_listen)

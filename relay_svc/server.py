@@ -11,9 +11,10 @@ from chassis.errors import FieldReason, InvalidRequest, Violation
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool
 from chassis.wire import PageTokens
-from relay_svc import committed, days, inspection
+from relay_svc import committed, days, inspection, lost
 from relay_svc.errors import EventNotFound
 from relay_svc.outbox import NIL
+from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
 from retail.relay.v1 import outbox_service_pb2 as pb2
 from retail.relay.v1 import outbox_service_pb2_grpc
@@ -26,8 +27,8 @@ NAMED_MAX = 10  # missing events that an error names
 class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
     """`retail.relay.v1.OutboxService`."""
 
-    def __init__(self, relay: Relay, pool: Pool, tokens: PageTokens) -> None:
-        self._relay, self._pool, self._tokens = relay, pool, tokens
+    def __init__(self, relay: Relay, publisher: Publisher, pool: Pool, tokens: PageTokens) -> None:
+        self._relay, self._publisher, self._pool, self._tokens = relay, publisher, pool, tokens
 
     async def GetOutboxStatus(self, request: pb2.GetOutboxStatusRequest, context: Any) -> pb2.GetOutboxStatusResponse:
         async with _transaction(self._pool, context) as connection:
@@ -81,12 +82,16 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
 
     async def RequeueEvents(self, request: pb2.RequeueEventsRequest, context: Any) -> pb2.RequeueEventsResponse:
         if request.all_failed:
-            if request.event_ids:
-                rule = "must be empty when all_failed is set"
-                raise InvalidRequest([Violation("event_ids", rule, FieldReason.FIELDS_EXCLUDE_EACH_OTHER)])
+            for field, given in (("event_ids", bool(request.event_ids)), ("only_lost", request.only_lost)):
+                if given:
+                    rule = "must be empty when all_failed is set"
+                    raise InvalidRequest([Violation(field, rule, FieldReason.FIELDS_EXCLUDE_EACH_OTHER)])
             return pb2.RequeueEventsResponse(requeued_count=await self._requeue_all_failed(context))
         event_ids = _event_ids(request)
         async with _transaction(self._pool, context) as connection:
+            if request.only_lost:
+                count = await lost.requeue(connection, self._publisher, event_ids, lost.AFTER_S)
+                return pb2.RequeueEventsResponse(requeued_count=count)
             if missing := await inspection.missing(connection, event_ids):
                 named = ", ".join(missing[:NAMED_MAX]) + (", …" if len(missing) > NAMED_MAX else "")
                 raise EventNotFound(

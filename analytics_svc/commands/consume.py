@@ -111,7 +111,7 @@ async def _keeping(config: ConsumeSettings, outbox: Outbox) -> AsyncIterator[Non
     """Keep complete_through_time while the block lasts, or stand by for the process that does."""
     async with (
         _pool(config, "keeper", 1, settings=KEEPER_SESSION) as pool,
-        lifecycle.beside(Keeper(pool, outbox.list_committed).run()),
+        lifecycle.beside(Keeper(pool, outbox.list_committed, outbox.requeue_lost).run()),
     ):
         yield
 

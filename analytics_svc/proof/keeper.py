@@ -19,8 +19,8 @@ holds the lock. It does all on the connection that holds the lock: one that lost
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
 from datetime import datetime
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ AWAITED_MAX = (
 )
 SHOW_AFTER_S = 1.0  # of waiting: from then on the oldest id is shown to the retention of the log, and to people
 WARN_AFTER_S = 30.0
+LOST_AFTER_S, LOST_EVERY_S = 30.0, 5.0  # of waiting: from then on the relay is asked whether the broker has lost them
 
 # For the keeper's sessions. One that is frozen or cut off must lose the lock, so that another process takes over: it
 # asks something at least every `outbox.SILENCE_S`.
@@ -90,10 +91,13 @@ class Keeper:
         self,
         pool: Pool,
         list_committed: Callable[[str], AsyncGenerator[Listed, None]],
+        requeue_lost: Callable[[Sequence[str]], Awaitable[int]],
         *,
         awaited_max: int = AWAITED_MAX,
     ) -> None:
-        self._pool, self._list_committed, self._awaited_max = pool, list_committed, awaited_max
+        """`requeue_lost` has those of the events published again that will never come by themselves."""
+        self._pool, self._list_committed, self._requeue_lost = pool, list_committed, requeue_lost
+        self._awaited_max = awaited_max
         self._complete_through: datetime | None = None
         LAG.set_function(self._lag_s)
 
@@ -186,7 +190,7 @@ class Keeper:
     async def _wait_settled(self, connection: Connection, awaited: list[Awaited]) -> None:
         """Part after part, so that each is looked up a few times, however long the others take."""
         begin, pauses, shown = time.monotonic(), Backoff(CHECK_FIRST_S, CHECK_MOST_S), None
-        warn_at = begin + WARN_AFTER_S
+        warn_at, lost_at = begin + WARN_AFTER_S, begin + LOST_AFTER_S
         while awaited:
             rest = await unsettled(connection, awaited[0].ids)
             if rest is None:
@@ -205,6 +209,10 @@ class Keeper:
             if now > warn_at:
                 log.warning("complete_through_time waits for events", awaited=count, oldest_event_id=oldest)
                 warn_at = now + WARN_AFTER_S
+            if now > lost_at:
+                with suppress(RelayUnavailable):
+                    await self._requeue_lost(rest.ids.strip("{}").split(","))
+                lost_at = time.monotonic() + LOST_EVERY_S
             await asyncio.sleep(pauses.next_s())
         AWAITED.set(0)
 

@@ -1,7 +1,7 @@
 """The outbox as analytics sees it: through the relay's OutboxService. The only file that knows its messages."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -65,6 +65,18 @@ class Outbox:
         async with aclosing(self._list(request)) as parts:
             async for part in parts:
                 yield part
+
+    async def requeue_lost(self, event_ids: Sequence[str]) -> int:
+        """Have those of some awaited events published again that the broker has lost, a thousand at most; how many.
+
+        Raises:
+            RelayUnavailable: it does not answer.
+        """
+        request = pb.RequeueEventsRequest(event_ids=event_ids, only_lost=True)
+        try:
+            return int((await self._stub.RequeueEvents(request, timeout=ASK_TIMEOUT_S)).requeued_count)
+        except grpc.aio.AioRpcError as error:
+            raise RelayUnavailable(f"the relay does not answer: {error.code().name}: {error.details()}") from error
 
     async def position(self) -> Listed:
         """The end of a listing made now, without its ids.

@@ -9,7 +9,7 @@ complete_through_time promises with what it knows of every sale.
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Any
@@ -271,13 +271,17 @@ class World:
         """Let the keeper run its next statements; a new one takes over from one that has ended."""
         if self._keeper is None:
             self._keeper_connection = await connect(self._analytics_url, "analytics_consumer")
-            working = keeper.Keeper(None, self.list_committed)  # type: ignore[arg-type] # the pool is for run()
+            working = keeper.Keeper(None, self.list_committed, self.requeue_lost)  # type: ignore[arg-type] # no run()
             self._keeper = asyncio.ensure_future(self._work(working))
             await asyncio.sleep(0)
         for _ in range(self._chance.choice([1, 1, 2, 5])):
             await self._gate.let_go(self._keeper)
             if self._keeper.done():
                 self._keeper.result()  # raises what has ended it
+
+    async def requeue_lost(self, _: Sequence[str]) -> int:
+        """The broker of these histories loses nothing."""
+        return 0
 
     _keeper: "asyncio.Task[None] | None" = None
 
@@ -299,7 +303,7 @@ class World:
 
     async def _real_list(self, after_snapshot: str) -> AsyncGenerator[Listed, None]:
         """The relay's handler itself, on a connection of its own."""
-        servicer: Any = OutboxServicer(None, GatedPool(self._purchases_url, self._gate), None)  # type: ignore[arg-type]
+        servicer: Any = OutboxServicer(None, None, GatedPool(self._purchases_url, self._gate), None)  # type: ignore[arg-type]
         request = ListCommittedEventIdsRequest(after_snapshot=after_snapshot, acknowledge=True)
         replies = servicer.ListCommittedEventIds(request, None)
         async with aclosing(replies):

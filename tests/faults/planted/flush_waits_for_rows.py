@@ -14,12 +14,11 @@ def plant() -> None:
     from purchases_svc import record
 
     one_at_a_time = asyncio.Lock()
-    insert = record.insert
 
     async def wait_and_insert(*arguments: Any, **options: Any) -> Any:
         async with one_at_a_time:
             return await insert(*arguments, **options)
 
-    replace(record, "insert", wait_and_insert)
+    insert = replace(record, "insert", wait_and_insert)
     replace(record, "LOCK_TIMEOUT", {"lock_timeout": "0", "statement_timeout": "0"})
     replace(record, "patience", lambda *_: nullcontext())

@@ -65,7 +65,7 @@ async def test_analytics_lost_after_the_outbox_has_dropped_days(
     send_long_ago(purchases_db)
     await chain.apply(await chain.recorded())
     async with chain.pool.connection() as connection:
-        keeper = Keeper(chain.pool, outbox.list_committed)
+        keeper = Keeper(chain.pool, outbox.list_committed, outbox.requeue_lost)
         for _ in range(2):  # the second says what the first has settled
             assert await keeper.run_once(connection)
         async with pool(purchases_db, "purchases_relay") as relays:
@@ -112,7 +112,7 @@ async def test_a_keeper_that_goes_on_is_not_set_back(chain: Chain, purchases_db:
     await chain.sell(20, seed=33)
     await chain.apply(await chain.recorded())
     async with chain.pool.connection() as connection:
-        keeper = Keeper(chain.pool, outbox.list_committed)
+        keeper = Keeper(chain.pool, outbox.list_committed, outbox.requeue_lost)
 
         async def tick() -> None:
             assert await keeper.run_once(connection)

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
@@ -38,6 +38,13 @@ class FakeOutbox:
         self.ids: list[str] = []
         self.asked: list[str] = []
         self.trouble: Exception | None = None
+        self.missed: list[Sequence[str]] = []  # what the keeper took for lost
+
+    async def requeue_lost(self, event_ids: Sequence[str]) -> int:
+        self.missed.append(event_ids)
+        if len(self.missed) == 1:
+            raise RelayUnavailable("the relay does not answer")
+        return len(event_ids)
 
     async def list_committed(self, after: str) -> AsyncGenerator[Listed, None]:
         self.asked.append(after)
@@ -58,7 +65,7 @@ async def keeping(url: str, fake: FakeOutbox, **options: Any) -> AsyncIterator[a
         statement_timeout_s=10,
         settings=KEEPER_SESSION,
     ) as opened:
-        task = asyncio.ensure_future(Keeper(opened, fake.list_committed, **options).run())
+        task = asyncio.ensure_future(Keeper(opened, fake.list_committed, fake.requeue_lost, **options).run())
         try:
             yield task
         finally:
@@ -168,7 +175,7 @@ async def test_a_clock_that_ran_ahead_and_others_who_set_the_mark(analytics_db: 
     fake = FakeOutbox()
     taken_back = keeper.TAKEN_BACK._value.get()
     async with pool(analytics_db, "analytics_consumer") as opened, opened.connection() as connection:
-        worker = Keeper(opened, fake.list_committed)
+        worker = Keeper(opened, fake.list_committed, fake.requeue_lost)
         assert await worker.run_once(connection)
         assert complete_through(analytics_db) == NOON + SECOND
         assert keeper.TAKEN_BACK._value.get() == taken_back + 1
@@ -181,8 +188,27 @@ async def test_a_clock_that_ran_ahead_and_others_who_set_the_mark(analytics_db: 
             async for part in fake.list_committed(after):
                 yield part
 
-        assert not await Keeper(opened, disturbed).run_once(connection)
+        assert not await Keeper(opened, disturbed, fake.requeue_lost).run_once(connection)
         assert query(analytics_db, "SELECT after_snapshot FROM freshness") == [("restored",)]
+
+
+async def test_events_that_never_come_are_asked_for(analytics_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while, again and again, though the relay may be away; those that are settled are not."""
+    monkeypatch.setattr(keeper, "LOST_AFTER_S", 0.2)
+    monkeypatch.setattr(keeper, "LOST_EVERY_S", 0.1)
+    fake = FakeOutbox()
+    fake.ids = [ID.format(0, n) for n in range(3)]
+    query(analytics_db, f"INSERT INTO analytics_event_log (event_id, event_type) VALUES ('{fake.ids[0]}', 'x')")
+
+    async def asked() -> bool:
+        return len(fake.missed) >= 2
+
+    async with keeping(analytics_db, fake):
+        await eventually(asked, "the relay is asked")
+        assert all(sorted(missed) == fake.ids[1:] for missed in fake.missed)
+        for event_id in fake.ids[1:]:
+            query(analytics_db, f"INSERT INTO analytics_event_log (event_id, event_type) VALUES ('{event_id}', 'x')")
+        await moves(analytics_db, "all are settled")
 
 
 async def test_a_million_ids(analytics_db: str) -> None:
@@ -197,7 +223,7 @@ async def test_a_million_ids(analytics_db: str) -> None:
     )
     async with pool(analytics_db, "analytics_consumer") as opened, opened.connection() as connection:
         begin, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        worker = Keeper(opened, fake.list_committed, awaited_max=2_000)
+        worker = Keeper(opened, fake.list_committed, fake.requeue_lost, awaited_max=2_000)
         tick = asyncio.ensure_future(worker.run_once(connection))
 
         async def kept() -> bool:

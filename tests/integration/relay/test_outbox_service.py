@@ -215,6 +215,8 @@ async def test_requeue_that_says_nothing(stub: "OutboxServiceAsyncStub") -> None
         (pb2.RequeueEventsRequest(event_ids=["1", UNKNOWN, "\0"]), ["event_ids[0]", "event_ids[2]"]),
         (pb2.RequeueEventsRequest(event_ids=[UNKNOWN] * 1001), ["event_ids"]),
         (pb2.RequeueEventsRequest(event_ids=[UNKNOWN], all_failed=True), ["event_ids"]),
+        (pb2.RequeueEventsRequest(only_lost=True, all_failed=True), ["only_lost"]),
+        (pb2.RequeueEventsRequest(only_lost=True), ["event_ids"]),
     ]
     for request, fields in cases:
         refusal = await refused(stub.RequeueEvents(request))

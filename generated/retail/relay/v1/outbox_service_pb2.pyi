@@ -340,8 +340,15 @@ class RequeueEventsRequest(_message.Message):
 
     EVENT_IDS_FIELD_NUMBER: _builtins.int
     ALL_FAILED_FIELD_NUMBER: _builtins.int
+    ONLY_LOST_FIELD_NUMBER: _builtins.int
     all_failed: _builtins.bool
     """Requeues every FAILED event; event_ids must be empty then."""
+    only_lost: _builtins.bool
+    """Requeues only those of event_ids that the broker has lost: they were SENT
+    half a minute ago or more, and the consumer's queue is empty, while somebody
+    consumes from it. For the reader that waits for them; ids that are not there
+    are passed over.
+    """
     @_builtins.property
     def event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """UUIDs of the events to requeue, whatever their status; 1,000 at most. If one
@@ -353,10 +360,11 @@ class RequeueEventsRequest(_message.Message):
         *,
         event_ids: _abc.Iterable[_builtins.str] | None = ...,
         all_failed: _builtins.bool = ...,
+        only_lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_failed", b"all_failed", "event_ids", b"event_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_failed", b"all_failed", "event_ids", b"event_ids", "only_lost", b"only_lost"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
