@@ -59,7 +59,7 @@ def lose(lost: Node, nodes: Sequence[Node], processes: Processes, analytics_db: 
     lost.kill()
     begin = time.time()
     sales = list(itertools.islice(simulate(seed), SALES))
-    counted = f"SELECT FROM analytics_event_log WHERE event_id > '{uuid.UUID(int=int(begin * 1000) << 80)}' LIMIT 1"
+    counted = f"SELECT 1 FROM analytics_event_log WHERE event_id > '{uuid.UUID(int=int(begin * 1000) << 80)}' LIMIT 1"
     with Tills(sales, processes.address["purchases"], seed=seed) as tills:
         assert wait_until(lambda: takes_messages([node for node in nodes if node is not lost]), PATIENCE_S)
         able = time.time()

@@ -4,6 +4,7 @@ import asyncio
 import datetime
 import json
 import random
+import re
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from tests.integration.sales import Refusal
 if TYPE_CHECKING:
     from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceAsyncStub
 
+OF_THE_LOG = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[")
 UNKNOWN = "00000000-0000-7000-8000-000000000001"
 
 
@@ -395,7 +397,8 @@ async def test_commands(
 
     async def said(*arguments: str) -> tuple[int, str]:
         code = await asyncio.to_thread(relay.commands.carry_out, arguments)
-        return code, capsys.readouterr().out
+        lines = capsys.readouterr().out.splitlines(keepends=True)
+        return code, "".join(line for line in lines if not OF_THE_LOG.match(line))  # the relay's, of this process, too
 
     code, text = await said("status")
     assert code == 1
