@@ -18,6 +18,8 @@ from chassis.plaintext import TLS_FILES, PlaintextSettings
 from chassis.settings import SettingsError, setting, text
 
 LOOK_EVERY_S = 1.0
+# How long a caller may resume a TLS session. Nobody looks then whether its certificate has ended meanwhile.
+SESSIONS_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -143,15 +145,15 @@ def channel_credentials(pem: Pem) -> grpc.ChannelCredentials:
 
 def server_credentials(credentials: Credentials) -> grpc.ServerCredentials:
     """Each handshake takes the newest certificates, and asks the caller for one of the CA's."""
-    served = credentials.now()
+    served, since = credentials.now(), time.monotonic()
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:  # in a thread of gRPC's
-        nonlocal served
-        newest = credentials.now()
-        if newest is served:
+        nonlocal served, since
+        newest, now = credentials.now(), time.monotonic()
+        if newest is served and now - since < SESSIONS_S:
             return None
-        served = newest
-        return _configuration(newest)
+        served, since = newest, now
+        return _configuration(newest)  # with other keys for session tickets
 
     return grpc.dynamic_ssl_server_credentials(
         _configuration(served),

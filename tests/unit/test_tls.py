@@ -1,8 +1,13 @@
 """Certificates are followed; what is broken changes nothing, and is told."""
 
 import logging
+import socket
+import ssl
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import pytest
 
 from chassis import tls
@@ -10,7 +15,9 @@ from chassis.settings import SettingsError, load
 from chassis.tls import Broken, Credentials, TlsSettings
 from deploy import certificates
 from deploy.certificates import Authority
+from deploy.local.machine import wait_until
 
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"  # and empty SETTINGS
 URI = "spiffe://retail.example/service/relay"
 
 
@@ -145,3 +152,37 @@ def test_certificates_are_made_once(tmp_path: Path) -> None:
     assert certificates.make(tmp_path, wanted) == ["service-relay"]
     (tmp_path / "ca.pem").unlink()
     assert certificates.make(tmp_path, wanted) == ["ca", "service-relay", "branch-12-till-POS-3"]
+
+
+def test_a_certificate_that_has_ended_resumes_no_session(
+    credentials: Credentials, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed session shows no certificate, so nobody would see that it has ended."""
+    monkeypatch.setattr(tls, "SESSIONS_S", 0.0)
+    lasts = timedelta(hours=1)
+    begins = datetime.now(UTC) - lasts + timedelta(seconds=8)
+    authority.issue(URI, begins=begins, lasts=lasts).write(tmp_path, "caller")
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_secure_port("127.0.0.1:0", tls.server_credentials(credentials))
+    server.start()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # one has the session when the handshake is over
+    context.load_verify_locations(tmp_path / "ca.pem")
+    context.load_cert_chain(tmp_path / "caller.pem", tmp_path / "caller-key.pem")
+    context.set_alpn_protocols(["h2"])
+
+    def greeted(session: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
+        """The session with a server that has let us in."""
+        plain = socket.create_connection(("127.0.0.1", port), timeout=60)
+        try:
+            with context.wrap_socket(plain, server_hostname="localhost", session=session) as secured:
+                secured.sendall(PREFACE)
+                return secured.session if secured.recv(1) else None
+        except OSError:
+            return None
+
+    session = greeted()
+    assert session
+    assert wait_until(lambda: not greeted(), 60)
+    assert not greeted(session)
+    server.stop(None)
