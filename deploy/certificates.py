@@ -1,6 +1,6 @@
 """A small CA and certificates, for trying the system with TLS: `make dev-certs`, or
 
-    python3 -m deploy.certificates [DIRECTORY] [URI_PATH[=HOST,HOST…] …]
+    python3 -m deploy.certificates [--keep-apart] [DIRECTORY] [URI_PATH[=HOST,HOST…] …]
 
 writes into DIRECTORY (.local/certificates) what is missing there or ends soon: the CA (`ca.pem`, and `ca-key.pem`: who
 has that can be anybody), and for each path such as branch/12/till/POS-3 or service/relay=relay,localhost a certificate
@@ -14,6 +14,7 @@ import argparse
 import ipaddress
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -111,6 +112,19 @@ def make(
     return written
 
 
+def make_apart(directory: Path, trust_domain: str = TRUST_DOMAIN) -> None:
+    """For containers, of which each sees its part only: `purchases` and so on have own.pem, own-key.pem and ca.pem,
+    `people` has those of all others; `ca` has everything."""
+    everything = directory / "ca"
+    make(everything, EVERYBODY, trust_domain)
+    for path in EVERYBODY:
+        process, name = path in PROCESSES, name_of(path)
+        part = directory / (path.rpartition("/")[2] if process else "people")
+        part.mkdir(mode=0o700, exist_ok=True)
+        _replace(part / "ca.pem", (everything / "ca.pem").read_bytes(), 0o644)
+        _read(everything, name).write(part, "own" if process else name)
+
+
 def name_of(path: str) -> str:
     """Of the files for branch/12/till/POS-3: branch-12-till-POS-3."""
     return path.replace("/", "-")
@@ -198,7 +212,11 @@ def main() -> None:
     parser.add_argument("directory", type=Path, nargs="?", default=HERE)
     parser.add_argument("paths", nargs="*", metavar="URI_PATH[=HOST,HOST]")
     parser.add_argument("--trust-domain", default=os.environ.get("TRUST_DOMAIN") or TRUST_DOMAIN)
+    parser.add_argument("--keep-apart", action="store_true", help="each process's in a directory; stay, and look daily")
     asked = parser.parse_args()
+    while asked.keep_apart:
+        make_apart(asked.directory, asked.trust_domain)
+        time.sleep(86_400)
     wanted = dict(_wanted(path) for path in asked.paths) or EVERYBODY
     written = make(asked.directory, wanted, asked.trust_domain)
     print(f"{asked.directory}: {len(written)} new, {len(wanted) + 1 - len(written)} as they were", file=sys.stderr)

@@ -51,6 +51,7 @@ for command in retail-purchases retail-relay retail-analytics retail-pos; do
   inside "$command" settings >/dev/null
 done
 inside python healthcheck.py 127.0.0.1:1 && exit 1 # nobody serves there
+inside sh -c 'timeout 5 python certificates.py --keep-apart /certificates; test -s /certificates/analytics/own.pem'
 inside retail-relay serve && exit 1 # it says which settings are missing
 [ "$(images inspect --type image --format '{{.OCIv1.Config.Cmd}}' retail-backbone)" = '[retail-purchases serve]' ]
 echo 'The image is well.'

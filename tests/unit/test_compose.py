@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from deploy import broker, passwords
+from chassis.tls import Credentials
+from deploy import broker, certificates, passwords
 from tests.conftest import ROOT
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
@@ -81,12 +82,48 @@ def test_each_process_has_its_own_logins_and_no_others() -> None:
 def test_who_reaches_whom() -> None:
     """The two servers know nothing of each other; the broker is reached by relay and consumer only, and from inside."""
     assert reached_from("rabbitmq") == {"relay", "consumer"}
-    assert reached_from("postgres") == CONTAINERS.keys() - {"postgres", "rabbitmq"}
+    assert reached_from("postgres") == CONTAINERS.keys() - {"certificates", "postgres", "rabbitmq"}
+    assert not reached_from("certificates")
     assert [name for name, network in COMPOSE["networks"].items() if not (network or {}).get("internal")] == [
         "services"
     ]
     assert {name for name, container in CONTAINERS.items() if "services" in container["networks"]} == {*PROCESSES}
     assert not any("ports" in CONTAINERS[server] for server in ("postgres", "rabbitmq"))
+
+
+def test_each_process_has_its_own_key_and_no_others() -> None:
+    """Only who makes them sees the CA's key, or anything twice; what is mounted is what the settings name."""
+
+    def mounted(name: str) -> dict[str, str]:
+        volumes = [it.split(":") for it in CONTAINERS[name].get("volumes", ()) if isinstance(it, str)]
+        return {volume: ":".join(rest) for volume, *rest in volumes if volume.startswith("certificates-")}
+
+    parts = {"ca", "people", *PROCESSES}
+    assert mounted("certificates") == {f"certificates-{part}": f"/certificates/{part}" for part in parts}
+    for name in CONTAINERS.keys() - {"certificates"}:
+        own = {f"certificates-{name}": f"/certificates/{name}:ro"} if name in PROCESSES else {}
+        assert mounted(name) == own, name
+    for name in PROCESSES:
+        environment, files = CONTAINERS[name]["environment"], ("own.pem", "own-key.pem", "ca.pem")
+        settings = ("TLS_CERTIFICATE_FILE", "TLS_KEY_FILE", "TLS_CA_FILE")
+        assert [environment[setting] for setting in settings] == [f"/certificates/{name}/{file}" for file in files]
+        *_, checked = CONTAINERS[name]["healthcheck"]["test"]
+        host, _, port = checked.rpartition(":")
+        assert host in certificates.PROCESSES[f"service/{name}"]
+        assert environment[f"{name.upper()}_LISTEN"] == f"0.0.0.0:{port}"
+        assert CONTAINERS[name]["depends_on"]["certificates"] == {"condition": "service_healthy"}
+
+
+def test_the_parts_of_certificates_are_whole(tmp_path: Path) -> None:
+    """As containers see them: each identity is one, and none sees the CA's key."""
+    certificates.make_apart(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.pem")}
+    for name in PROCESSES:
+        Credentials(*(str(tmp_path / name / file) for file in ("own.pem", "own-key.pem", "ca.pem")))
+    assert (tmp_path / "people" / "operator-kim-key.pem").exists()
+    assert [file.parent.name for file in tmp_path.rglob("ca-key.pem")] == ["ca"]
+    certificates.make_apart(tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.pem")} == before
 
 
 def test_passwords_are_made_once(tmp_path: Path) -> None:
