@@ -48,6 +48,7 @@ class FieldReason(StrEnum):
     NOT_COUNTED = "NOT_COUNTED"
     TOO_LARGE = "TOO_LARGE"
     FORBIDDEN_CHARACTER = "FORBIDDEN_CHARACTER"
+    CARD_NUMBER = "CARD_NUMBER"
 
 
 class Violation(NamedTuple):

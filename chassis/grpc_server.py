@@ -19,12 +19,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import Counter, Gauge, Histogram
 
 from chassis import access, errors, postgres, reflection, tls
-from chassis.access import AccessSettings, Gate, Rule
+from chassis.access import AccessSettings, Gate
 from chassis.errors import AccessRefused, PortTaken, ServiceError
 from chassis.grpc_client import REPLY_BYTES_MAX
-from chassis.identity import Caller, Certificates
+from chassis.identity import Caller
 from chassis.in_flight import CALLS_MAX, InFlight, Stream
 from chassis.logs import Sampled
+from chassis.rules import Rule, rules_of
 
 MESSAGE_BYTES_MAX = 64 << 10  # received, unless a service says otherwise: a thousand ids have 38 KB
 # gRPC refuses what is larger than its own limit with a code that invites retries, and without a word to programs. So
@@ -107,9 +108,8 @@ class Server:
             SettingsError
         """
         self.domain = domain
-        self._credentials, self._reflection = credentials, config.reflection
-        bans = access.Bans(config.banned_file) if config.banned_file else None
-        self._gate = Gate(Certificates(config.trust_domain), bans) if credentials else Gate()
+        self._credentials, self._reflection, self._tokens_address = credentials, config.reflection, config.jwt_listen
+        self._gate = access.gate(config, certificates=credentials is not None)
         self.in_flight = InFlight()
         self.draining = self.in_flight.draining
         self._health = health.aio.HealthServicer()
@@ -131,7 +131,7 @@ class Server:
             PortTaken: the address is in use.
             RuleMissing: there is a method that nobody has decided about.
         """
-        rules = access.rules_of([*(s.name for s in services), health.SERVICE_NAME, reflection.V1, reflection.V1ALPHA])
+        rules = rules_of([*(s.name for s in services), health.SERVICE_NAME, reflection.V1, reflection.V1ALPHA])
         self._names = ["", *(service.name for service in services)]
         await self.set_serving(False)
         options = [
@@ -166,9 +166,9 @@ class Server:
         server.add_generic_rpc_handlers((_UnknownMethods(self.domain),))
         self._add_port(server, address)
         await server.start()
-        following = asyncio.create_task(self._gate.follow())
         try:
-            yield
+            async with self._gate.following():
+                yield
         finally:
             await self._health.enter_graceful_shutdown()
             self.draining.set()
@@ -177,7 +177,6 @@ class Server:
             except TimeoutError:
                 log.warning("calls were cut off by the end of the drain", calls=self.in_flight.calls)
             await server.stop(grace=0.5)  # lets the last answers leave; health watches are cut
-            following.cancel()
 
     def _add_port(self, server: grpc.aio.Server, address: str) -> None:
         try:
@@ -188,6 +187,9 @@ class Server:
                 server.add_insecure_port(address)
                 return
             server.add_secure_port(address, tls.server_credentials(self._credentials))
+            if self._tokens_address:
+                address = self._tokens_address
+                server.add_secure_port(address, tls.server_credentials(self._credentials, ask_callers=False))
         except RuntimeError as error:
             raise PortTaken(f"cannot listen on {address}: the port is taken, or the address is not ours") from error
         file, credentials = self._credentials.name, self._credentials

@@ -3,8 +3,8 @@
     spiffe://retail.example/branch/12/till/POS-3      …/branch/12/manager/anna
     spiffe://retail.example/reader/hq                 …/operator/kim                …/service/consumer
 
-Whatever else the certificate holds is not looked at. Where there are no certificates, as on a developer's machine,
-callers are known by their connections only.
+Whatever else the certificate holds is not looked at. People and services may have tokens instead: `tokens.py`. Where
+there are no certificates, as on a developer's machine, callers are known by their connections only.
 """
 
 import re
@@ -30,6 +30,7 @@ class Caller(NamedTuple):
     role: str = ""  # one of ROLES; empty: not known, and not asked for
     branch_id: int | None = None  # None: of the whole chain
     pos_id: str | None = None  # of a till
+    until: float | None = None  # Unix time at which its token ends
 
 
 NOBODY = Caller("")

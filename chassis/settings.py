@@ -68,6 +68,8 @@ def _text_of(default: Any) -> str | None:
         return None
     if isinstance(default, bool):
         return str(int(default))
+    if isinstance(default, tuple):
+        return ",".join(default)
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 

@@ -143,8 +143,8 @@ def channel_credentials(pem: Pem) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
 
 
-def server_credentials(credentials: Credentials) -> grpc.ServerCredentials:
-    """Each handshake takes the newest certificates, and asks the caller for one of the CA's."""
+def server_credentials(credentials: Credentials, *, ask_callers: bool = True) -> grpc.ServerCredentials:
+    """Each handshake takes the newest certificates, and asks the caller for one of the CA's, unless told otherwise."""
     served, since = credentials.now(), time.monotonic()
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:  # in a thread of gRPC's
@@ -158,7 +158,7 @@ def server_credentials(credentials: Credentials) -> grpc.ServerCredentials:
     return grpc.dynamic_ssl_server_credentials(
         _configuration(served),
         fetch,  # type: ignore[arg-type] # None: as before
-        require_client_authentication=True,
+        require_client_authentication=ask_callers,
     )
 
 

@@ -122,6 +122,44 @@ def _is_unseen(character: str) -> bool:
     return no_character or unicodedata.category(character) in _UNSEEN
 
 
+# As cards are embossed: sixteen digits in fours (nineteen have a rest), or those of the brands with fewer.
+_GROUPED = r"[0-9]{4}([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}(?:\1[0-9]{1,3})?|[0-9]{6}\1[0-9]{4,5})"
+_CARD = re.compile(rf"(?<![0-9]){_GROUPED}(?![0-9])|(?<![0-9])[0-9]{{13,19}}(?![0-9])")
+_ISSUED = re.compile(r"[3-6]|22[2-9]|2[3-6]|27[01]|2720")  # how the numbers of payment cards begin
+_HEX = re.compile(r"[0-9A-Fa-f]+")
+_CARD_LENGTHS = range(13, 20)
+
+
+def holds_card_number(text: str) -> bool:
+    """Whether 13 to 19 digits in it are what a payment card may have: they begin as one, and pass Luhn's check.
+
+    Digits within a hexadecimal word, such as an id, are none: one of some hundred would pass by chance.
+    """
+    if len(text) < _CARD_LENGTHS.start:
+        return False
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(character, character)) for character in text)
+    return any(_is_card(text, match) for match in _CARD.finditer(text))
+
+
+def _is_card(text: str, match: re.Match[str]) -> bool:
+    start, end = match.span()
+    while start and text[start - 1].isalnum():
+        start -= 1
+    while end < len(text) and text[end].isalnum():
+        end += 1
+    word = text[start:end]
+    if word != match[0] and _HEX.fullmatch(word):
+        return False
+    digits = re.sub("[ -]", "", match[0])
+    return len(digits) in _CARD_LENGTHS and _ISSUED.match(digits) is not None and _passes_luhn(digits)
+
+
+def _passes_luhn(digits: str) -> bool:
+    doubled = (2 * int(digit) for digit in digits[-2::-2])
+    return (sum(map(int, digits[-1::-2])) + sum(it - 9 if it > 9 else it for it in doubled)) % 10 == 0
+
+
 def page_size(asked: int, default: int, most: int, violations: list[Violation]) -> int:
     """0 means the default and too much means the most, as AIP-158 has it; below 0 is an error."""
     if asked < 0:

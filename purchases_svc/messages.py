@@ -14,6 +14,7 @@ from purchases_svc.errors import InvalidPurchase
 from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, PRODUCT_ID_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 
+CARD_RULE = "must not hold 13 to 19 digits that may be a payment card's number"
 POS_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{POS_ID_LENGTH_MAX}}}")
 
 
@@ -147,13 +148,16 @@ def _check_receipt_id(text: str, violations: list[Violation]) -> None:
     elif not wire.is_seen(text):
         rule = "must not contain control, format, private-use or other code points that people cannot see"
         violations.append(Violation(path, rule, FieldReason.CONTROL_CHARACTER))
+    elif wire.holds_card_number(text):
+        violations.append(Violation(path, CARD_RULE, FieldReason.CARD_NUMBER))
 
 
 def _check_pos_id(text: str, violations: list[Violation]) -> None:
     path = "purchase.pos_id"
-    if POS_ID.fullmatch(text):
-        return  # nearly always
-    if not text:
+    if POS_ID.fullmatch(text):  # nearly always
+        if wire.holds_card_number(text):
+            violations.append(Violation(path, CARD_RULE, FieldReason.CARD_NUMBER))
+    elif not text:
         violations.append(Violation(path, "is required", FieldReason.REQUIRED))
     elif len(text) > POS_ID_LENGTH_MAX:
         violations.append(Violation(path, f"must have at most {POS_ID_LENGTH_MAX} characters", FieldReason.TOO_LONG))

@@ -7,8 +7,8 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 
 from chassis import grpc_server, identity
-from chassis.access import RuleMissing, rules_of
 from chassis.identity import Caller, Certificates
+from chassis.rules import RuleMissing, rules_of
 from retail.access.v1 import access_pb2
 from retail.analytics.v1 import analytics_service_pb2, audit_service_pb2, quarantine_service_pb2
 from retail.purchases.v1 import customers_service_pb2, purchases_service_pb2

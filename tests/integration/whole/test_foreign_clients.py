@@ -4,10 +4,12 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import descriptor_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 
+import purchases_svc.__main__
 import purchases_svc.server
+import purchases_svc.settings
 from chassis import grpc_server
 from retail.analytics.v1.analytics_service_pb2 import ListProductSalesRequest
 from retail.analytics.v1.quarantine_service_pb2 import RedriveEventsRequest
@@ -16,6 +18,7 @@ from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
 from retail.purchases.v1.purchases_service_pb2 import UploadPurchasesRequest
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from retail.relay.v1.outbox_service_pb2 import RequeueEventsRequest
+from tests.integration.conftest import free_address, running
 from tests.integration.sales import Refusal, refusal, sale
 
 SERVICE = "retail.purchases.v1.PurchasesService"
@@ -53,6 +56,43 @@ async def test_reflection_describes_every_service_that_it_lists(purchases_channe
     for service in services:
         reply = await reflected(purchases_channel, name, pb.ServerReflectionRequest(file_containing_symbol=service))
         assert reply.HasField("file_descriptor_response"), service
+
+
+async def test_reflection_tells_who_may_call_a_method(purchases_channel: grpc.aio.Channel) -> None:
+    """As `grpcurl describe` shows it: the rule is read with nothing but what the server sends."""
+    known, wanted = descriptor_pool.DescriptorPool(), {f"{SERVICE}.CreatePurchase", "retail.access.v1.rule"}
+    files: dict[str, descriptor_pb2.FileDescriptorProto] = {}
+    for symbol in wanted:
+        reply = await reflected(
+            purchases_channel, REFLECTION[0], pb.ServerReflectionRequest(file_containing_symbol=symbol)
+        )
+        for raw in reply.file_descriptor_response.file_descriptor_proto:
+            file = descriptor_pb2.FileDescriptorProto.FromString(raw)
+            files[file.name] = file
+
+    def add(name: str) -> None:
+        for dependency in files[name].dependency:
+            add(dependency)
+        known.Add(files[name])
+
+    add("retail/purchases/v1/purchases_service.proto")
+    method = known.FindServiceByName(SERVICE).methods_by_name["CreatePurchase"]
+    classes = message_factory.GetMessageClassesForFiles(["google/protobuf/descriptor.proto"], known)
+    options = classes["google.protobuf.MethodOptions"].FromString(method.GetOptions().SerializeToString())
+    extensions: Any = options.Extensions
+    rule = extensions[known.FindExtensionByName("retail.access.v1.rule")]
+    assert text_format.MessageToString(rule, as_one_line=True) == "roles: ROLE_TILL binding: BINDING_NAMES_OWN_TILL"
+
+
+async def test_reflection_can_be_off(purchases_db: str) -> None:
+    config = purchases_svc.settings.ServeSettings(
+        database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0", reflection=False
+    )
+    async with running(lambda stop: purchases_svc.__main__.serve(config, stop), config.listen) as channel:
+        for name in REFLECTION:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await reflected(channel, name, pb.ServerReflectionRequest(list_services=""))
+            assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_unknown_method_is_refused_with_a_reason(purchases_channel: grpc.aio.Channel) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#retail/errors/v1/field_reason.proto\x12\x10retail.errors.v1*\xfa\x02\n\x0b\x46ieldReason\x12\x1c\n\x18\x46IELD_REASON_UNSPECIFIED\x10\x00\x12\x0c\n\x08REQUIRED\x10\x01\x12\x10\n\x0cNOT_POSITIVE\x10\x02\x12\x0c\n\x08NEGATIVE\x10\x03\x12\x0b\n\x07NOT_ONE\x10\x04\x12\x0e\n\nNOT_A_UUID\x10\x05\x12\x11\n\rNOT_AN_AMOUNT\x10\x06\x12\x0e\n\nNOT_A_DATE\x10\x07\x12\x0e\n\nNOT_A_TIME\x10\x08\x12\x0c\n\x08TOO_LONG\x10\t\x12\x0c\n\x08TOO_MANY\x10\n\x12\x15\n\x11\x43ONTROL_CHARACTER\x10\x0b\x12\r\n\tDUPLICATE\x10\x0c\x12\x13\n\x0f\x41MOUNT_MISMATCH\x10\r\x12\r\n\tBAD_RANGE\x10\x0e\x12\x11\n\rUNKNOWN_VALUE\x10\x0f\x12\x1d\n\x19\x46IELDS_EXCLUDE_EACH_OTHER\x10\x10\x12\x0f\n\x0bNOT_COUNTED\x10\x11\x12\r\n\tTOO_LARGE\x10\x12\x12\x17\n\x13\x46ORBIDDEN_CHARACTER\x10\x13\x42[\n\x18\x65xample.retail.errors.v1P\x01Z*retail.example/backbone/errors/v1;errorsv1\xaa\x02\x10Retail.Errors.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#retail/errors/v1/field_reason.proto\x12\x10retail.errors.v1*\x8b\x03\n\x0b\x46ieldReason\x12\x1c\n\x18\x46IELD_REASON_UNSPECIFIED\x10\x00\x12\x0c\n\x08REQUIRED\x10\x01\x12\x10\n\x0cNOT_POSITIVE\x10\x02\x12\x0c\n\x08NEGATIVE\x10\x03\x12\x0b\n\x07NOT_ONE\x10\x04\x12\x0e\n\nNOT_A_UUID\x10\x05\x12\x11\n\rNOT_AN_AMOUNT\x10\x06\x12\x0e\n\nNOT_A_DATE\x10\x07\x12\x0e\n\nNOT_A_TIME\x10\x08\x12\x0c\n\x08TOO_LONG\x10\t\x12\x0c\n\x08TOO_MANY\x10\n\x12\x15\n\x11\x43ONTROL_CHARACTER\x10\x0b\x12\r\n\tDUPLICATE\x10\x0c\x12\x13\n\x0f\x41MOUNT_MISMATCH\x10\r\x12\r\n\tBAD_RANGE\x10\x0e\x12\x11\n\rUNKNOWN_VALUE\x10\x0f\x12\x1d\n\x19\x46IELDS_EXCLUDE_EACH_OTHER\x10\x10\x12\x0f\n\x0bNOT_COUNTED\x10\x11\x12\r\n\tTOO_LARGE\x10\x12\x12\x17\n\x13\x46ORBIDDEN_CHARACTER\x10\x13\x12\x0f\n\x0b\x43\x41RD_NUMBER\x10\x14\x42[\n\x18\x65xample.retail.errors.v1P\x01Z*retail.example/backbone/errors/v1;errorsv1\xaa\x02\x10Retail.Errors.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\030example.retail.errors.v1P\001Z*retail.example/backbone/errors/v1;errorsv1\252\002\020Retail.Errors.V1'
   _globals['_FIELDREASON']._serialized_start=58
-  _globals['_FIELDREASON']._serialized_end=436
+  _globals['_FIELDREASON']._serialized_end=453
 # @@protoc_insertion_point(module_scope)

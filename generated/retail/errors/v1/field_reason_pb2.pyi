@@ -69,6 +69,10 @@ class _FieldReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FieldReas
     """The number is larger than the field may hold."""
     FORBIDDEN_CHARACTER: _FieldReason.ValueType  # 19
     """The text has a character that is none of those which the field allows."""
+    CARD_NUMBER: _FieldReason.ValueType  # 20
+    """The text holds what may be the number of a payment card, which is never
+    stored.
+    """
 
 class FieldReason(_FieldReason, metaclass=_FieldReasonEnumTypeWrapper):
     """Which rule a field breaks, for every service: the reason of a FieldViolation
@@ -123,4 +127,8 @@ TOO_LARGE: FieldReason.ValueType  # 18
 """The number is larger than the field may hold."""
 FORBIDDEN_CHARACTER: FieldReason.ValueType  # 19
 """The text has a character that is none of those which the field allows."""
+CARD_NUMBER: FieldReason.ValueType  # 20
+"""The text holds what may be the number of a payment card, which is never
+stored.
+"""
 Global___FieldReason: _TypeAlias = FieldReason  # noqa: Y015

@@ -35,7 +35,11 @@ class Purchase(_message.Message):
     Text that people compare by eye holds what they can see: no control, format
     (such as zero-width and direction marks), private-use or surrogate code
     points, no line or paragraph separators, nothing that is no character. It is
-    compared byte by byte. Amounts are plain decimals: one to
+    compared byte by byte. No text holds the number of a payment card: 13 to 19
+    digits in a row, or in groups as on a card, that begin with 3 to 6 or with
+    2221 to 2720 and pass Luhn's check, are refused with CARD_NUMBER. Digits within
+    a hexadecimal word are not looked at, nor UUIDs, nor product_id, which is a
+    number and may be a GTIN. Amounts are plain decimals: one to
     twelve ASCII digits, optionally a point and one or two more ("8.9", "142.50");
     they are printed with two fraction digits.
     """
