@@ -1,4 +1,4 @@
-"""`make faults [FAULTS=n] [SEED=n] [CLUSTER=1] [REPORT=out.json]`: break the running system, then count every cent."""
+"""`make faults [FAULTS=n] [SEED=n] [CLUSTER=1] [TLS=1] [REPORT=out.json]`: break the system, then count every cent."""
 
 import argparse
 import json
@@ -36,6 +36,9 @@ def main() -> int:
     parser.add_argument(
         "--cluster", action="store_true", default=bool(os.environ.get("CLUSTER")), help="three nodes of RabbitMQ"
     )
+    parser.add_argument(
+        "--certified", action="store_true", default=os.environ.get("TLS") == "1", help="mutual TLS for every call"
+    )
     parser.add_argument("--keep", action="store_true", help="leave ledger and logs behind")
     chosen = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -48,6 +51,7 @@ def main() -> int:
         long_s=chosen.long,
         gap_s=chosen.gap,
         cluster=chosen.cluster,
+        certified=chosen.certified,
     )
     try:
         result = _run(options, chosen.planted, keep=chosen.keep, proven=chosen.prove)
@@ -64,8 +68,9 @@ def main() -> int:
 
 def _run(options: Options, planted: str | None, *, keep: bool, proven: bool) -> Result:
     again = f"make faults FAULTS={options.faults} SEED={options.seed}{' CLUSTER=1' if options.cluster else ''}"
+    again += " TLS=1" if options.certified else ""
     show.say(f"seed {options.seed}: `{again}` plays it again")
-    with running(show.say, planted, cluster=options.cluster) as system:
+    with running(show.say, planted, cluster=options.cluster, certified=options.certified) as system:
         run = Run(system, options, show.fault)
         with show.progress(run):
             result = run.run()

@@ -10,6 +10,7 @@ import grpc
 from retail.analytics.v1.analytics_service_pb2 import GetSalesSummaryRequest, ListDailySalesRequest
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 from tests.faults.findings import ALTERED, WRONG_ANSWER, Findings
+from tests.faults.identities import READER, Identities
 from tests.faults.ledger import Sale
 
 TIMEOUT_S = 20.0
@@ -17,14 +18,16 @@ PATIENCE_S = 10.0
 PAUSE_S = 0.2
 
 
-def check_answers(target: str, counted: Iterable[tuple[Sale, datetime.date]], findings: Findings) -> None:
+def check_answers(
+    identities: Identities, target: str, counted: Iterable[tuple[Sale, datetime.date]], findings: Findings
+) -> None:
     """Days, branches and the whole chain, as a client gets them."""
     revenue: Counter[tuple[datetime.date, int]] = Counter()
     purchases: Counter[tuple[datetime.date, int]] = Counter()
     for sale, day in counted:
         revenue[day, sale.branch_id] += sale.cents
         purchases[day, sale.branch_id] += 1
-    with grpc.insecure_channel(target) as channel:
+    with identities.channel(target, READER) as channel:
         stub = AnalyticsServiceStub(channel)
         deadline = time.monotonic() + PATIENCE_S
         while True:

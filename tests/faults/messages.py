@@ -62,7 +62,7 @@ class Messages:
 
     def _try_redrive(self, consumer: Instance) -> bool:
         """Whether there was any, and the consumer has tried it."""
-        with grpc.insecure_channel(consumer.address) as channel:
+        with consumer.identities.channel(consumer.address) as channel:
             stub = QuarantineServiceStub(channel)
             try:
                 kept = stub.ListQuarantinedEvents(ListQuarantinedEventsRequest(page_size=10), timeout=TIMEOUT_S)

@@ -41,7 +41,7 @@ def main() -> int:
         with running(show.say, copies=COPIES) as system:
             ledger = Ledger(system.directory / "ledger.jsonl")
             target, analytics = (system.target(system.of(name)[0]) for name in ("purchases", "analytics"))
-            tills = Tills([target], analytics, ledger, Numbers(), seed="one sale", count=1, rate=1)
+            tills = Tills(system.identities, [target], analytics, ledger, Numbers(), seed="one sale", count=1, rate=1)
             with tills.beside(target) as till:
                 for name in chosen:
                     _enumerate(system, ledger, system.of(name)[0], till.sell, table)

@@ -41,7 +41,7 @@ class Repairs:
 
     def _try_day(self, consumer: Instance, day: datetime.date) -> bool:
         request = RebuildDayRequest(sales_date=date_pb2.Date(year=day.year, month=day.month, day=day.day))
-        with grpc.insecure_channel(consumer.address) as channel:
+        with consumer.identities.channel(consumer.address) as channel:
             try:
                 done = AuditServiceStub(channel).RebuildDay(request, timeout=DAY_TIMEOUT_S)
             except grpc.RpcError as error:

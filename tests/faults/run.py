@@ -45,6 +45,7 @@ class Options(NamedTuple):
     gap_s: float = 1.5  # between the beginnings of two faults, on average
     quiet_s: float = QUIET_WITHIN_S
     cluster: bool = False  # three nodes of RabbitMQ
+    certified: bool = False  # mutual TLS for every call
     in_order: bool = False  # the kinds as they are given, instead of shuffled
 
     @property
@@ -178,6 +179,7 @@ class Run:
         self.result.rounds += 1
         options = self._options
         self._tills = Tills(
+            self._system.identities,
             [self._system.target(instance) for instance in self._system.of("purchases")],
             self._system.target(self._system.of("analytics")[0]),
             self.ledger,
@@ -316,5 +318,5 @@ def check(system: System, ledger: Ledger, findings: Findings) -> set[str]:
         checker.check()
         unchecked = unchecked_tables(analytics)
     (server,) = system.of("analytics")
-    check_answers(server.address, checker.counted, findings)
+    check_answers(system.identities, server.address, checker.counted, findings)
     return unchecked

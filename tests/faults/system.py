@@ -32,6 +32,7 @@ from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.services import ANALYTICS, BROKER_SETTING, PURCHASES, SERVICES, Service, common_environ
 from deploy.local.services import service_environ as environ_of
 from tests import broker_cluster
+from tests.faults.identities import OPERATOR, Identities
 from tests.faults.proxy import Loop, Proxy
 from tests.pooler import Pooler, kill_left
 from tests.replication import SETTINGS as REPLICATION_SETTINGS
@@ -68,6 +69,7 @@ class Instance:
     environ: dict[str, str]
     address: str  # where it listens
     directory: Path
+    identities: Identities
     process: "subprocess.Popen[bytes] | None" = None
     wanted: bool = True
     not_before: float = 0.0  # monotonic: when it may be started again
@@ -84,7 +86,7 @@ class Instance:
 
     @property
     def ready(self) -> bool:
-        return self.alive and is_serving(self.address)
+        return self.alive and is_serving(self.address, self.identities.credentials(OPERATOR))
 
     @property
     def arming(self) -> Path:
@@ -109,10 +111,13 @@ class Instance:
 class System:
     """See the module. Use it as `with running(...) as system`."""
 
-    def __init__(self, directory: Path, planted: str | None, copies: Mapping[str, int], *, cluster: bool) -> None:
+    def __init__(
+        self, directory: Path, planted: str | None, copies: Mapping[str, int], *, cluster: bool, certified: bool
+    ) -> None:
         self.directory, self._planted, self._copies = directory, planted, copies
         for name in ("log", "armed"):
             (directory / name).mkdir(parents=True, exist_ok=True)
+        self.identities = Identities(directory / "certificates" if certified else None)
         log = directory / "log"
         self._servers = itertools.count(1)
         self.postgres = self._server()  # the primary
@@ -241,7 +246,8 @@ class System:
                 urls[BROKER_SETTING] = self._broker_url(own, name)
             environ = {**_clean_environ(), **common_environ(self.directory)}
             environ |= environ_of(service, SERVICES, settings, urls)
-            instance = Instance(own, service, environ, address, self.directory)
+            environ |= self.identities.settings(name)
+            instance = Instance(own, service, environ, address, self.directory, self.identities)
             instance.environ["FAULT_FILE"] = str(instance.arming)
             if self._planted:
                 instance.environ["PLANTED"] = self._planted
@@ -393,6 +399,7 @@ def _clean_environ() -> dict[str, str]:
         "AMQP_",
         "BUSINESS_",
         "LOG_",
+        "TLS",
         "FAULT",
         "PLANTED",
         "PG",
@@ -407,9 +414,10 @@ def running(
     copies: Mapping[str, int] = COPIES,
     *,
     cluster: bool = False,
+    certified: bool = False,
 ) -> Iterator[System]:
     """The system from its start to its end; with `system.keep`, logs and ledger stay behind. `cluster`: three nodes of
-    RabbitMQ instead of one.
+    RabbitMQ instead of one; `certified`: mutual TLS for every call.
     """
     HOME.mkdir(parents=True, exist_ok=True)
     _clean_up_after_the_dead()
@@ -418,7 +426,7 @@ def running(
     with ExitStack() as stack:
         lock = stack.enter_context((directory / "lock").open("w"))
         machine.try_lock(lock.fileno(), fcntl.LOCK_EX)
-        system = System(directory, planted, copies, cluster=cluster)
+        system = System(directory, planted, copies, cluster=cluster, certified=certified)
         stack.callback(_throw_away, system)
         stack.callback(system.close)
         system.start(say)

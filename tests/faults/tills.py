@@ -24,6 +24,7 @@ from retail.purchases.v1.purchases_service_pb2 import (
     UploadPurchasesRequest,
 )
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from tests.faults.identities import READER, Identities
 from tests.faults.ledger import Ledger, Sale
 
 ATTEMPT_TIMEOUT_S = 4.0
@@ -74,6 +75,7 @@ class Tills:
 
     def __init__(
         self,
+        identities: Identities,
         targets: Sequence[str],
         analytics: str,
         ledger: Ledger,
@@ -84,7 +86,7 @@ class Tills:
         rate: float,
     ) -> None:
         """`targets` are the purchases services', each of which has all sales."""
-        self.analytics = analytics
+        self.identities, self.analytics = identities, analytics
         self._ledger, self._numbers, self._seed = ledger, numbers, seed
         self._targets = targets
         self.clocks = [Clock() for _ in range(count)]
@@ -167,9 +169,10 @@ class Till:
         self.answers = 0  # that said what became of a sale
         self._done: list[Sale] = []
         self._token = ""  # of the latest acknowledged sale
-        self._channels = [grpc.insecure_channel(target, options=OPTIONS) for target in targets]
+        own = f"branch/{self._branch}/till/{self._pos}"
+        self._channels = [tills.identities.channel(target, own, OPTIONS) for target in targets]
         self._stubs = [PurchasesServiceStub(channel) for channel in self._channels]
-        self._channels.append(grpc.insecure_channel(tills.analytics, options=OPTIONS))
+        self._channels.append(tills.identities.channel(tills.analytics, READER, OPTIONS))
         self._analytics = AnalyticsServiceStub(self._channels[-1])
         self._both = ThreadPoolExecutor(2)
 
