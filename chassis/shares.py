@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 from psycopg_pool import PoolTimeout
@@ -15,9 +15,13 @@ class Shares:
     its answers take, other questions find a connection.
     """
 
-    def __init__(self, pool: Pool, most: int) -> None:
-        """`most`: connections for one kind, which are fewer than the pool has, unless that has only one."""
+    def __init__(self, pool: Pool, most: int, short: Collection[str] = ()) -> None:
+        """`most`: connections for one kind, which are fewer than the pool has, unless that has only one. Of kinds that
+        are `short`, whose answers take a moment, each may have all but one: what a crowd of them has, others have next.
+        """
         self._pool, self._turns = pool, defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(most))
+        for kind in short:
+            self._turns[kind] = asyncio.Semaphore(max(pool.max_size - 1, 1))
 
     @asynccontextmanager
     async def connection(self, kind: str, timeout_s: float) -> AsyncIterator[Connection]:

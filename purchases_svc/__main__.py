@@ -16,7 +16,7 @@ from chassis.errors import PortTaken
 from chassis.shares import Shares
 from chassis.wire import PageTokens
 from purchases_svc import record, retention, server, stored, workers
-from purchases_svc.backlog import STATEMENT_TIMEOUT_S as BACKLOG_TIMEOUT_S
+from purchases_svc.backlog import STATEMENT_TIMEOUT_S as WATCH_TIMEOUT_S
 from purchases_svc.backlog import Backlog
 from purchases_svc.commands import partitions as partitions_command
 from purchases_svc.commands import retention as retention_command
@@ -78,10 +78,10 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         postgres.open_pool(
             config.database_url,
             role=stored.ROLE,
-            application_name="purchases backlog",  # looks also while readers hold all that is theirs
-            size=1,
-            statement_timeout_s=BACKLOG_TIMEOUT_S,
-        ) as backlog_pool,
+            application_name="purchases watch",  # of the backlog and of the server, whatever readers hold
+            size=2,
+            statement_timeout_s=WATCH_TIMEOUT_S,
+        ) as watch_pool,
     ):
         if not await postgres.wait_until_up(write_pool, stop):
             return
@@ -94,9 +94,9 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
 
         partitions = Partitions(write_pool)
         await partitions.look_ahead()  # before the first sale has to wait for it
-        backlog = Backlog(backlog_pool, config.outbox_max)
+        backlog = Backlog(watch_pool, config.outbox_max)
         retaining = retention.Retention(retention_pool, kept_months)
-        primary = Primary(read_pool, host.set_serving, standby_required=config.require_sync_standby)
+        primary = Primary(watch_pool, host.set_serving, standby_required=config.require_sync_standby)
         recorder = record.Recorder(
             write_pool,
             partitions,
@@ -111,7 +111,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             standby_required=config.require_sync_standby,
         )
         tokens = PageTokens(page_token_key)
-        shares = Shares(read_pool, max(config.read_connections // server.READ_KINDS, 1))
+        shares = Shares(read_pool, max(config.read_connections // server.READ_KINDS, 1), short={server.ONE})
         services = [
             grpc_server.Service(
                 purchases_grpc.add_PurchasesServiceServicer_to_server,

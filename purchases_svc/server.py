@@ -33,7 +33,8 @@ CONTROL_TOTALS_PER_PAGE = (500, 1_000)
 CONTROL_TOTALS_DAYS_MAX = 31
 BRANCH_IDS_MAX = 1_000
 CUSTOMER_IDS_MAX = 1_000
-READ_KINDS = 4  # three of lists, each of which may take long, and all reads of one thing
+READ_KINDS = 4  # three of lists, each of which may take long, and all reads of one thing:
+ONE = "one"
 PROOF = ("retail-purpose", "proof")  # metadata of an audit's or a repair's export
 EXPORT_WAIT_S = 1.0  # for an export to begin: one whose reader left a moment ago is still being ended
 
@@ -255,7 +256,7 @@ class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):
 
 
 @asynccontextmanager
-async def _reading(shares: Shares, context: Any, kind: str = "one") -> AsyncIterator[Connection]:
+async def _reading(shares: Shares, context: Any, kind: str = ONE) -> AsyncIterator[Connection]:
     """A transaction whose statements end when the caller's deadline does, so that nobody's query lingers."""
     remaining = context.time_remaining()
     timeout_s = CALL_TIMEOUT_S if remaining is None else min(max(remaining, 0.001), CALL_TIMEOUT_S)

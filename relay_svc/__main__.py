@@ -53,6 +53,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             return
         async with service_pool.connection() as connection:
             tokens = wire.PageTokens(await inspection.page_token_key(connection))
+        await retention.begin(service_pool, stop)
         publisher = Publisher(config.amqp_url, config.confirm_timeout_s)
         relay = Relay(
             pool,

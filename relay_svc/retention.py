@@ -61,14 +61,17 @@ async def _kept_for(connection: Connection, day: datetime.date) -> str | None:
     return reason  # type: ignore[no-any-return]
 
 
-async def settle_days(pool: Pool) -> list[datetime.date]:
-    """Settle the days that are over and in which nothing waits; returns them. One that is in use is left for later."""
+async def settle_days(pool: Pool, stop: asyncio.Event | None = None) -> list[datetime.date]:
+    """Settle the days that are over and in which nothing waits, until `stop`; returns them. One that is in use is left
+    for later."""
     settled = []
     async with pool.connection() as connection:
         cursor = await connection.execute(
             "SELECT day FROM outbox_calendar WHERE settled_in IS NULL AND day < now()::date ORDER BY day"
         )
         for (day,) in await cursor.fetchall():
+            if stop and stop.is_set():
+                break
             try:
                 cursor = await connection.execute("SELECT settle_outbox_day(%s)", [day])
             except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
@@ -108,11 +111,20 @@ async def _drop(pool: Pool, day: datetime.date) -> str | None:
     return row[0] if row else None
 
 
+async def begin(pool: Pool, stop: asyncio.Event) -> None:
+    """Settle days before anything is done with those that are open: after years without a relay, these may be so many
+    that no statement can be about all."""
+    try:
+        await settle_days(pool, stop)
+    except (psycopg.Error, PoolTimeout) as error:
+        log.warning("days of the outbox are not settled", error=error)
+
+
 async def keep(pool: Pool, stop: asyncio.Event) -> None:
     """Settle what is over and drop what is past its retention, now and every hour."""
     while not stop.is_set():
         try:
-            await settle_days(pool)
+            await settle_days(pool, stop)
             await drop_old_days(pool)
         except (psycopg.Error, PoolTimeout) as error:
             log.warning("retention did not get through", error=error)

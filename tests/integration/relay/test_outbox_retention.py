@@ -230,6 +230,9 @@ async def test_years_of_days(years: str, amqp_url: str) -> None:
     written = {age: sorted(write(years, 2, age_s=age * DAY_S)) for age in (DAYS - 1, DAYS // 2, DAYS // 4, 0)}
     mark(years, written[DAYS // 2], "SENT")
     mark(years, written[DAYS // 4], "FAILED")
+    async with pool(years, "purchases_relay", size=1) as opened:
+        await retention.begin(opened, asyncio.Event())  # as the relay does it; here, it may take minutes
+    assert open_days(years) == 5
     address = free_address()
     config = ServeSettings(database_url=years, amqp_url=amqp_url, listen=address, metrics_listen="127.0.0.1:0")
     async with running(lambda stop: relay.serve(config, stop), address) as channel:
@@ -322,6 +325,13 @@ async def locked(connection: Connection, work: Callable[[Connection], Awaitable[
             cursor = await connection.execute("SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid()")
             ((count,),) = await cursor.fetchall()
     return int(count)
+
+
+async def test_a_relay_settles_days_before_it_begins(outbox: Pool, purchases_db: str, amqp_url: str) -> None:
+    address = free_address()
+    config = ServeSettings(database_url=purchases_db, amqp_url=amqp_url, listen=address, metrics_listen="127.0.0.1:0")
+    async with running(lambda stop: relay.serve(config, stop), address):
+        assert open_days(purchases_db) == 4
 
 
 async def test_what_settles(outbox: Pool, purchases_db: str) -> None:

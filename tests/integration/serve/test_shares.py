@@ -18,10 +18,13 @@ from chassis.shares import Shares
 from purchases_svc.settings import ServeSettings
 from retail.analytics.v1 import analytics_service_pb2 as analytics_pb
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
+from retail.purchases.v1 import customers_service_pb2 as customers_pb
 from retail.purchases.v1 import purchases_service_pb2 as purchases_pb
+from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.conftest import free_address, running
+from tests.integration.purchase_events import query
 from tests.integration.purchases.test_limits import is_stuck, locked, outcome
 from tests.integration.sales import Refusal, refusal, sale
 
@@ -77,6 +80,29 @@ async def test_a_crowd_that_lists_leaves_room_for_others(purchases_db: str) -> N
                 assert (await refusal(tills.GetPurchase(request, timeout=WAIT_S))).reason == "PURCHASE_NOT_FOUND"
                 await tills.ListPurchases(purchases_pb.ListPurchasesRequest(), timeout=WAIT_S)
         assert await asyncio.gather(*crowd) == [None] * CROWD
+
+
+async def test_short_reads_go_side_by_side_and_leave_room(purchases_db: str) -> None:
+    """A hundred ask for a customer: as many are answered at once as there are connections, but for one."""
+    config = ServeSettings(purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
+    async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
+        customers: Any = CustomersServiceStub(channel)
+        tills: Any = PurchasesServiceStub(channel)
+        with locked(purchases_db, "customers"):
+            request = customers_pb.GetCustomerRequest(customer_id=str(uuid.uuid4()))
+            crowd = [
+                asyncio.ensure_future(refusal(customers.GetCustomer(request, timeout=WAIT_S))) for _ in range(CROWD)
+            ]
+
+            async def side_by_side() -> bool:
+                waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'customers'::regclass"
+                return query(purchases_db, waiting) == [(config.read_connections - 1,)]
+
+            await eventually(side_by_side, "all connections but one are in use")
+            for _ in range(10):
+                await tills.ListPurchases(purchases_pb.ListPurchasesRequest(), timeout=WAIT_S)
+            assert await side_by_side()
+        assert {each.reason for each in await asyncio.gather(*crowd)} == {"CUSTOMER_NOT_FOUND"}
 
 
 async def test_an_export_is_kept_for_the_proof(purchases_db: str) -> None:
