@@ -81,13 +81,15 @@ async def settle_days(pool: Pool, stop: asyncio.Event | None = None) -> list[dat
     return settled
 
 
-async def drop_old_days(pool: Pool) -> list[datetime.date]:
-    """Drop what is older than the retention, sent and listed; returns the days dropped. The rest waits."""
+async def drop_old_days(pool: Pool, stop: asyncio.Event | None = None) -> list[datetime.date]:
+    """Drop what is past the retention, sent and listed, until `stop`; returns the days dropped. The rest waits."""
     async with pool.connection() as connection:
         cursor = await connection.execute("SELECT day FROM outbox_calendar WHERE day < outbox_horizon() ORDER BY day")
         past = [day for (day,) in await cursor.fetchall()]
     dropped, kept = [], defaultdict[str, list[datetime.date]](list)
     for day in past:
+        if stop and stop.is_set():
+            break
         if reason := await _drop(pool, day):
             kept[reason].append(day)
         else:
@@ -125,7 +127,7 @@ async def keep(pool: Pool, stop: asyncio.Event) -> None:
     while not stop.is_set():
         try:
             await settle_days(pool, stop)
-            await drop_old_days(pool)
+            await drop_old_days(pool, stop)
         except (psycopg.Error, PoolTimeout) as error:
             log.warning("retention did not get through", error=error)
             await wait_set(stop, TRY_AGAIN_S)
