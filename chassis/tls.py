@@ -78,12 +78,13 @@ class Credentials:
 
     def _look(self) -> None:
         seen = self._signature()
-        if seen == self._seen:
+        if seen == self._seen and not self.broken:
             return
         try:
             pem = self._read()
         except Broken as error:
-            log.error("certificates: %s; those that were in use stay in use", error)
+            if seen != self._seen:  # once
+                log.error("certificates: %s; those that were in use stay in use", error)
             self.broken = True
         else:
             self.broken = False

@@ -121,6 +121,7 @@ class Stack:
     def start(self) -> list[str]:
         """Start what does not run, and wait until all of it serves; the names of what was started."""
         settings, running = self.settings, self.processes()
+        self._require_same_transport(settings)
         missing = [service for service in self.services if not running[service.name]]
         started = [name for name, process in running.items() if not process]
         if started:
@@ -129,6 +130,13 @@ class Stack:
                 self._start_servers(settings)
                 self._start_services(missing, settings)
         return started
+
+    def _require_same_transport(self, settings: Mapping[str, str]) -> None:
+        """Those that run, and those that are started or call them, speak the same."""
+        if any(self._instances().values()):
+            runs, asked = (it.get(TLS_SETTING) == "1" for it in (self._remembered.read(), settings))
+            if runs != asked:
+                raise StackError(f"the services run {'with' if runs else 'without'} certificates: `make stop` first")
 
     def start_servers(self) -> list[str]:
         """Start PostgreSQL and RabbitMQ only, whatever the settings say: for the tests."""
