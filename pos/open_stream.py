@@ -22,10 +22,11 @@ from pos.calls import Calls, pause_before_retry
 from pos.errors import OutcomeUnknown, PosError, Status
 from pos.sale import Sale, create_request
 from pos.service_config import BACKOFF_FACTOR, FIRST_BACKOFF_S, MOST_BACKOFF_S
-from pos.upload import MESSAGE_BYTES, SALES_PER_MESSAGE
+from pos.upload import MESSAGE_BYTES
 from retail.purchases.v1 import purchases_service_pb2 as pb2
 
 IN_FLIGHT_MAX = 500  # half of what the service lets one connection have on its way; more wait for room
+SALES_PER_MESSAGE = 20  # of so many at most, the service answers each by itself
 # How long a stream takes sales; the next one may go to a server that has joined or come back since. Not the same for
 # all, lest branches that were cut off together come back together once a minute for ever.
 STREAM_S = (30.0, 60.0)
@@ -151,7 +152,10 @@ class OpenStream(Generic[A]):
             if stream.has_answered:
                 self._backoff_s = FIRST_BACKOFF_S
             pause_s = pause_before_retry(trouble, self._backoff_s, REFUSED_S)
-            self._not_before = time.monotonic() + (random.uniform(0.5, 1) * REFUSED_S if pause_s is None else pause_s)
+            if pause_s is None:  # refused for good; or just one of its sales was, and it ended by that
+                least_s, most_s = (0, FIRST_BACKOFF_S) if stream.has_answered else (REFUSED_S / 2, REFUSED_S)
+                pause_s = random.uniform(least_s, most_s)
+            self._not_before = time.monotonic() + pause_s
             self._backoff_s = min(BACKOFF_FACTOR * self._backoff_s, MOST_BACKOFF_S)
 
 

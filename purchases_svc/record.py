@@ -96,14 +96,20 @@ class Recorder:
         self._tasks: set[asyncio.Task[None]] = set()  # all that is under way
 
     async def record(self, sale: Sale, caller: str = "") -> Recorded:
-        """Store one sale, or find it stored; see `record_all`. Raises what `record_all` returns."""
+        """Store one sale, or find it stored; see `take_in`. Raises what becomes of it, if that is an error."""
         (outcome,) = await self.record_all([sale], caller)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     async def record_all(self, sales: Sequence[Sale], caller: str = "") -> list[Outcome]:
-        """Store sales, or find them stored: for each what holds it, or why it was refused.
+        """Store sales, or find them stored: for each what holds it, or why it was refused; see `take_in`."""
+        call = self.take_in(sales, caller)
+        await call.answered
+        return [outcome for outcome in call.outcomes if outcome is not None]
+
+    def take_in(self, sales: Sequence[Sale], caller: str = "") -> Call:
+        """Have sales stored, or found stored: once the call is answered, each has what holds it, or why it was refused.
 
         IdempotencyKeyReused, ReceiptExists, CustomerUnknown and PurchaseTimeOutOfRange mean that nothing is stored.
         With any other error it is not known: send the sale again with its key. So it is for a caller that gives up:
@@ -134,8 +140,7 @@ class Recorder:
         self._send_for_partitions(early)
         if out_of_range:
             self._start(self._look_up(out_of_range))
-        await call.answered
-        return [outcome for outcome in call.outcomes if outcome is not None]
+        return call
 
     def require_room(self, caller: str, sales: int) -> None:
         """Whether so many sales could be taken in now, to be asked before they are looked at.

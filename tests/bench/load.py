@@ -17,8 +17,10 @@ STOP_TIMEOUT_S = 10.0
 class Job(NamedTuple):
     """What the client is told to do."""
 
-    method: str  # create or upload
-    at_once: int  # calls in flight, or streams; with a rate, the most of them
+    method: str  # create, stream or upload
+    at_once: (
+        int  # calls in flight, sales on their way on one stream, or streams of a backlog; with a rate, the most of them
+    )
     measure_s: float
     per_s: float = 0.0  # the rate of the calls; 0: each client sends as soon as it has its answer
     probe: bool = False  # whether to watch, beside the load, how soon sales are visible

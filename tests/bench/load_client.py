@@ -11,6 +11,8 @@ import sys
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from random import Random
 
@@ -22,6 +24,7 @@ from retail.purchases.v1.purchases_service_pb2 import (
     CreatePurchaseRequest,
     CreatePurchaseResponse,
     PurchaseUpload,
+    PurchaseUploadResult,
     UploadPurchasesRequest,
     UploadPurchasesResponse,
 )
@@ -33,6 +36,7 @@ CREATE = "/retail.purchases.v1.PurchasesService/CreatePurchase"
 UPLOAD = "/retail.purchases.v1.PurchasesService/UploadPurchases"
 
 SALES_PER_MESSAGE = 500
+TOGETHER = 20  # the most that leave in one message of an open stream
 MESSAGES_AHEAD = 3  # of a stream, sent before their answers have come
 PARSE_EVERY = 100  # answers to a call; of a stream, every one is parsed after the clock has stopped
 WARM_UP_S = 0.5
@@ -55,7 +59,7 @@ class Run:
         self._stopped = False
         self._answers: list[tuple[float, int]] = []  # seconds it took, purchases in it
         seconds = WARM_UP_S + job.measure_s
-        if job.method == "create":
+        if job.method != "upload":
             calls = int((seconds + 1) * (job.per_s or CALLS_PER_S_MAX)) + job.at_once
             self._requests = iter([sale().SerializeToString() for _ in range(calls)])
         else:
@@ -63,15 +67,21 @@ class Run:
             self._requests = iter([upload().SerializeToString() for _ in range(messages)])
 
     async def measure(self) -> Load:
+        stream = None
         match self._job:
             case Job(method="upload"):
-                client = self._stream
+                client = self._uploads
+            case Job(method="stream"):
+                stream = OpenStream(self._channel, self._job.measure_s + STREAM_EXTRA_S)
+                client = partial(self._sales, stream)
             case Job(per_s=0):
                 client = self._calls
             case _:
                 client = self._paced_calls
                 self._turns, self._began = count(), time.perf_counter()
         async with asyncio.TaskGroup() as clients:
+            if stream:
+                clients.create_task(stream.run(lambda: self._stopped))
             for _ in range(self._job.at_once):
                 clients.create_task(client())
             await asyncio.sleep(WARM_UP_S)
@@ -122,7 +132,18 @@ class Run:
             if len(self._answers) % PARSE_EVERY == 0:
                 check(CreatePurchaseResponse.FromString(answer))
 
-    async def _stream(self) -> None:
+    async def _sales(self, stream: "OpenStream") -> None:
+        """One sale after the other, on a stream that all share."""
+        for request in self._requests:
+            started = time.perf_counter()
+            answer = await stream.record(request)
+            self._answers.append((time.perf_counter() - started, 1))
+            if len(self._answers) % PARSE_EVERY == 0:
+                check(answer.created)
+            if self._stopped:
+                return
+
+    async def _uploads(self) -> None:
         """Message after message, a few ahead of their answers."""
         method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(UPLOAD)
         call = method(timeout=self._job.measure_s + STREAM_EXTRA_S)
@@ -146,6 +167,50 @@ class Run:
                 raise RuntimeError(f"a message was answered with {len(results)} results")
             for result in results:
                 check(result.created)  # an error is not, either
+
+
+class OpenStream:
+    """As `pos.open_stream`: sales that wait while a message is on its way out leave together in the next one."""
+
+    def __init__(self, channel: grpc.aio.Channel, timeout_s: float) -> None:
+        method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(UPLOAD)
+        self._call = method(timeout=timeout_s)
+        self._numbers = count(1)
+        self._waiting: list[PurchaseUpload] = []
+        self._sale_came = asyncio.Event()
+        self._unanswered: dict[int, asyncio.Future[PurchaseUploadResult]] = {}
+
+    async def run(self, stopped: Callable[[], bool]) -> None:
+        """Until that says so, and everything is answered."""
+        sending = asyncio.ensure_future(self._send())
+        try:
+            while self._unanswered or not stopped():
+                answer = await self._call.read()
+                if not isinstance(answer, bytes):
+                    raise RuntimeError(f"the stream ended with {await self._call.code()}: {await self._call.details()}")
+                for result in UploadPurchasesResponse.FromString(answer).results:
+                    self._unanswered.pop(result.sequence_number).set_result(result)
+        finally:
+            sending.cancel()
+            self._call.cancel()
+
+    async def record(self, sale: bytes) -> PurchaseUploadResult:
+        number = next(self._numbers)
+        answer: asyncio.Future[PurchaseUploadResult] = asyncio.get_running_loop().create_future()
+        self._unanswered[number] = answer
+        upload = PurchaseUpload(sequence_number=number)
+        upload.create_purchase.ParseFromString(sale)
+        self._waiting.append(upload)
+        self._sale_came.set()
+        return await answer
+
+    async def _send(self) -> None:
+        while True:
+            await self._sale_came.wait()
+            self._sale_came.clear()
+            while self._waiting:
+                sales, self._waiting = self._waiting[:TOGETHER], self._waiting[TOGETHER:]
+                await self._call.write(UploadPurchasesRequest(uploads=sales).SerializeToString())
 
 
 def check(answer: CreatePurchaseResponse) -> None:

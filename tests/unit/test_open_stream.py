@@ -17,6 +17,7 @@ import pos.open_stream
 from pos import errors
 from pos.client import OpenStream, PosClient, Recorded, Sale, connect
 from pos.errors import OutcomeUnknown, PosError
+from pos.open_stream import SALES_PER_MESSAGE
 from pos.simulator import simulate
 from retail.purchases.v1 import purchases_service_pb2 as pb2
 from tests.unit.test_backlog import NAME, status
@@ -36,6 +37,7 @@ class Shop:
         self.refuses_streams: tuple[grpc.StatusCode, str] | None = None
         self.refuses_calls: tuple[grpc.StatusCode, str] | None = None
         self.breaks = threading.Event()  # the stream, when its next sale has come: it is stored and not answered
+        self.breaks_with = grpc.StatusCode.UNAVAILABLE
         self._stored: dict[str, str] = {}
         self._lock = threading.Lock()
         self._answers: list[SimpleQueue[pb2.UploadPurchasesResponse | None]] = []
@@ -66,7 +68,7 @@ class Shop:
             yield response
         if self.breaks.is_set():
             self.breaks.clear()
-            context.abort(grpc.StatusCode.UNAVAILABLE, "the server went away")
+            context.abort(self.breaks_with, "the server went away")
 
     def end_streams(self) -> None:
         """As a server does that drains, or with a stream that was idle for long."""
@@ -192,6 +194,7 @@ def test_many_threads_share_a_stream(
         answers = list(tills.map(stream.record, sales))
     assert [each.purchase.receipt_id for each in answers] == [sale.receipt_id for sale in sales]
     assert (shop.streams, shop.stored, shop.called.total(), pauses) == (1, 700, 0, [])
+    assert max(shop.sales_of_messages) <= SALES_PER_MESSAGE
 
 
 def test_a_sale_without_an_answer_holds_up_nobody(
@@ -236,10 +239,12 @@ def test_patience_ends(shop: Shop, target: str, sales: list[Sale], pauses: list[
     assert pauses
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.PERMISSION_DENIED])
 def test_a_stream_that_breaks_loses_nothing(
-    shop: Shop, stream: OpenStream[Recorded], sales: list[Sale], pauses: list[float]
+    shop: Shop, stream: OpenStream[Recorded], sales: list[Sale], pauses: list[float], code: grpc.StatusCode
 ) -> None:
-    """What was sent on it goes by a call at once, with the same key, and is one sale; later there is a stream again."""
+    """What was sent on it goes by a call at once, with the same key, and is one sale; soon there is a stream again."""
+    shop.breaks_with = code  # which one of its sales may have been for
     stream.record(sales[0])
     shop.breaks.set()
     assert stream.record(sales[1]).replayed

@@ -1,4 +1,4 @@
-"""The write path: CreatePurchase and UploadPurchases beside pgbench, on the same PostgreSQL and the same tables."""
+"""The write path: CreatePurchase, an open stream and UploadPurchases beside pgbench, on the same tables."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -35,6 +35,8 @@ GOALS = {
     "create_vs_pgbench": Goal("CreatePurchase, purchases/s", 1.0, more_is_better=True),
     "create_cpu_vs_pgbench": Goal("CreatePurchase, CPU a purchase", 0.65, more_is_better=False),
     "upload_vs_pgbench": Goal("UploadPurchases, purchases/s", 2.5, more_is_better=True),
+    "stream_vs_pgbench": Goal("open stream, purchases/s", 2.0, more_is_better=True),
+    "stream_cpu_vs_pgbench": Goal("open stream, CPU a purchase", 0.45, more_is_better=False),
     "create_latency_vs_pgbench": Goal("CreatePurchase, latency alone", 3.0, more_is_better=False),
 }
 
@@ -68,17 +70,19 @@ def run(plan: Plan, show: Show) -> Outcome:
         with server.connect() as connection:
             version = connection.info.parameter_status("server_version")
 
-    pgbench_best, create, upload = finalists
-    (pgbench_alone, *_), (create_alone, *_), _ = families
+    pgbench_best, create, stream, upload = finalists
+    (pgbench_alone, *_), (create_alone, *_), *_ = families
     ratios = {
         "create_vs_pgbench": versus(empty, create, pgbench_best, speed),
         "create_cpu_vs_pgbench": versus(empty, create, pgbench_best, cpu),
+        "stream_vs_pgbench": versus(empty, stream, pgbench_best, speed),
+        "stream_cpu_vs_pgbench": versus(empty, stream, pgbench_best, cpu),
         "upload_vs_pgbench": versus(empty, upload, pgbench_best, speed),
         "create_latency_vs_pgbench": versus(empty, create_alone, pgbench_alone, latency),
     }
     for rows, figures in grown.items():
         # How it slowed down, beside how pgbench did: the speed of the disk and of the hour cancels out.
-        for name, ours in (("create", create), ("upload", upload)):
+        for name, ours in (("create", create), ("stream", stream), ("upload", upload)):
             growth = versus(figures, ours, pgbench_best, speed) / versus(empty, ours, pgbench_best, speed)
             ratios[f"{name}_at_{short(rows)}_vs_empty"] = growth
 
@@ -98,7 +102,7 @@ def run(plan: Plan, show: Show) -> Outcome:
 def contenders(
     server: Postgres, service: stage.Service, client: LoadClient, measure_s: int, directory: Path
 ) -> tuple[list[Contender], ...]:
-    """pgbench, CreatePurchase and UploadPurchases; the least at once first."""
+    """pgbench, CreatePurchase, an open stream and UploadPurchases; the least at once first."""
 
     def yardstick(clients: int) -> Figure:
         return pgbench.run(server, DATABASE, clients, measure_s, directory)
@@ -120,6 +124,7 @@ def contenders(
     return (
         [Contender("pgbench", n, partial(yardstick, n)) for n in CLIENTS],
         [Contender("CreatePurchase", n, partial(load, "create", n)) for n in CALLS_IN_FLIGHT],
+        [Contender("open stream", n, partial(load, "stream", n)) for n in CALLS_IN_FLIGHT],
         [Contender("UploadPurchases", n, partial(load, "upload", n)) for n in STREAMS],
     )
 

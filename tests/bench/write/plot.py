@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 from math import log2
 
 from tests.bench.figures import Contender, Rounds, cpu, middle, speed
-from tests.bench.svg import BLUE, FAINT, GREEN, GREY, GRID, nice_step, picture, text
+from tests.bench.svg import AMBER, BLUE, FAINT, GREEN, GREY, GRID, nice_step, picture, text
 
 WIDTH, HEIGHT = 960, 440
 LEFT, RIGHT, TOP, BOTTOM = 70, 560, 92, 370  # of the curves
 BARS_LEFT, BARS_RIGHT = 640, 920
 AT_ONCE_MAX = 256
-COLOURS = (GREY, BLUE, GREEN)  # of the families, in their order
+COLOURS = (GREY, BLUE, AMBER, GREEN)  # of the families, in their order
 
 
 def plot(families: Sequence[Sequence[Contender]], rounds: Rounds, finalists: Sequence[Contender]) -> str:
@@ -37,7 +37,7 @@ def _curves(families: Sequence[Sequence[Contender]], rounds: Rounds) -> Iterable
         yield text(LEFT - 10, y(per_s) + 4, f"{per_s:,.0f}", fill=FAINT, anchor="end")
     for at_once in sorted({contender.at_once for family in families for contender in family}):
         yield text(x(at_once), BOTTOM + 20, str(at_once), fill=FAINT, anchor="middle")
-    where = "connections, calls in flight or streams of 500 sales a message, at once"
+    where = "connections, calls, sales on one open stream, or streams of 500 sales a message, at once"
     yield text((LEFT + RIGHT) / 2, BOTTOM + 44, where, fill=FAINT, anchor="middle")
 
     for family, colour in zip(families, COLOURS, strict=True):
@@ -62,7 +62,7 @@ def _bars(finalists: Sequence[Contender], rounds: Rounds) -> Iterable[str]:
     yield text(BARS_LEFT, 38, "CPU time of a purchase", size=17, weight=600)
     yield text(BARS_LEFT, 60, "microseconds, each at its fastest", fill=FAINT)
     for number, (contender, median, colour) in enumerate(zip(finalists, medians, COLOURS, strict=True)):
-        y = TOP + 14 + number * 92
+        y = TOP + 14 + number * 74
         front, database = median.front_cpu_us * scale, median.database_cpu_us * scale
         yield text(BARS_LEFT, y, contender.name, fill=colour, weight=600)
         yield text(BARS_RIGHT, y, f"{cpu(median):,.0f} µs", anchor="end", weight=600)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 from google.rpc import error_details_pb2
 
@@ -101,6 +102,34 @@ async def test_answers_come_while_the_stream_stays_open(tills: Any) -> None:
     assert await call.code() == grpc.StatusCode.OK
 
 
+async def test_sales_that_come_one_by_one_are_answered_in_any_order(tills: Any, purchases_db: str) -> None:
+    """One that waits for a row holds up neither its neighbours in the message nor those behind it, however many."""
+    customer_id = str(uuid.uuid4())
+    await tills.CreatePurchase(sale(customer_id=customer_id, register_customer=True))
+    call = tills.UploadPurchases()
+    answered: set[int] = set()
+
+    async def read_until(complete: set[int]) -> None:
+        while not complete <= answered:
+            results = (await call.read()).results
+            assert not answered & {result.sequence_number for result in results}
+            assert all(result.created.purchase.purchase_id for result in results)
+            answered.update(result.sequence_number for result in results)
+
+    async with await psycopg.AsyncConnection.connect(purchases_db) as holder:
+        await holder.execute("SELECT FROM customers WHERE customer_id = %s FOR UPDATE", [customer_id])
+        await call.write(message(0, [sale(), sale(customer_id=customer_id), sale()]))
+        for number in range(3, 203):
+            await call.write(message(number, [sale()]))
+        await asyncio.wait_for(read_until({0, *range(2, 203)}), WAIT_S)
+        assert 1 not in answered
+    await asyncio.wait_for(read_until({1}), WAIT_S)
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+    assert await call.code() == grpc.StatusCode.OK
+    assert_whole(purchases_db, 204)
+
+
 async def test_too_many_sales_or_none_in_a_message(tills: Any) -> None:
     """A message has 1 to 500 sales; what came before it is answered."""
     for wrong in (message(0, [sale(("1.00",))] * 501), UploadPurchasesRequest()):
@@ -120,10 +149,13 @@ async def test_garbage_in_the_stream(purchases_channel: grpc.aio.Channel) -> Non
     assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
 
 
-async def test_client_that_does_not_read_is_slowed_down(tills: Any, purchases_db: str) -> None:
+@pytest.mark.parametrize(("messages_sent", "sales_of_each"), [(40, 100), (4_000, 1)])
+async def test_client_that_does_not_read_is_slowed_down(
+    tills: Any, purchases_db: str, messages_sent: int, sales_of_each: int
+) -> None:
     """Of a client that never reads its answers only a bounded number of messages is taken in; others are served."""
     big = tuple("1.00" for _ in range(100))
-    messages = [message(n * 100, [sale(big) for _ in range(100)]) for n in range(40)]
+    messages = [message(n * 100, [sale(big) for _ in range(sales_of_each)]) for n in range(messages_sent)]
     lazy = tills.UploadPurchases()
 
     async def push() -> None:
@@ -135,7 +167,7 @@ async def test_client_that_does_not_read_is_slowed_down(tills: Any, purchases_db
     assert not (await asyncio.wait_for(tills.CreatePurchase(sale()), WAIT_S)).replayed
     lazy.cancel()
     await asyncio.gather(pushing, return_exceptions=True)
-    assert count(purchases_db, "purchases") < 4_001
+    assert count(purchases_db, "purchases") < messages_sent * sales_of_each + 1
     assert (await tills.CreatePurchase(sale())).purchase.purchase_id
 
 

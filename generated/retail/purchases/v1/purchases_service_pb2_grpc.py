@@ -114,9 +114,14 @@ class PurchasesServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UploadPurchases(self, request_iterator, context):
-        """Records the backlog of a till that was offline. Each sale is answered once,
-        after it is durable, in any order; a sale that is refused does not affect
-        its neighbours. To resume after a break, send what was not answered again.
+        """Records the backlog of a till that was offline, or the sales of tills that
+        keep a stream open. Each sale is answered once, after it is durable, in any
+        order; a sale that is refused does not affect its neighbours. To resume
+        after a break, send what was not answered again.
+
+        Sales that come by up to 20 a message are taken as they happen: each is
+        answered as soon as it is durable, whatever others wait for, and 500 may be
+        on their way. More in a message are a backlog, which is answered together.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,9 +54,14 @@ class PurchasesServiceStub:
     ListPurchases: _grpc.UnaryUnaryMultiCallable[_purchases_service_pb2.ListPurchasesRequest, _purchases_service_pb2.ListPurchasesResponse]
     """Lists purchases, the latest purchase_time first."""
     UploadPurchases: _grpc.StreamStreamMultiCallable[_purchases_service_pb2.UploadPurchasesRequest, _purchases_service_pb2.UploadPurchasesResponse]
-    """Records the backlog of a till that was offline. Each sale is answered once,
-    after it is durable, in any order; a sale that is refused does not affect
-    its neighbours. To resume after a break, send what was not answered again.
+    """Records the backlog of a till that was offline, or the sales of tills that
+    keep a stream open. Each sale is answered once, after it is durable, in any
+    order; a sale that is refused does not affect its neighbours. To resume
+    after a break, send what was not answered again.
+
+    Sales that come by up to 20 a message are taken as they happen: each is
+    answered as soon as it is durable, whatever others wait for, and 500 may be
+    on their way. More in a message are a backlog, which is answered together.
     """
     ListControlTotals: _grpc.UnaryUnaryMultiCallable[_purchases_service_pb2.ListControlTotalsRequest, _purchases_service_pb2.ListControlTotalsResponse]
     """Sums up purchases per business day and branch, from the tables that record
@@ -99,9 +104,14 @@ class PurchasesServiceAsyncStub(PurchasesServiceStub):
     ListPurchases: _aio.UnaryUnaryMultiCallable[_purchases_service_pb2.ListPurchasesRequest, _purchases_service_pb2.ListPurchasesResponse]  # type: ignore[assignment]
     """Lists purchases, the latest purchase_time first."""
     UploadPurchases: _aio.StreamStreamMultiCallable[_purchases_service_pb2.UploadPurchasesRequest, _purchases_service_pb2.UploadPurchasesResponse]  # type: ignore[assignment]
-    """Records the backlog of a till that was offline. Each sale is answered once,
-    after it is durable, in any order; a sale that is refused does not affect
-    its neighbours. To resume after a break, send what was not answered again.
+    """Records the backlog of a till that was offline, or the sales of tills that
+    keep a stream open. Each sale is answered once, after it is durable, in any
+    order; a sale that is refused does not affect its neighbours. To resume
+    after a break, send what was not answered again.
+
+    Sales that come by up to 20 a message are taken as they happen: each is
+    answered as soon as it is durable, whatever others wait for, and 500 may be
+    on their way. More in a message are a backlog, which is answered together.
     """
     ListControlTotals: _aio.UnaryUnaryMultiCallable[_purchases_service_pb2.ListControlTotalsRequest, _purchases_service_pb2.ListControlTotalsResponse]  # type: ignore[assignment]
     """Sums up purchases per business day and branch, from the tables that record
@@ -165,9 +175,14 @@ class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_purchases_service_pb2.UploadPurchasesRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_purchases_service_pb2.UploadPurchasesResponse], _abc.AsyncIterator[_purchases_service_pb2.UploadPurchasesResponse]]:
-        """Records the backlog of a till that was offline. Each sale is answered once,
-        after it is durable, in any order; a sale that is refused does not affect
-        its neighbours. To resume after a break, send what was not answered again.
+        """Records the backlog of a till that was offline, or the sales of tills that
+        keep a stream open. Each sale is answered once, after it is durable, in any
+        order; a sale that is refused does not affect its neighbours. To resume
+        after a break, send what was not answered again.
+
+        Sales that come by up to 20 a message are taken as they happen: each is
+        answered as soon as it is durable, whatever others wait for, and 500 may be
+        on their way. More in a message are a backlog, which is answered together.
         """
 
     @_abc_1.abstractmethod
