@@ -17,12 +17,13 @@ from google.protobuf import text_format
 from prometheus_client import Counter
 
 from chassis import identity, tokens
-from chassis.errors import AccessRefused, PermissionDenied, Unauthenticated
+from chassis.errors import AccessRefused, PermissionDenied, RateExceeded, Unauthenticated
 from chassis.followed import Followed
 from chassis.identity import Caller
 from chassis.logs import Sampled
+from chassis.rates import Rates
 from chassis.rules import Rule
-from chassis.settings import SettingsError, setting, switch, text
+from chassis.settings import SettingsError, integer, setting, switch, text
 from chassis.tokens import Tokens, TokenSettings
 
 CERTIFICATE = "x509_pem_cert"  # gRPC's name for the one that a caller showed
@@ -32,6 +33,7 @@ REFUSED = Counter("grpc_server_access_refused_total", "Calls refused for who mad
 
 log = structlog.get_logger()
 _refusals = Sampled("warning", "access refused")
+_hasty = Sampled("warning", "a caller makes more calls than one may")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,14 @@ class AccessSettings(TokenSettings):
         "path",
         "of a list of URIs, one a line, that are refused though their certificates are valid; followed without restart",
         default="",
+    )
+    calls_per_s: int = setting(
+        "CALLER_CALLS_PER_S",
+        integer(0, 1_000_000),
+        "calls/s",
+        "of one caller who is known, with twice as many at once; more are refused with RATE_EXCEEDED, and messages of "
+        "streams wait; each process counts for itself; 0: no limit",
+        default=500,
     )
     reflection: bool = setting(
         "GRPC_REFLECTION", switch, "0 or 1", "1: operators may ask a server for its contract", default=True
@@ -67,7 +77,9 @@ class Gate:
         certificates: identity.Certificates | None = None,
         tokens: Tokens | None = None,
         bans: Followed[frozenset[str]] | None = None,
+        rates: Rates | None = None,
     ) -> None:
+        self._rates = rates
         self._certificates, self._tokens, self._bans = certificates, tokens, bans
         self._open: dict[asyncio.Timeout, str] = {}  # streams, by the names of their callers
 
@@ -75,7 +87,7 @@ class Gate:
         """Who calls, before anything of the request is read.
 
         Raises:
-            Unauthenticated, PermissionDenied
+            Unauthenticated, PermissionDenied, RateExceeded
         """
         if self._certificates is None:
             caller = Caller(context.peer())
@@ -83,6 +95,9 @@ class Gate:
             caller = self._known(self._certificates, rule, context)
             if caller.role not in rule.roles:
                 raise _on_record(PermissionDenied(), rule, caller.name, "role")
+            if self._rates and self._rates.pause_s(caller.name):
+                _hasty(caller.name, caller=caller.name, method=rule.method)
+                raise RateExceeded("this caller makes more calls than one may; come again a little later")
         identity.set_current(caller)
         return caller
 
@@ -118,6 +133,11 @@ class Gate:
         if rule.changes and caller.role == "operator":
             asked = text_format.MessageToString(request, as_one_line=True)[:REQUEST_TEXT_MAX]
             log.warning("change by an operator", audit=True, caller=caller.name, method=rule.method, request=asked)
+
+    async def in_turn(self, caller: Caller) -> None:
+        """Wait until another message of a caller's stream may be read."""
+        if self._rates and (pause_s := self._rates.pause_s(caller.name, will_wait=True)):
+            await asyncio.sleep(pause_s)
 
     @asynccontextmanager
     async def while_accepted(self, rule: Rule, caller: Caller) -> AsyncIterator[None]:
@@ -181,7 +201,8 @@ def gate(config: AccessSettings, *, certificates: bool) -> Gate:
     accepted = tokens.tokens(config)
     bans = Followed("TLS_BANNED_FILE", config.banned_file, banned_names) if config.banned_file else None
     if certificates:
-        return Gate(identity.Certificates(config.trust_domain), accepted, bans)
+        rates = Rates(config.calls_per_s) if config.calls_per_s else None
+        return Gate(identity.Certificates(config.trust_domain), accepted, bans, rates)
     if accepted:
         raise SettingsError(["JWT_ISSUER is set, but no certificate: tokens must not travel in plaintext"])
     return Gate()

@@ -10,6 +10,7 @@ ServiceError
 ├── InvalidRequest        fields break the rules; carries every violation at once
 ├── InvalidToken          a page or consistency token that this server did not make
 ├── Overloaded            more work than the server takes in
+├── RateExceeded          more calls than one caller may make
 ├── ShuttingDown          the process is draining
 ├── DatabaseUnavailable   no connection, or the connection was lost
 ├── TransactionConflict   concurrent transactions got in each other's way, retries included
@@ -146,6 +147,12 @@ class InvalidToken(ServiceError):
 class Overloaded(ServiceError):
     code = StatusCode.RESOURCE_EXHAUSTED
     reason = "OVERLOADED"
+    retry_after_s = 1.0
+
+
+class RateExceeded(ServiceError):
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "RATE_EXCEEDED"
     retry_after_s = 1.0
 
 

@@ -353,6 +353,7 @@ class _Guard:
     async def _parsed(self, caller: Caller, stream: Stream, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         iterator = aiter(requests)
         while True:
+            await self._gate.in_turn(caller)
             try:
                 async with asyncio.timeout(IDLE_TIMEOUT_S):
                     raw = await anext(iterator)

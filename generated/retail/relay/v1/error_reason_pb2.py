@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"retail/relay/v1/error_reason.proto\x12\x0fretail.relay.v1*\xe6\x02\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x0c\n\x08INTERNAL\x10\x01\x12\x12\n\x0eUNKNOWN_METHOD\x10\x02\x12\x15\n\x11MESSAGE_TOO_LARGE\x10\x03\x12\x15\n\x11MALFORMED_MESSAGE\x10\x04\x12\x13\n\x0fINVALID_REQUEST\x10\x05\x12\x11\n\rINVALID_TOKEN\x10\x06\x12\x11\n\rSHUTTING_DOWN\x10\x07\x12\x18\n\x14\x44\x41TABASE_UNAVAILABLE\x10\x08\x12\x18\n\x14TRANSACTION_CONFLICT\x10\t\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\n\x12\x13\n\x0f\x45VENT_NOT_FOUND\x10\x0b\x12\x12\n\x0e\x45VENTS_DROPPED\x10\x0c\x12\x0e\n\nOVERLOADED\x10\r\x12\x13\n\x0fUNAUTHENTICATED\x10\x0e\x12\x15\n\x11PERMISSION_DENIED\x10\x0f\x42W\n\x17\x65xample.retail.relay.v1P\x01Z(retail.example/backbone/relay/v1;relayv1\xaa\x02\x0fRetail.Relay.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"retail/relay/v1/error_reason.proto\x12\x0fretail.relay.v1*\xf9\x02\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x0c\n\x08INTERNAL\x10\x01\x12\x12\n\x0eUNKNOWN_METHOD\x10\x02\x12\x15\n\x11MESSAGE_TOO_LARGE\x10\x03\x12\x15\n\x11MALFORMED_MESSAGE\x10\x04\x12\x13\n\x0fINVALID_REQUEST\x10\x05\x12\x11\n\rINVALID_TOKEN\x10\x06\x12\x11\n\rSHUTTING_DOWN\x10\x07\x12\x18\n\x14\x44\x41TABASE_UNAVAILABLE\x10\x08\x12\x18\n\x14TRANSACTION_CONFLICT\x10\t\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\n\x12\x13\n\x0f\x45VENT_NOT_FOUND\x10\x0b\x12\x12\n\x0e\x45VENTS_DROPPED\x10\x0c\x12\x0e\n\nOVERLOADED\x10\r\x12\x13\n\x0fUNAUTHENTICATED\x10\x0e\x12\x15\n\x11PERMISSION_DENIED\x10\x0f\x12\x11\n\rRATE_EXCEEDED\x10\x10\x42W\n\x17\x65xample.retail.relay.v1P\x01Z(retail.example/backbone/relay/v1;relayv1\xaa\x02\x0fRetail.Relay.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\027example.retail.relay.v1P\001Z(retail.example/backbone/relay/v1;relayv1\252\002\017Retail.Relay.V1'
   _globals['_ERRORREASON']._serialized_start=56
-  _globals['_ERRORREASON']._serialized_end=414
+  _globals['_ERRORREASON']._serialized_end=433
 # @@protoc_insertion_point(module_scope)

@@ -85,6 +85,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     this caller; see the method's rule. The answer is the same whether what it
     names exists or not.
     """
+    RATE_EXCEEDED: _ErrorReason.ValueType  # 16
+    """RESOURCE_EXHAUSTED. Retry after 1 s: this caller, known by its certificate or
+    token, makes more calls than one may (CALLER_CALLS_PER_S).
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the reason of google.rpc.ErrorInfo, whose domain is
@@ -156,5 +160,9 @@ PERMISSION_DENIED: ErrorReason.ValueType  # 15
 """PERMISSION_DENIED. Final: the method, or what the request names, is not for
 this caller; see the method's rule. The answer is the same whether what it
 names exists or not.
+"""
+RATE_EXCEEDED: ErrorReason.ValueType  # 16
+"""RESOURCE_EXHAUSTED. Retry after 1 s: this caller, known by its certificate or
+token, makes more calls than one may (CALLER_CALLS_PER_S).
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
