@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 LOCAL := exec $(PYTHON) -m deploy.local
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run start stop status demo test lint proto settings contract dev-certs image-check bench faults
+.PHONY: help ready run start stop status demo watch test lint proto settings contract dev-certs image-check bench faults
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -27,6 +27,9 @@ status: ready ## what is running
 
 demo: ready ## two weeks of sales and the owner's numbers; [FILE=sales.csv.gz] [LIMIT=n] [REPORT=out.json]
 	@$(LOCAL) demo $(if $(FILE),--file "$$FILE") $(if $(LIMIT),--limit "$$LIMIT") $(if $(REPORT),--report "$$REPORT")
+
+watch: ready ## Prometheus and its alarms, beside the stack; Ctrl-C stops it
+	@$(LOCAL) watch
 
 test: ready ## all tests, against real servers; [ARGS='-k name -x']
 	@$(LOCAL) test $(ARGS)

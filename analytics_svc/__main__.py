@@ -5,9 +5,6 @@ from psycopg_pool import PoolTimeout
 
 from analytics_svc import database
 from analytics_svc.commands import audit, quarantine, rebuild, report
-from analytics_svc.commands.consume import consume
-from analytics_svc.commands.prove import prove
-from analytics_svc.commands.serve import serve
 from analytics_svc.settings import ConsumeSettings, MigrateSettings, ProveSettings, ServeSettings
 from chassis import cli, lifecycle, logs, migrate, settings
 from chassis.errors import PortTaken
@@ -31,6 +28,8 @@ def _consume() -> None:
 
     It proves the numbers meanwhile, and finishes what is in flight.
     """
+    from analytics_svc.commands.consume import consume  # here, as the metrics of one process are no other's
+
     config = settings.load(ConsumeSettings)
     logs.configure("analytics-consume", config.log_level)
     lifecycle.run(lambda stop: consume(config, stop))
@@ -42,6 +41,8 @@ def _serve() -> None:
 
     Then what is in flight is finished, which takes 20 s at most.
     """
+    from analytics_svc.commands.serve import serve
+
     config = settings.load(ServeSettings)
     logs.configure("analytics-serve", config.log_level)
     lifecycle.run(lambda stop: serve(config, stop))
@@ -50,6 +51,8 @@ def _serve() -> None:
 @commands.command("prove", hidden=True)
 def _prove() -> None:
     """Prove the numbers all the time. `consume` starts it, and it ends with that."""
+    from analytics_svc.commands.prove import prove
+
     config = settings.load(ProveSettings)
     logs.configure("analytics-audit", config.log_level)
     lifecycle.run(lambda stop: prove(config, stop))

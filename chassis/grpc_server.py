@@ -61,11 +61,11 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_connection_idle_ms", 30 * 60_000),  # a client that calls again connects again
 ]
 
-HANDLED = Counter("grpc_server_handled_total", "Calls answered.", ["grpc_method", "grpc_code"])
+HANDLED = Counter("grpc_server_handled_total", "Calls answered.", ["grpc_service", "grpc_method", "grpc_code"])
 SECONDS = Histogram(
     "grpc_server_handling_seconds",
     "Time to answer a call.",
-    ["grpc_method"],
+    ["grpc_service", "grpc_method"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
 
@@ -73,6 +73,9 @@ CERTIFICATE_DAYS = Gauge("tls_certificate_days_left", "Until the certificate in 
 CERTIFICATE_REFUSED = Gauge(
     "tls_certificate_refused", "1 while what the files hold is broken, so that older ones are in use.", ["file"]
 )
+REFUSED = Counter("grpc_server_refused_total", "Refusals.", ["grpc_service", "grpc_method", "reason"])
+
+UNKNOWN = "/unknown/unknown"  # callers must not make up values of a metric's label
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -244,7 +247,7 @@ class _UnknownMethods(grpc.GenericRpcHandler):
 
         async def refuse(_: object, context: Any) -> None:
             error = errors.UnknownMethod(f"this server has no method {method}", metadata={"method": method})
-            await _abort(context, "unknown", error, self._domain)  # callers must not make up values of a metric's label
+            await _abort(context, UNKNOWN, error, self._domain)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -261,8 +264,10 @@ class _Guard:
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         )
         self._takes_stream, self._deserialize = handler.request_streaming, handler.request_deserializer
-        self._seconds = SECONDS.labels(method)
-        self._succeeded = HANDLED.labels(method, "OK")
+        _, service, name = method.split("/")
+        self._seconds = SECONDS.labels(service, name)
+        self._succeeded = HANDLED.labels(service, name, "OK")
+        HANDLED.labels(service, name, "INTERNAL")  # there before the first one, which alarms would not notice
 
     async def unary(self, requests: AsyncIterator[bytes], context: Any) -> Any:
         started = time.perf_counter()
@@ -393,7 +398,9 @@ class _Guard:
 
 
 async def _abort(context: Any, method: str, error: ServiceError, domain: str) -> NoReturn:
-    HANDLED.labels(method, error.code.name).inc()
+    _, service, name = method.split("/")
+    HANDLED.labels(service, name, error.code.name).inc()
+    REFUSED.labels(service, name, error.reason).inc()
     if not isinstance(error, AccessRefused):  # that is on record already
         _refusals((method, error.reason), method=method, code=error.code.name, reason=error.reason)
     log.debug("refusal in full", method=method, error=error.message)  # which may name a customer

@@ -18,6 +18,7 @@ PAUSE_FACTOR = 20  # a pause is so many times as long as counting took: at most 
 STATEMENT_TIMEOUT_S = 60.0
 
 BACKLOG = Gauge("purchases_outbox_backlog", "Events that wait to be published, counted up to the limit.")
+BACKLOG_MAX = Gauge("purchases_outbox_backlog_max", "The limit, at which sales are refused; 0 is none.")
 
 log = structlog.get_logger()
 
@@ -28,6 +29,7 @@ class Backlog:
     def __init__(self, pool: Pool, most: int) -> None:
         """`most` events may wait; 0 means any number. `pool` has a connection that nobody else needs for long."""
         self._pool, self._most = pool, most
+        BACKLOG_MAX.set(most)
         self.full = False
 
     async def watch(self) -> None:

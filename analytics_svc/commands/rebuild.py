@@ -6,7 +6,6 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from analytics_svc.proof import rebuild
 from analytics_svc.settings import RebuildSettings
 from analytics_svc.upstream import SERVICE_CONFIG, source
 from analytics_svc.upstream.outbox import Outbox
@@ -28,6 +27,8 @@ def command() -> int:
 
 async def run(config: RebuildSettings, *, console: Console) -> int:
     """Rebuild and tell what was wrong; returns the exit code: 0 when it is done, 1 when it ended before."""
+    from analytics_svc.proof import rebuild  # not in every process of this package: it brings metrics
+
     zone, credentials = zones.load(config.business_time_zone), tls.credentials(config)
     columns = (
         TextColumn("days"),

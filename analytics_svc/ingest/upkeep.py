@@ -27,6 +27,11 @@ UNSAFE = Gauge(
     "1 while the database has standbys and no commit waits for one: after a failover, a rebuild is needed.",
 )
 
+LAG = Gauge(
+    "analytics_complete_through_lag_seconds",
+    "Age of complete_through_time, as the database had it when it was asked last; NaN before there is any.",
+)
+LAG.set(float("nan"))
 SNAPSHOT_HELD = Gauge(
     "analytics_snapshot_held_seconds",
     "For how long a transaction has held back vacuum: rows that every batch changes get slower all the while.",
@@ -58,6 +63,8 @@ class Upkeep:
                 failover_loses = (await standing(connection)).failover_loses
                 cursor = await connection.execute("SELECT extract(epoch FROM snapshot_held())::float8")
                 ((held_s,),) = await cursor.fetchall()
+                cursor = await connection.execute(_THROUGH)
+                ((through,),) = await cursor.fetchall()
         except Exception:
             await self._health.report("database", False)
             raise
@@ -67,6 +74,8 @@ class Upkeep:
         self._failover_loses = failover_loses
         UNSAFE.set(failover_loses)
         SNAPSHOT_HELD.set(held_s)
+        if through is not None:
+            LAG.set_function(lambda: time.time() - through)
         QUARANTINED.clear()
         for reason, count in quarantined.items():
             QUARANTINED.labels(reason).set(count)
@@ -89,3 +98,6 @@ class Upkeep:
             log.info("event log cut", floor=floor.event_id, batches=batches)
             if floor.held_by:
                 log.warning("an event in quarantine keeps the log from forgetting more", event_id=floor.held_by)
+
+
+_THROUGH = "SELECT extract(epoch FROM complete_through_at)::float8 FROM freshness"

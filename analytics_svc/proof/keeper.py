@@ -62,9 +62,6 @@ REBUILD_NEEDED = Gauge(
     "analytics_keeper_rebuild_needed",
     "1 while complete_through_time stands still because the outbox has dropped events that may not be counted.",
 )
-LAG = Gauge(
-    "analytics_complete_through_lag_seconds", "Age of complete_through_time; NaN in processes that do not keep it."
-)
 
 log = structlog.get_logger()
 
@@ -98,8 +95,6 @@ class Keeper:
         """`requeue_lost` has those of the events published again that will never come by themselves."""
         self._pool, self._list_committed, self._requeue_lost = pool, list_committed, requeue_lost
         self._awaited_max = awaited_max
-        self._complete_through: datetime | None = None
-        LAG.set_function(self._lag_s)
 
     async def run(self) -> None:
         """Keep, or stand by for the one that does, until cancelled. Trouble only means that nothing new is promised."""
@@ -110,7 +105,6 @@ class Keeper:
                     try:
                         await self._keep(connection, backoff)
                     finally:
-                        self._complete_through = None
                         KEEPING.set(0)
                         AWAITED.set(0)
                         await connection.close()  # and with it goes the lock
@@ -166,7 +160,6 @@ class Keeper:
                 promised=str(mark.complete_through),
                 now=str(listed.as_of),
             )
-        self._complete_through = listed.as_of
         TICKS.inc()
         return True
 
@@ -215,9 +208,6 @@ class Keeper:
                 lost_at = time.monotonic() + LOST_EVERY_S
             await asyncio.sleep(pauses.next_s())
         AWAITED.set(0)
-
-    def _lag_s(self) -> float:
-        return time.time() - self._complete_through.timestamp() if self._complete_through else float("nan")
 
 
 async def try_lock(connection: Connection) -> bool:

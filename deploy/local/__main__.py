@@ -1,4 +1,4 @@
-"""`python -m deploy.local COMMAND`: what `make run`, `start`, `stop`, `status`, `demo` and `test` do."""
+"""`python -m deploy.local COMMAND`: what `make run`, `start`, `stop`, `status`, `demo`, `watch` and `test` do."""
 
 import argparse
 import os
@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
 from deploy.local import terminal
 from deploy.local.machine import Process, StackError
+from deploy.local.prometheus import Prometheus
 from deploy.local.services import TLS_SETTING
 from deploy.local.stack import Stack, how_it_ended
 
@@ -40,6 +42,7 @@ def main() -> int:
         "stop": stop,
         "status": status,
         "demo": demo,
+        "watch": watch,
         "test": test,
     }
     parser = argparse.ArgumentParser(prog="python -m deploy.local", description=__doc__)
@@ -72,7 +75,7 @@ def run(stack: Stack, _: Sequence[str]) -> int:
         show_endpoints(stack)
         terminal.say("\nCtrl-C stops it all.")
         try:
-            return watch(stack)
+            return until_nothing_runs(stack)
         except Interrupted:
             terminal.say("")
             with stack.changing():
@@ -104,6 +107,24 @@ def status(stack: Stack, _: Sequence[str]) -> int:
 def demo(stack: Stack, arguments: Sequence[str]) -> int:
     with stack.used(temporary=True):
         return _in_foreground(["-m", "pos", "demo", *arguments], stack.client_environ())
+
+
+def watch(stack: Stack, _: Sequence[str]) -> int:
+    """Prometheus beside the stack, until Ctrl-C; it keeps what it has seen for the next time."""
+    prometheus = Prometheus(stack.home / "prometheus", log=stack.log_of("prometheus"))
+    with stack.used(temporary=True):
+        pages = {name: metrics for name, (_, metrics) in stack.endpoints().items() if metrics}
+        watching = prometheus.start({name: urlsplit(metrics).netloc for name, metrics in pages.items()})
+        try:
+            terminal.say(f"\nAlarms: http://{prometheus.address}/alerts\nCtrl-C stops it.")
+            while watching.alive:
+                time.sleep(WATCH_S)
+        except Interrupted:
+            return 0
+        finally:
+            prometheus.stop()
+    terminal.fail(f"Prometheus {how_it_ended(watching)} (log: {_log(stack, 'prometheus')})")
+    return 1
 
 
 def test(stack: Stack, arguments: Sequence[str]) -> int:
@@ -139,7 +160,7 @@ def _ended(child: "subprocess.Popen[bytes]") -> bool:
     return True
 
 
-def watch(stack: Stack) -> int:
+def until_nothing_runs(stack: Stack) -> int:
     """Say what ends and what comes back, until nothing is left; 1 if anything has failed."""
     everything = stack.processes()
     alive = {name: process for name, process in everything.items() if process}
