@@ -149,13 +149,10 @@ async def test_garbage_in_the_stream(purchases_channel: grpc.aio.Channel) -> Non
     assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
 
 
-@pytest.mark.parametrize(("messages_sent", "sales_of_each"), [(40, 100), (4_000, 1)])
-async def test_client_that_does_not_read_is_slowed_down(
-    tills: Any, purchases_db: str, messages_sent: int, sales_of_each: int
-) -> None:
+async def test_client_that_does_not_read_is_slowed_down(tills: Any, purchases_db: str) -> None:
     """Of a client that never reads its answers only a bounded number of messages is taken in; others are served."""
     big = tuple("1.00" for _ in range(100))
-    messages = [message(n * 100, [sale(big) for _ in range(sales_of_each)]) for n in range(messages_sent)]
+    messages = [message(n * 100, [sale(big) for _ in range(100)]) for n in range(40)]
     lazy = tills.UploadPurchases()
 
     async def push() -> None:
@@ -167,7 +164,7 @@ async def test_client_that_does_not_read_is_slowed_down(
     assert not (await asyncio.wait_for(tills.CreatePurchase(sale()), WAIT_S)).replayed
     lazy.cancel()
     await asyncio.gather(pushing, return_exceptions=True)
-    assert count(purchases_db, "purchases") < messages_sent * sales_of_each + 1
+    assert count(purchases_db, "purchases") < 4_001
     assert (await tills.CreatePurchase(sale())).purchase.purchase_id
 
 
