@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import grpc
 import structlog
@@ -34,6 +34,7 @@ GRPC_LIMIT_FACTOR = 4
 CALL_TIMEOUT_S = 30.0  # for callers that set no deadline, or a later one
 DRAIN_TIMEOUT_S = 20.0  # how long a stopping server waits for the calls in flight
 SLOW_CALL_S = 1.0
+CALLS_OF_CONNECTION_MAX = 1_000  # at once; more wait at the client
 IDLE_TIMEOUT_S = 300.0  # of a stream that its caller neither feeds nor ends
 METHOD_LENGTH_MAX = 200  # of a method that is not there, as it is repeated to the caller
 # A stream whose reader takes nothing for so long is cut. Shorter than PostgreSQL's patience with an idle transaction.
@@ -48,7 +49,6 @@ SIDE_STREAM_TIMEOUT_S = 600.0  # of health and reflection, which wait for nobody
 
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", REPLY_BYTES_MAX),
-    ("grpc.max_concurrent_streams", 1_000),  # per connection
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -77,6 +77,7 @@ REFUSED = Counter("grpc_server_refused_total", "Refusals.", ["grpc_service", "gr
 
 UNKNOWN = "/unknown/unknown"  # callers must not make up values of a metric's label
 
+T = TypeVar("T", bound=Callable[..., Any])
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 log = structlog.get_logger()
@@ -94,6 +95,16 @@ class Service(NamedTuple):
     name: str
     timeout_s: float = CALL_TIMEOUT_S
     message_bytes_max: int = MESSAGE_BYTES_MAX
+
+
+def reading(deserialize: Callable[[bytes], Any]) -> Callable[[T], T]:
+    """A handler whose requests are made of bytes by `deserialize`, such as not to read all of a large one in one go."""
+
+    def mark(handler: T) -> T:
+        handler.deserialize = deserialize  # type: ignore[attr-defined]
+        return handler
+
+    return mark
 
 
 class Server:
@@ -124,11 +135,17 @@ class Server:
 
     @asynccontextmanager
     async def listening(
-        self, address: str, services: list[Service], *, share_port: bool = False
+        self,
+        address: str,
+        services: list[Service],
+        *,
+        share_port: bool = False,
+        calls_of_connection_max: int = CALLS_OF_CONNECTION_MAX,
     ) -> AsyncIterator[None]:
         """Listen until the block ends, then drain. Health is NOT_SERVING until `set_serving`.
 
-        `share_port` lets several processes listen there; see that no stranger does.
+        `share_port` lets several processes listen there; see that no stranger does. gRPC takes in calls in the order in
+        which they come, so what one connection may have at once is what others wait for.
 
         Raises:
             PortTaken: the address is in use.
@@ -139,6 +156,8 @@ class Server:
         await self.set_serving(False)
         options = [
             *OPTIONS,
+            ("grpc.max_concurrent_streams", calls_of_connection_max),
+            ("grpc.http.overload_protection", 0),
             ("grpc.max_receive_message_length", GRPC_LIMIT_FACTOR * max(s.message_bytes_max for s in services)),
             # Shared by default on Linux: then two servers would have one port without noticing.
             ("grpc.so_reuseport", int(share_port)),
@@ -263,7 +282,8 @@ class _Guard:
         self._behavior = (  # exactly one is set
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         )
-        self._takes_stream, self._deserialize = handler.request_streaming, handler.request_deserializer
+        self._takes_stream = handler.request_streaming
+        self._deserialize = getattr(self._behavior, "deserialize", handler.request_deserializer)
         _, service, name = method.split("/")
         self._seconds = SECONDS.labels(service, name)
         self._succeeded = HANDLED.labels(service, name, "OK")
@@ -397,7 +417,8 @@ class _Guard:
         raise error
 
 
-async def _abort(context: Any, method: str, error: ServiceError, domain: str) -> NoReturn:
+async def _abort(context: Any, method: str, error: ServiceError, domain: str) -> None:
+    """End the call; the handler has to return then."""
     _, service, name = method.split("/")
     HANDLED.labels(service, name, error.code.name).inc()
     REFUSED.labels(service, name, error.reason).inc()
@@ -407,8 +428,12 @@ async def _abort(context: Any, method: str, error: ServiceError, domain: str) ->
     trailers = [("grpc-status-details-bin", errors.to_status(error, domain).SerializeToString())]
     if error.retry_after_s is not None:  # what the retries built into gRPC's clients read instead of RetryInfo
         trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1_000))))
-    await context.abort(error.code, error.message, trailing_metadata=tuple(trailers))
-    raise AssertionError("abort always raises")
+    try:
+        await context.abort(error.code, error.message, trailing_metadata=tuple(trailers))
+    except grpc.aio.AbortError as raised:
+        # gRPC keeps it with the call, and raises it again by itself. The frames that these errors came through hold
+        # them and the call, and are held by them: rings that only collections take apart, while everybody waits.
+        error.__traceback__ = error.__context__ = error.__cause__ = raised.__traceback__ = None
 
 
 async def _write(context: Any, reply: Any) -> None:

@@ -1,6 +1,7 @@
 """How a process lives: one asyncio loop on uvloop, a stop event set by SIGTERM or SIGINT, a second signal forces."""
 
 import asyncio
+import gc
 import os
 import random
 import resource
@@ -36,7 +37,14 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
         await main(stop)
 
     _raise_file_limit()
+    _spare_what_stays()
     uvloop.run(body())
+
+
+def _spare_what_stays() -> None:
+    """Modules and what they hold are never garbage. To look through them stops the process for 50 ms, each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _raise_file_limit() -> None:

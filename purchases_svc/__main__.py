@@ -15,7 +15,7 @@ from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgre
 from chassis.errors import PortTaken
 from chassis.shares import Shares
 from chassis.wire import PageTokens
-from purchases_svc import record, retention, server, stored, workers
+from purchases_svc import flush, record, retention, server, stored, workers
 from purchases_svc.backlog import STATEMENT_TIMEOUT_S as WATCH_TIMEOUT_S
 from purchases_svc.backlog import Backlog
 from purchases_svc.commands import partitions as partitions_command
@@ -49,10 +49,10 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             config.database_url,
             role=stored.ROLE,
             application_name="purchases write",
-            size=record.CONNECTIONS,
+            size=flush.CONNECTIONS,
             statement_timeout_s=config.flush_timeout_s / 2,  # so that what was cancelled can be tried once more
             # A plan made while the tables were empty would read them whole, and be kept until the next ANALYZE.
-            settings={"enable_seqscan": "off", **record.LOCK_TIMEOUT},
+            settings={"enable_seqscan": "off", **flush.LOCK_TIMEOUT},
         ) as write_pool,
         postgres.open_pool(
             config.database_url,
@@ -126,7 +126,12 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             ),
         ]
         async with (
-            host.listening(config.listen, services, share_port=worker is not None),
+            host.listening(
+                config.listen,
+                services,
+                share_port=worker is not None,
+                calls_of_connection_max=server.CALLS_OF_CONNECTION_MAX,
+            ),
             lifecycle.beside(
                 partitions.keep(),
                 retaining.keep(),

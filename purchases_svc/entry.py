@@ -9,13 +9,27 @@ from purchases_svc.sale import Purchase, Sale
 class Call:
     """A caller who waits for what becomes of its sales. One future for all of them, however many there are."""
 
-    __slots__ = ("answered", "caller", "open", "outcomes")
+    __slots__ = ("_open", "_outcomes", "answered", "caller", "sales")
 
     def __init__(self, caller: str, sales: int) -> None:
-        self.caller = caller
-        self.outcomes: list[Outcome | None] = [None] * sales
-        self.open = sales
+        self.caller, self.sales = caller, sales
+        self._outcomes: list[Outcome | None] = [None] * sales
+        self._open = sales
         self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """What became of each sale, so far as it is known; of all of them, once the call is answered."""
+        return [outcome for outcome in self._outcomes if outcome is not None]
+
+    def settled(self, place: int) -> bool:
+        return self._outcomes[place] is not None
+
+    def settle(self, place: int, outcome: Outcome) -> None:
+        self._outcomes[place] = outcome
+        self._open -= 1
+        if not self._open and not self.answered.done():  # the caller may have given up
+            self.answered.set_result(None)
 
 
 class Entry:
@@ -37,17 +51,18 @@ class Entry:
         return self._call.caller
 
     @property
+    def came_alone(self) -> bool:
+        """A sale at a till, where somebody waits for it, and not one of many."""
+        return self._call.sales == 1
+
+    @property
     def abandoned(self) -> bool:
         """The caller gave up."""
         return self._call.answered.cancelled()
 
     @property
     def settled(self) -> bool:
-        return self._call.outcomes[self._place] is not None
+        return self._call.settled(self._place)
 
     def settle(self, outcome: Outcome) -> None:
-        call = self._call
-        call.outcomes[self._place] = outcome
-        call.open -= 1
-        if not call.open and not call.answered.done():  # the caller may have given up
-            call.answered.set_result(None)
+        self._call.settle(self._place, outcome)

@@ -40,7 +40,6 @@ class Single:
             return self.refusal
         assert self.call
         (outcome,) = self.call.outcomes
-        assert outcome
         return outcome
 
 

@@ -11,7 +11,7 @@ from purchases_svc.sale import Purchase, rfc3339
 # One statement is one transaction. Everything hangs on `new_receipt` and `new_key`: what gets in has both, what does
 # not leaves nothing behind. Of sales whose key and customer allow it, those with a free receipt number get in.
 # (The same sale on its way twice has the same receipt number, so the second waits for the first and is not accepted.
-# Should another sale take its key at this very moment, the statement fails as a whole; `record.py` sorts it out.)
+# Should another sale take its key at this very moment, the statement fails as a whole; `flush.py` sorts it out.)
 # Receipts, keys and customers are inserted in sorted order, and the tables in an order that PostgreSQL chooses but that
 # is the same in every flush: two that share some wait for each other, but never in a circle.
 # LIMIT 1 makes each look-up a probe of the index, whatever the statistics say; nothing looks into all partitions.

@@ -1,20 +1,27 @@
 """UploadPurchases: the backlog of a till that was offline, message by message, and sales as they happen, one by one."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
+
+from google.protobuf.message import DecodeError
 
 from chassis import grpc_server
 from chassis.errors import (
     FieldReason,
     InvalidRequest,
+    MalformedMessage,
     ServiceError,
     ShuttingDown,
     Violation,
     to_status,
 )
 from purchases_svc import messages
+from purchases_svc.admission import SHARE_SALES_MIN
 from purchases_svc.answers import Outcome, Recorded
+from purchases_svc.entry import Call
 from purchases_svc.in_hand import InHand, Single
 from purchases_svc.record import Recorder
 from purchases_svc.sale import Sale
@@ -24,7 +31,13 @@ UPLOADS_PER_MESSAGE_MAX = 500
 # Of so few sales in a message, each is answered by itself: they come from tills that sell right now, perhaps from
 # several on one stream, and who has to wait for something holds up nobody else. More are a backlog.
 SINGLES_PER_MESSAGE_MAX = 20
-IN_ONE_GO = 20  # sales, before anybody else has a turn
+# Sales of one caller's backlogs, on all its streams, that are being stored and answered: as many as it may always have
+# on their way. Further messages wait to be looked at: what waits as bytes is no work for anybody.
+SALES_OF_CALLER_MAX = SHARE_SALES_MIN
+SLICE = 20  # sales, before anybody else has a turn
+
+
+T = TypeVar("T")
 
 
 class Uploads:
@@ -32,16 +45,19 @@ class Uploads:
 
     def __init__(self, recorder: Recorder, host: grpc_server.Server) -> None:
         self._recorder, self._host = recorder, host
+        self._slicing = asyncio.Lock()
+        self._shares: WeakValueDictionary[str, Share] = WeakValueDictionary()  # by caller
 
     async def answer(
-        self, requests: AsyncIterator[pb2.UploadPurchasesRequest], caller: str
+        self, requests: AsyncIterator[Any], caller: str
     ) -> AsyncGenerator[pb2.UploadPurchasesResponse, None]:
-        """Each sale is answered once, after it is durable, in whatever order that comes.
+        """Each sale is answered once, after it is durable, in whatever order that comes. Requests are `unopened`.
 
         When the server drains, what was read is still answered; then the stream ends with SHUTTING_DOWN.
         """
         hand = InHand(self._host.in_flight, caller)
-        reader = asyncio.create_task(self._read(requests, caller, hand))
+        share = self._shares.setdefault(caller, Share())
+        reader = asyncio.create_task(self._read(requests, caller, hand, share))
         draining = asyncio.create_task(self._host.draining.wait())
         draining.add_done_callback(lambda _: reader.cancel())
         try:
@@ -53,7 +69,7 @@ class Uploads:
             draining.cancel()  # and the reader with it
             hand.close()
 
-    async def _read(self, requests: AsyncIterator[pb2.UploadPurchasesRequest], caller: str, hand: InHand) -> None:
+    async def _read(self, requests: AsyncIterator[Any], caller: str, hand: InHand, share: "Share") -> None:
         iterator = aiter(requests)
         try:
             while True:
@@ -66,9 +82,9 @@ class Uploads:
                     reason = FieldReason.TOO_MANY if request.uploads else FieldReason.REQUIRED
                     raise InvalidRequest([Violation("uploads", rule, reason)])
                 if len(request.uploads) > SINGLES_PER_MESSAGE_MAX:
-                    hand.take_batch(asyncio.create_task(self._record(request, caller)))
+                    hand.take_batch(asyncio.create_task(self._record_in_turn(request.uploads, caller, share)))
                     continue
-                for upload in request.uploads:
+                for upload in _opened(request.uploads):
                     self._take_in(upload, caller, hand)
         except asyncio.CancelledError:
             if self._host.draining.is_set():
@@ -90,35 +106,63 @@ class Uploads:
 
     async def _answer(self, singles: Sequence[Single]) -> pb2.UploadPurchasesResponse:
         response = pb2.UploadPurchasesResponse()
-        for place, single in enumerate(singles):
-            await _let_others(place)
-            self._add(response, single.upload, single.outcome)
+        for part in _slices(singles):
+            async with self._turn():
+                for single in part:
+                    self._add(response, single.upload, single.outcome)
         return response
 
-    async def _record(self, request: pb2.UploadPurchasesRequest, caller: str) -> pb2.UploadPurchasesResponse:
+    async def _record_in_turn(
+        self, uploads: Sequence[bytes], caller: str, share: "Share"
+    ) -> pb2.UploadPurchasesResponse:
+        async with share.taken(len(uploads)):
+            return await self._record(uploads, caller)
+
+    async def _record(self, uploads: Sequence[bytes], caller: str) -> pb2.UploadPurchasesResponse:
         """Store the sales of one message. One that is refused does not affect its neighbours."""
+        opened = []
+        for part in _slices(uploads):
+            async with self._turn():
+                opened.append(_opened(part))
+        under_way = []
+        for sales in opened:
+            async with self._turn():
+                under_way.append(self._take_in_slice(sales, caller))
+        await asyncio.gather(*(each.call.answered for each in under_way if each.call))
+        response = pb2.UploadPurchasesResponse()
+        for sales, each in zip(opened, under_way, strict=True):
+            async with self._turn():
+                for upload, outcome in zip(sales, each.outcomes(), strict=True):
+                    self._add(response, upload, outcome)
+        return response
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Time for one slice: of all streams, one has it in each pass of the loop. A message takes milliseconds to
+        read and to answer, and there may be thousands in hand; who brings one sale must not wait for them.
+        """
+        async with self._slicing:
+            yield
+            await asyncio.sleep(0)
+
+    def _take_in_slice(self, uploads: Sequence[pb2.PurchaseUpload], caller: str) -> "UnderWay":
         try:
-            self._recorder.require_room(caller, len(request.uploads))
+            self._recorder.require_room(caller, len(uploads))  # before anything is made of them
         except ServiceError as error:
-            return self._all_refused(request, error)
+            return UnderWay(dict.fromkeys(range(len(uploads)), error.with_traceback(None)))
         refused: dict[int, ServiceError] = {}
         sales: dict[int, Sale] = {}
-        for place, upload in enumerate(request.uploads):
-            await _let_others(place)
+        for place, upload in enumerate(uploads):
             try:
                 sales[place] = messages.parse_sale(upload.create_purchase)
             except ServiceError as error:
-                refused[place] = error
+                refused[place] = error.with_traceback(None)  # which would keep all that it was made of
+        if not sales:
+            return UnderWay(refused)
         try:
-            outcomes = await self._recorder.record_all(list(sales.values()), caller) if sales else []
+            return UnderWay(refused, list(sales), self._recorder.take_in(list(sales.values()), caller))
         except ServiceError as error:  # none was taken in
-            return self._all_refused(request, error)
-        recorded = dict(zip(sales, outcomes, strict=True))
-        response = pb2.UploadPurchasesResponse()
-        for place, upload in enumerate(request.uploads):
-            await _let_others(place)
-            self._add(response, upload, refused.get(place) or recorded[place])
-        return response
+            return UnderWay(refused | dict.fromkeys(sales, error.with_traceback(None)))
 
     def _add(self, response: pb2.UploadPurchasesResponse, upload: pb2.PurchaseUpload, outcome: Outcome) -> None:
         result = response.results.add(sequence_number=upload.sequence_number)
@@ -128,15 +172,46 @@ class Uploads:
             refusal = grpc_server.explain(outcome, "UploadPurchases")
             result.error.CopyFrom(to_status(refusal, self._host.domain))
 
-    def _all_refused(self, request: pb2.UploadPurchasesRequest, error: ServiceError) -> pb2.UploadPurchasesResponse:
-        status = to_status(error, self._host.domain)
-        response = pb2.UploadPurchasesResponse()
-        for upload in request.uploads:
-            response.results.add(sequence_number=upload.sequence_number, error=status)
-        return response
+
+class Share:
+    """What one caller may have in hand; its messages take their part of it in the order in which they come."""
+
+    def __init__(self) -> None:
+        self._turn, self._room = asyncio.Lock(), asyncio.Semaphore(SALES_OF_CALLER_MAX)
+
+    @asynccontextmanager
+    async def taken(self, sales: int) -> AsyncIterator[None]:
+        taken = 0
+        try:
+            async with self._turn:
+                while taken < sales:
+                    await self._room.acquire()
+                    taken += 1
+            yield
+        finally:
+            for _ in range(taken):
+                self._room.release()
 
 
-async def _let_others(place: int) -> None:
-    """A message may take tens of milliseconds to read and to answer: others have their turn in between."""
-    if place % IN_ONE_GO == IN_ONE_GO - 1:
-        await asyncio.sleep(0)
+class UnderWay(NamedTuple):
+    """A slice of a message, by the places of its sales: why some were refused at once, and the call of the others."""
+
+    refused: Mapping[int, ServiceError]
+    places: Sequence[int] = ()
+    call: Call | None = None
+
+    def outcomes(self) -> list[Outcome]:
+        """Of each sale, once the call is answered."""
+        outcomes = {**self.refused, **dict(zip(self.places, self.call.outcomes if self.call else (), strict=True))}
+        return [outcomes[place] for place in sorted(outcomes)]
+
+
+def _opened(uploads: Sequence[bytes]) -> list[pb2.PurchaseUpload]:
+    try:
+        return [pb2.PurchaseUpload.FromString(upload) for upload in uploads]
+    except DecodeError:
+        raise MalformedMessage("the bytes are not a message of the expected type") from None
+
+
+def _slices(sequence: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (sequence[first : first + SLICE] for first in range(0, len(sequence), SLICE))

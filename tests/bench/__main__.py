@@ -15,6 +15,7 @@ from tests.bench import machine
 from tests.bench.analytics import part as analytics
 from tests.bench.figures import Outcome, Plan, Value, Values
 from tests.bench.isolation import part as isolation
+from tests.bench.isolation.attacks import ATTACKS
 from tests.bench.pipeline import part as pipeline
 from tests.bench.show import Show
 from tests.bench.write import part as write
@@ -41,6 +42,13 @@ def part(name: str) -> str:
     return name
 
 
+def attacks(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= ATTACKS.keys():
+        raise ValueError(f"must be some of {', '.join(ATTACKS)}, with commas between them")
+    return names
+
+
 def new_file(name: str) -> Path:
     path = Path(name)
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -56,6 +64,7 @@ class Settings:
     measure_s: int = setting("MEASURE_S", integer(1, 600), "s", "of each measurement", default=3)
     rows: int = setting("ROWS", integer(0, 100_000_000), "purchases", "that are there already", default=1_000_000)
     history: int = setting("HISTORY", integer(1, 1_000), "times", "as many days as the short history", default=100)
+    attacks: tuple[str, ...] = setting("ATTACKS", attacks, "names", "of the isolation part; all by default", default=())
 
 
 def main() -> int:
@@ -85,7 +94,7 @@ def interrupt(number: int, _: FrameType | None) -> None:
 
 
 def run(settings: Settings, show: Show) -> None:
-    plan = Plan(settings.rounds, settings.measure_s, settings.rows, settings.history)
+    plan = Plan(settings.rounds, settings.measure_s, settings.rows, settings.history, settings.attacks)
     values: Values = {}
     details: dict[str, Any] = {"machine": machine.description(), "plan": plan._asdict()}
     names = [settings.only] if settings.only else list(PARTS)

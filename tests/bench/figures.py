@@ -36,12 +36,13 @@ class Contender(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How long to measure, and with how much history."""
+    """How long to measure, with how much history, and under which attacks."""
 
     rounds: int
     measure_s: int
     rows: int
     history: int = 100
+    attacks: Sequence[str] = ()  # none: all
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ class Step(NamedTuple):
 
 STEPS: dict[str, dict[str, Step]] = {
     "purchases": {
-        "before_commit": Step("purchases_svc.record", "insert", "before"),
-        "during_commit": Step("purchases_svc.record", "insert", "during"),
-        "after_commit": Step("purchases_svc.record", "insert", "after"),
+        "before_commit": Step("purchases_svc.flush", "insert", "before"),
+        "during_commit": Step("purchases_svc.flush", "insert", "during"),
+        "after_commit": Step("purchases_svc.flush", "insert", "after"),
         "before_upload": Step("purchases_svc.upload", "Uploads._record", "before"),
         "after_upload": Step("purchases_svc.upload", "Uploads._record", "after"),
         "in_partition": Step("purchases_svc.partitions", "Partitions._call", "during"),

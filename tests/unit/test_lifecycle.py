@@ -1,6 +1,8 @@
 """How a process lives: what waits ends when it is told to."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +29,18 @@ async def test_a_cancellation_that_comes_with_the_event_is_not_lost(steps: int) 
     done, _ = await asyncio.wait({task}, timeout=20.0)
     task.cancel()
     assert done
+
+
+def test_collections_spare_what_was_imported() -> None:
+    """They stop the process for as long as they look: only what came later is looked at."""
+    program = """
+import gc
+from chassis import grpc_server, lifecycle
+async def main(stop):
+    gc.collect()
+    print(len(gc.get_objects()), gc.get_freeze_count())
+lifecycle.run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    looked_at, spared = map(int, ended.stdout.split())
+    assert looked_at < 5_000 < spared

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from chassis import settings, zones
-from purchases_svc.stored import first_day_from
+from purchases_svc.control_totals import first_day_from
 from tests.conftest import ROOT
 
 MINUTE = timedelta(minutes=1)

@@ -38,7 +38,7 @@ def run(plan: Plan, show: Show) -> Outcome:
         settings = {"PURCHASES_DATABASE_URL": url, "PURCHASES_OUTBOX_MAX": "0", "LOG_LEVEL": "ERROR"}
         figures: dict[str, dict[str, float]] = {}
         raw: dict[str, list[dict[str, Any]]] = {}
-        for name in ATTACKS:
+        for name in plan.attacks or ATTACKS:
             rounds: list[tuple[Seen, Seen]] = []
             peak_mib = 0.0
             for _ in range(plan.rounds):

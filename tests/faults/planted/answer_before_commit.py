@@ -9,11 +9,11 @@ CAUGHT_AS = {"lost"}
 
 
 def plant() -> None:
-    from purchases_svc import answers, record
+    from purchases_svc import answers, flush
 
     async def store(self: Any, batch: Any) -> None:
         for entry in batch:
             entry.settle(answers.Recorded(entry.purchase, replayed=False))
         await original(self, batch)
 
-    original = replace(record.Recorder, "_store", store)
+    original = replace(flush.Flushes, "_store", store)

@@ -10,7 +10,7 @@ CAUGHT_AS = {"lost", "not_quiet"}
 
 
 def plant() -> None:
-    from purchases_svc import insert, record
+    from purchases_svc import flush, insert
 
     begin, end = insert._INSERT.index(", new_event AS ("), insert._INSERT.index("SELECT n FROM input")
     replace(insert, "_INSERT", insert._INSERT[:begin] + "\n" + insert._INSERT[end:])
@@ -27,4 +27,4 @@ def plant() -> None:
                 )
         return refused
 
-    original = replace(record, "insert", insert_twice)
+    original = replace(flush, "insert", insert_twice)

@@ -11,7 +11,7 @@ CAUGHT_AS = {"stopped"}
 
 
 def plant() -> None:
-    from purchases_svc import record
+    from purchases_svc import flush, writing
 
     one_at_a_time = asyncio.Lock()
 
@@ -19,6 +19,6 @@ def plant() -> None:
         async with one_at_a_time:
             return await insert(*arguments, **options)
 
-    insert = replace(record, "insert", wait_and_insert)
-    replace(record, "LOCK_TIMEOUT", {"lock_timeout": "0", "statement_timeout": "0"})
-    replace(record, "patience", lambda *_: nullcontext())
+    insert = replace(flush, "insert", wait_and_insert)
+    replace(flush, "LOCK_TIMEOUT", {"lock_timeout": "0", "statement_timeout": "0"})
+    replace(writing, "patience", lambda *_: nullcontext())

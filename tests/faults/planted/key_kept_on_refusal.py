@@ -9,7 +9,7 @@ CAUGHT_AS = {"leftover", "refused", "wrong_answer"}
 
 
 def plant() -> None:
-    from purchases_svc import record
+    from purchases_svc import flush
 
     async def insert(connection: Any, purchases: Any) -> Any:
         refused = await original(connection, purchases)
@@ -20,4 +20,4 @@ def plant() -> None:
             )
         return refused
 
-    original = replace(record, "insert", insert)
+    original = replace(flush, "insert", insert)

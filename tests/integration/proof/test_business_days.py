@@ -29,9 +29,10 @@ from chassis import wire, zones
 from chassis.postgres import Pool
 from purchases_svc.answers import Recorded
 from purchases_svc.backlog import Backlog
+from purchases_svc.flush import CONNECTIONS
 from purchases_svc.messages import parse_sale
 from purchases_svc.partitions import Partitions
-from purchases_svc.record import CONNECTIONS, Recorder
+from purchases_svc.record import Recorder
 from purchases_svc.settings import ServeSettings
 from retail.analytics.v1 import analytics_service_pb2
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub

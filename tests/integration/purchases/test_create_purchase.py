@@ -16,7 +16,7 @@ import pytest
 
 from chassis import zones
 from chassis.postgres import Pool
-from purchases_svc import record
+from purchases_svc import months, record
 from purchases_svc.backlog import Backlog
 from purchases_svc.errors import ClocksDiffer, IdempotencyKeyReused, PurchaseTimeAhead
 from purchases_svc.insert import insert
@@ -268,7 +268,8 @@ async def test_no_sale_is_refused_for_good_by_a_clock_that_is_wrong(
             return cls.combine(moment.date(), moment.timetz())
 
     now = datetime.datetime.now(datetime.UTC)
-    monkeypatch.setattr(record, "datetime", types.SimpleNamespace(**vars(datetime) | {"datetime": Ahead}))
+    for module in (record, months):
+        monkeypatch.setattr(module, "datetime", types.SimpleNamespace(**vars(datetime) | {"datetime": Ahead}))
     async with pool(purchases_db, "purchases_service") as opened:
         recorder = make_recorder(opened, Partitions(opened), batch_max=10, retention_months=lambda: 12)
         for days in (0, 300):  # with such a clock, the older one is past its retention

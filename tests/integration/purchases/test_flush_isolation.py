@@ -14,7 +14,7 @@ import pytest
 
 from chassis import postgres, zones
 from chassis.errors import Overloaded, TransactionConflict
-from purchases_svc import record
+from purchases_svc import flush, waiting
 from purchases_svc.admission import SHARE_SALES_MIN, Turns
 from purchases_svc.answers import Recorded
 from purchases_svc.backlog import Backlog
@@ -38,9 +38,9 @@ async def recording(url: str, flush_timeout_s: float = 30.0, **limits: int) -> A
         url,
         role="purchases_service",
         application_name=NAME,
-        size=record.CONNECTIONS,
+        size=flush.CONNECTIONS,
         statement_timeout_s=60,
-        settings=record.LOCK_TIMEOUT,
+        settings=flush.LOCK_TIMEOUT,
     ) as opened:
         await opened.wait(timeout=WAIT_S)
         partitions = Partitions(opened)
@@ -182,11 +182,11 @@ async def test_repeats_of_a_refused_key_share_the_refusal(purchases_db: str) -> 
     """As many as distinct sales would fit into as many flushes; they take no more of them."""
     refused = sale(customer_id=str(uuid.uuid4()))
     async with recording(purchases_db) as recorder:
-        before = record.FLUSHES._value.get()
+        before = flush.FLUSHES._value.get()
         calls = [recorder.record(refused, f"till {number}") for number in range(2_000)]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert all(isinstance(outcome, CustomerUnknown) for outcome in outcomes)
-        assert record.FLUSHES._value.get() - before <= 2_000 / 500 + 2
+        assert flush.FLUSHES._value.get() - before <= 2_000 / 500 + 2
 
 
 async def test_repeat_with_other_content_gets_its_own_chance(purchases_db: str) -> None:
@@ -213,6 +213,29 @@ async def test_one_caller_cannot_fill_the_room_of_all(purchases_db: str) -> None
     refused = sum(isinstance(outcome, Overloaded) for outcome in outcomes)
     assert refused == 500
     assert count(purchases_db, "purchases") == 2_004
+
+
+async def test_what_comes_by_the_hundred_goes_in_small_flushes_beside_live_sales(
+    purchases_db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sale at a till waits for the flush under way and for its own: neither is long."""
+    monkeypatch.setattr(waiting, "EXPECTED_S", WAIT_S)
+    async with recording(purchases_db) as recorder:
+        await recorder.record(sale(), "till")
+        async with asyncio.TaskGroup() as tasks:
+            backlog = tasks.create_task(recorder.record_all([sale() for _ in range(500)], "backlog"))
+            while not backlog.done():
+                await recorder.record(sale(), "till")
+        assert all(isinstance(outcome, Recorded) for outcome in backlog.result())
+    flushes = [sales for (sales,) in query(purchases_db, "SELECT count(*) FROM purchases GROUP BY xmin::text")]
+    assert sum(flushes) > 500
+    assert max(flushes) <= waiting.BULK_BESIDE_LIVE + 1
+
+
+async def test_without_live_sales_flushes_are_full(purchases_db: str) -> None:
+    async with recording(purchases_db) as recorder:
+        await recorder.record_all([sale() for _ in range(500)], "backlog")
+    assert query(purchases_db, "SELECT count(*) FROM purchases GROUP BY xmin::text") == [(500,)]
 
 
 def test_callers_take_turns() -> None:

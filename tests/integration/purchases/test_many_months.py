@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from chassis.postgres import Connection, Pool
-from purchases_svc import stored
+from purchases_svc import control_totals, pages, stored, windows
 from purchases_svc.backlog import Backlog
 from purchases_svc.commands import partitions as partitions_command
 from purchases_svc.errors import MonthNotOpen
@@ -49,16 +49,18 @@ async def test_questions_about_now_do_not_open_old_months(purchases_db: str) -> 
 
             def page(**asked: Any) -> Awaitable[Any]:
                 nothing = dict.fromkeys(("before", "branch_id", "customer_id", "start", "end"))
-                return stored.page(connection, limit=SALES - 1, **{**nothing, **asked})
+                return pages.page(connection, limit=SALES - 1, **{**nothing, **asked})
 
             def totals() -> Awaitable[Any]:
-                return stored.control_totals(connection, first=day, last=day, branch_ids=[], after=None, limit=10)
+                return control_totals.control_totals(
+                    connection, first=day, last=day, branch_ids=[], after=None, limit=10
+                )
 
             return {
                 "newest": await _opened(connection, page),
                 "of a branch": await _opened(connection, lambda: page(branch_id=1)),
                 "control totals": await _opened(connection, totals),
-                "next day": await _opened(connection, lambda: stored.next_day(connection, day, day)),
+                "next day": await _opened(connection, lambda: control_totals.next_day(connection, day, day)),
             }
 
     async with pool(purchases_db, "purchases_service") as writing:
@@ -106,13 +108,13 @@ def test_windows_cover_every_moment_once() -> None:
         datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC),
         datetime.datetime(2026, 5, 4, 3, tzinfo=datetime.UTC),
     )
-    windows = list(stored.windows_back(first, end))
-    assert windows[0][1] == end and windows[-1][0] == first
-    assert all(later[0] == earlier[1] for later, earlier in itertools.pairwise(windows))
-    assert len(windows) <= 6
-    assert not list(stored.windows_back(end, first))
+    parts = list(windows.back(first, end))
+    assert parts[0][1] == end and parts[-1][0] == first
+    assert all(later[0] == earlier[1] for later, earlier in itertools.pairwise(parts))
+    assert len(parts) <= 6
+    assert not list(windows.back(end, first))
 
-    days = list(stored.windows_ahead(first.date(), end.date()))
+    days = list(windows.ahead(first.date(), end.date()))
     assert days[0][0] == first.date() and days[-1][1] == end.date()
     assert all(before[1] == after[0] for before, after in itertools.pairwise(days))
 
@@ -129,11 +131,14 @@ async def test_page_goes_through_all_months(purchases_db: str) -> None:
             found: list[datetime.datetime] = []
             before, more = None, True
             while more:
-                page, more = await stored.page(
+                page, more = await pages.page(
                     connection, limit=2, before=before, branch_id=None, customer_id=None, start=None, end=None
                 )
                 found += [purchase.sale.purchase_time for purchase in page]
                 before = (page[-1].sale.purchase_time, page[-1].purchase_id)
             assert found == times[::-1]
-            assert await stored.stored_range(connection) == (times[0].date(), times[-1].date())
-            assert await stored.next_day(connection, times[0].date() + stored.DAY, times[-1].date()) == times[1].date()
+            assert await control_totals.stored_range(connection) == (times[0].date(), times[-1].date())
+            assert (
+                await control_totals.next_day(connection, times[0].date() + windows.DAY, times[-1].date())
+                == times[1].date()
+            )

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from chassis.postgres import Connection, Pool
-from purchases_svc import stored
+from purchases_svc import customers, pages
 from purchases_svc.sale import Purchase
 from tests.conftest import pool
 
@@ -84,7 +84,7 @@ async def test_pages_of_purchases_read_what_they_show(reading: Pool, filters: st
         for _ in range(PAGES):
             async with reading.connection() as connection, connection.transaction():
                 earlier = await rows_read(connection)
-                purchases, more = await stored.page(
+                purchases, more = await pages.page(
                     connection,
                     limit=PAGE,
                     before=before,
@@ -108,7 +108,7 @@ async def test_pages_of_customers_read_what_they_show(reading: Pool) -> None:
         for _ in range(PAGES):
             async with reading.connection() as connection, connection.transaction():
                 earlier = await rows_read(connection)
-                rows = await stored.customers_page(connection, limit=PAGE, after=after)
+                rows = await customers.page(connection, limit=PAGE, after=after)
                 assert await rows_read(connection) - earlier <= 3 * PAGE
             assert len(rows) == PAGE
             after = rows[-1][0]
@@ -117,11 +117,11 @@ async def test_pages_of_customers_read_what_they_show(reading: Pool) -> None:
 async def test_one_purchase_is_found_in_its_month(reading: Pool) -> None:
     """The id alone tells the month: one row is read, and the items."""
     async with reading.connection() as connection, connection.transaction():
-        (purchase,), _ = await stored.page(
+        (purchase,), _ = await pages.page(
             connection, limit=1, before=None, branch_id=3, customer_id=None, start=None, end=None
         )
     for _ in range(PAGES):
         async with reading.connection() as connection, connection.transaction():
             earlier = await rows_read(connection)
-            assert await stored.by_id(connection, purchase.purchase_id) == purchase
+            assert await pages.by_id(connection, purchase.purchase_id) == purchase
             assert await rows_read(connection) - earlier <= 5

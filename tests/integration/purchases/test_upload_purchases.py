@@ -183,3 +183,11 @@ async def test_drain_ends_open_streams(purchases_db: str) -> None:
         ended = asyncio.ensure_future(refusal(call.read()))
     refused = await asyncio.wait_for(ended, WAIT_S)
     assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+
+
+async def test_streams_of_one_connection_wait_for_each_other(tills: Any, purchases_db: str) -> None:
+    """Together they have what one caller may have on its way: they are slowed down, and nobody's sale is refused."""
+    uploads = [upload(tills, [message(n * 500, [sale(("1.00",)) for _ in range(500)])]) for n in range(8)]
+    for results in await asyncio.gather(*uploads):
+        assert {result.WhichOneof("outcome") for result in results.values()} == {"created"}
+    assert count(purchases_db, "purchases") == 4_000

@@ -1,0 +1,37 @@
+"""Customers, registered and read back. Every function takes the connection and commits nothing."""
+
+import datetime
+from typing import LiteralString
+
+from chassis.postgres import Connection, make_durable
+
+
+async def registered_at(connection: Connection, customer_id: str) -> datetime.datetime | None:
+    """When a customer was registered; None when it was not."""
+    cursor = await connection.execute("SELECT created_at FROM customers WHERE customer_id = %s", [customer_id])
+    row = await cursor.fetchone()
+    return row[0] if row else None
+
+
+async def register(connection: Connection, customer_id: str) -> datetime.datetime:
+    """Register a customer, or find it registered; when. Either is durable once the caller's transaction is."""
+    inserted = await connection.execute(
+        "INSERT INTO customers (customer_id) VALUES (%s) ON CONFLICT DO NOTHING", [customer_id]
+    )  # a concurrent one waits here and is visible to the next statement
+    if not inserted.rowcount:
+        await make_durable(connection)
+    registered = await registered_at(connection, customer_id)
+    assert registered is not None  # customers are never deleted
+    return registered
+
+
+async def page(connection: Connection, *, limit: int, after: str | None) -> list[tuple[str, datetime.datetime]]:
+    """Customers by id, from `after` on."""
+    condition: LiteralString = "true" if after is None else "c.customer_id > %(after)s"
+    cursor = await connection.execute(
+        # Qualified: a plain `ORDER BY customer_id` means the text that is selected, and would sort all customers.
+        f"SELECT c.customer_id::text, c.created_at FROM customers c WHERE {condition}"
+        " ORDER BY c.customer_id LIMIT %(limit)s",
+        {"after": after, "limit": limit},
+    )
+    return await cursor.fetchall()
