@@ -316,7 +316,8 @@ async def _require_session(connection: Connection, url: str) -> None:
         await connection.execute(f"LISTEN {channel}")
         async with await AsyncConnection.connect(url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S) as other:
             await other.execute(f"SET LOCAL synchronous_commit = off; NOTIFY {channel}")  # also with the standby away
-        await connection.execute(f"UNLISTEN {channel}")  # whose answer comes after all that was announced before
+        await connection.execute("SELECT")  # whose answer comes after all that was announced before
+        await connection.execute(f"UNLISTEN {channel}")
         connection.remove_notify_handler(heard.append)
         if heard:
             return

@@ -33,6 +33,8 @@ pool_mode = {mode}
 server_reset_query = DISCARD ALL
 max_client_conn = 200
 default_pool_size = 100
+server_login_retry = 0.2
+query_wait_timeout = 10
 """
 
 

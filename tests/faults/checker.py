@@ -128,12 +128,11 @@ class Checker:
         )
 
     def _match(self, stored: Stored, items: list[tuple[int, int]]) -> None:
-        numbers = self._told.by_key.get(stored.key)
-        if numbers is None:
+        numbers = self._told.under(stored.key)
+        if not numbers:
             self.findings.add(INVENTED, f"purchase {stored.purchase_id}: no till has sent its key {stored.key}")
             return
-        # Sales under one key may be equal but for the way to register the customer: it is the one that was taken.
-        for number in sorted(numbers, key=lambda n: n not in self._told.purchase_ids):
+        for number in numbers:
             if self._same(self._told.sales[number], stored, items):
                 self._stored.setdefault(number, stored)
                 return
@@ -304,8 +303,7 @@ class Checker:
             return None
         time_us = _us(datetime.datetime.fromisoformat(purchase["purchase_time"]))
         items = sorted((item["product_id"], item["unit_price"] * 100) for item in purchase["items"] if item["qty"] == 1)
-        numbers = self._told.by_key.get(purchase["idempotency_key"], [])
-        for number in sorted(numbers, key=lambda n: n not in self._told.purchase_ids):
+        for number in self._told.under(purchase["idempotency_key"]):
             sale = self._told.sales[number]
             if (
                 (sale.receipt_id, sale.branch_id, sale.cashier_id, sale.pos_id, sale.customer_id, sale.time_us)

@@ -111,6 +111,11 @@ class Told(NamedTuple):
     wrong: list[str]
     stopped: list[str]
 
+    def under(self, key: str) -> list[int]:
+        """The sales that were sent under a key. Some are equal but for the way to register the customer: what is stored
+        is the one that was acknowledged, or else one that was not refused; the till may have forgotten to ask."""
+        return sorted(self.by_key.get(key, []), key=lambda n: (n not in self.purchase_ids, n in self.refusals))
+
 
 def read_ledger(path: Path) -> Told:
     told = Told({}, defaultdict(list), defaultdict(set), defaultdict(list), [], {}, [], [])

@@ -309,7 +309,10 @@ class System:
         ordered = 0, -signal.SIGKILL, -signal.SIGTERM  # the latter: told to drain before it could listen to signals
         if instance.process is not None and instance.process.returncode not in ordered:
             instance.not_before = time.monotonic() + 1  # once a second is often enough
-            self.trouble.append(f"{instance.name} ended by itself with exit code {instance.process.returncode}")
+            said = machine.tail(instance.log)
+            self.trouble.append(
+                f"{instance.name} ended by itself with exit code {instance.process.returncode}:\n{said}"
+            )
         with instance.log.open("ab") as log:
             instance.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.faults.crashing", *instance.service.command],
