@@ -39,6 +39,13 @@ def fill_outbox(connection: psycopg.Connection, count: int) -> None:
     connection.execute(_EVENTS + _INTO_OUTBOX, {"count": count})
 
 
+def write_one(connection: psycopg.Connection) -> str:
+    """Put one new event into the outbox; returns its id."""
+    row = connection.execute(_EVENTS + _INTO_OUTBOX + "RETURNING event_id::text", {"count": 1}).fetchone()
+    assert row
+    return str(row[0])
+
+
 def write_bodies(connection: psycopg.Connection, count: int, file: Path) -> None:
     """Write so many new events as messages, one a line."""
     rows = connection.execute(_EVENTS + "SELECT payload::text FROM event", {"count": count})

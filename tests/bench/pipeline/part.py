@@ -6,7 +6,7 @@ from statistics import median
 
 from tests.bench import stage
 from tests.bench.figures import Flow, Goal, Outcome, Plan, median_ratio, middle, middle_flow, percentile
-from tests.bench.pipeline import moving, whole
+from tests.bench.pipeline import moving, soon, whole
 from tests.bench.pipeline.moving import APPLY, ONE_BY_ONE, RAW, RELAY, SINGLE
 from tests.bench.pipeline.plot import plot
 from tests.bench.show import Show
@@ -29,6 +29,7 @@ def run(plan: Plan, show: Show) -> Outcome:
             directory,
         )
         relayed = moving.relay(scene, plan, show)
+        one_by_one = soon.measure(scene, plan, show)
         applied = moving.apply(scene, plan, show)
         rounds = whole.measure(scene, plan, show)
 
@@ -41,6 +42,9 @@ def run(plan: Plan, show: Show) -> Outcome:
     visible_ms = sorted(ms for each in rounds for ms in each.half.visible_ms)
     lag_ms = sorted(ms for each in rounds for ms in each.half.lag_ms)
     visibility_ms = {f"p{percent}": percentile(visible_ms, percent) for percent in (50, 99)}
+    relay_ms = sorted(ms for each in one_by_one for ms in each.waits_ms)
+    relay_latency_ms = {f"p{percent}": percentile(relay_ms, percent) for percent in (50, 99)}
+    relay_cpu_us = {name: us for name, us in middle_flow(relayed[RELAY]).cpu_us.items() if name != "RabbitMQ"}
     pgbench = middle([each.highest.pgbench for each in rounds])
     pipeline = steady(rounds)
 
@@ -52,11 +56,13 @@ def run(plan: Plan, show: Show) -> Outcome:
     show.say(
         f"At {half_per_s:,.0f} purchases/s, ListDailySales shows a sale {milliseconds(visible_ms)} after its answer."
     )
+    show.say(f"At {soon.EVENTS_PER_S} events/s, one is in the queue {milliseconds(relay_ms)} after its commit.")
     if lag_ms:
         show.say(f"complete_through_time then lies {milliseconds(lag_ms)} back.")
 
     details = {
         "events_to_the_queue": raw_flows(relayed),
+        "events_one_by_one": [each._asdict() for each in one_by_one],
         "events_into_the_read_models": raw_flows(applied),
         "whole": [each.raw() for each in rounds],
         "visible_ms": visible_ms,
@@ -67,7 +73,8 @@ def run(plan: Plan, show: Show) -> Outcome:
         whole.PIPELINE: [each.highest.recorded_per_s for each in rounds],
     }
     picture = plot(relayed, applied, speeds, pgbench, pipeline, visible_ms)
-    return Outcome({**ratios, "visibility_ms": visibility_ms}, details, picture)
+    figures = {"visibility_ms": visibility_ms, "relay_latency_ms": relay_latency_ms, "relay_cpu_us": relay_cpu_us}
+    return Outcome({**ratios, **figures}, details, picture)
 
 
 def per_s(flows: Sequence[Flow]) -> list[float]:
@@ -80,7 +87,7 @@ def steady(rounds: Sequence[whole.Round]) -> Flow:
 
 
 def milliseconds(ascending: Sequence[float]) -> str:
-    return f"{percentile(ascending, 50):,.0f} ms (p99: {percentile(ascending, 99):,.0f} ms)"
+    return f"{percentile(ascending, 50):,.1f} ms (p99: {percentile(ascending, 99):,.0f} ms)"
 
 
 def raw_flows(rounds: dict[str, list[Flow]]) -> dict[str, list[dict[str, object]]]:
