@@ -150,22 +150,28 @@ class Ledger:
             self._note_refusal(request, error)
 
     def _note_uploads(self, request: Request, answers: Sequence[Any], complete: bool) -> None:
-        messages = self._messages(request)
-        if complete and len(answers) != len(request.raws):
-            self.problem(request, f"{len(answers)} answers to {len(request.raws)} messages")
-        for sent, answer in zip(messages, answers, strict=False):
-            numbers = [each.sequence_number for each in sent.uploads]
-            if numbers != [result.sequence_number for result in answer.results]:
-                self.problem(request, "not every sale has one answer")
-            for each, result in zip(sent.uploads, answer.results, strict=False):
-                if result.WhichOneof("outcome") == "created":
-                    self._note_created(request, each.create_purchase, result.created)
-                    continue
-                self.codes[f"an upload's sale {CODES[result.error.code].name}"] += 1
-                if wrong := broken_refusal(result.error, each.create_purchase):
-                    self.problem(request, f"{wrong}: {result.error}")
-        for sent in messages[len(answers) :]:
-            self.unsettled.update(each.idempotency_key.lower() for each in _sales(sent))
+        """Sales are answered in any order. Of several with one number, it is the one that the answer fits."""
+        sent: dict[int, list[CreatePurchaseRequest]] = defaultdict(list)
+        for message in self._messages(request):
+            for each in message.uploads:
+                sent[each.sequence_number].append(each.create_purchase)
+        for result in itertools.chain.from_iterable(answer.results for answer in answers):
+            candidates = sent[result.sequence_number]
+            if not candidates:
+                self.problem(request, f"answers {result.sequence_number} once too often")
+                continue
+            of = next((each for each in candidates if _fits(result, each)), candidates[0])
+            candidates.remove(of)
+            if result.WhichOneof("outcome") == "created":
+                self._note_created(request, of, result.created)
+                continue
+            self.codes[f"an upload's sale {CODES[result.error.code].name}"] += 1
+            if wrong := broken_refusal(result.error, of):
+                self.problem(request, f"{wrong}: {result.error}")
+        unanswered = list(itertools.chain.from_iterable(sent.values()))
+        if complete and unanswered:
+            self.problem(request, f"{len(unanswered)} sales have no answer")
+        self.unsettled.update(each.idempotency_key.lower() for each in unanswered)
 
     def _note_created(self, request: Request, sent: CreatePurchaseRequest, answer: CreatePurchaseResponse) -> None:
         self.answered[answer.purchase.purchase_id] = content(answer.purchase)
@@ -200,6 +206,12 @@ class Ledger:
         """Those that the service can read, up to the first that it cannot."""
         messages = (parsed(METHODS[request.method].input_type, raw) for raw in request.raws)
         return list(itertools.takewhile(lambda message: message is not None, messages))
+
+
+def _fits(result: Any, sent: CreatePurchaseRequest) -> bool:
+    if result.WhichOneof("outcome") == "created":
+        return content(result.created.purchase) == content(sent.purchase)
+    return not broken_refusal(result.error, sent)
 
 
 def _sales(message: Any) -> Iterable[CreatePurchaseRequest]:
