@@ -49,6 +49,7 @@ ANSWER_BYTES_MAX = 16 << 20
 BRANCHES, CASHIERS, PRODUCTS = 50, 500, 9_000
 PRICES = ("8.90", "8.90", "124.70")
 TOTAL = "142.50"
+LETTERS = str.maketrans("0123456789", "ghijklmnop")  # of many random numbers, some look like those of payment cards
 
 
 class Run:
@@ -229,7 +230,7 @@ def sale(random: Random = Random()) -> CreatePurchaseRequest:
     """A sale of this moment, as the yardstick's: three items, a random key and a random receipt number."""
     request = CreatePurchaseRequest(idempotency_key=str(uuid.uuid4()))
     purchase = request.purchase
-    purchase.receipt_id = str(uuid.uuid4())
+    purchase.receipt_id = str(uuid.uuid4()).translate(LETTERS)
     purchase.branch_id = random.randint(1, BRANCHES)
     purchase.cashier_id = random.randint(1, CASHIERS)
     purchase.pos_id = "POS-3"

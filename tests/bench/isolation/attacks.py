@@ -154,7 +154,7 @@ async def one_refused_key(stub: Any, url: str) -> None:
 def copy(request: CreatePurchaseRequest) -> CreatePurchaseRequest:
     twin = CreatePurchaseRequest()
     twin.CopyFrom(request)
-    twin.idempotency_key, twin.purchase.receipt_id = str(uuid.uuid4()), uuid.uuid4().hex
+    twin.idempotency_key, twin.purchase.receipt_id = str(uuid.uuid4()), sale().purchase.receipt_id
     return twin
 
 
