@@ -1,4 +1,4 @@
-"""The main job: `retail-pos demo [--file F] [--limit N] [--report F] [--seed N]`.
+"""The main job: `retail-pos demo [--file F] [--limit N] [--report F] [--seed N] [--streams]`.
 
 Sends purchases through the gRPC API, waits until the read models have them, and prints the owner's answers.
 Exit code: 0 only if the audit finds that the read models equal what was recorded, 1 if not, 2 for wrong usage or an
@@ -71,6 +71,7 @@ class Asked(NamedTuple):
     limit: int | None
     report: IO[str] | None
     seed: int
+    streams: bool
 
 
 # The report is opened before anything is sent, to tell a wrong path at once. A run that fails leaves it empty.
@@ -84,14 +85,15 @@ class Asked(NamedTuple):
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N purchases. [default: all]")
 @click.option("--report", type=click.File("w", lazy=False), metavar="FILE", help="Write the answers as JSON.")
 @click.option("--seed", type=int, default=SEED, show_default=True, metavar="N", help="Of the simulated chain.")
-def demo(file: Path | None, limit: int | None, report: IO[str] | None, seed: int) -> int:
+@click.option("--streams", is_flag=True, help="Tills keep streams open instead of calling for each sale.")
+def demo(file: Path | None, limit: int | None, report: IO[str] | None, seed: int, streams: bool) -> int:
     """Sell, wait until all is counted, and ask.
 
     The exit code is 0 only if the audit finds that the read models equal what was recorded.
     """
     try:
         settings = cli.of_environment_or_local_stack(Settings, "purchases")
-        return 0 if run(Asked(file, limit, report, seed), settings, cli.console()) else 1
+        return 0 if run(Asked(file, limit, report, seed, streams), settings, cli.console()) else 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not break what is left to do
         click.echo("stopped; what was acknowledged is stored, and sending it again changes nothing", err=True)
@@ -114,11 +116,14 @@ def run(args: Asked, settings: Settings, console: Console) -> bool:
     """
     sales = _sales(args, console)
     with _progress(console) as progress:
-        sender = Backlog if args.file else Tills  # books are sent as a till sends what it sold while it was offline
         credentials = tls.credentials(settings)
         identities = Identities(credentials, Path(settings.till_certificates) if settings.till_certificates else None)
-        tills = sender(sales, settings.purchases_target, seed=args.seed, identities=identities)
-        sent = send(tills, len(sales), progress)
+        target, seed = settings.purchases_target, args.seed
+        if args.file:  # books are sent as a till sends what it sold while it was offline
+            sender: Tills | Backlog = Backlog(sales, target, seed=seed, identities=identities)
+        else:
+            sender = Tills(sales, target, seed=seed, identities=identities, streams=args.streams)
+        sent = send(sender, len(sales), progress)
         comparison, answers = wait_and_ask(settings, credentials, progress)
     report.print_all(answers, comparison, sent, console)
     if args.file:

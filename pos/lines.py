@@ -8,7 +8,7 @@ import grpc
 
 from chassis.tls import Credentials
 from pos.calls import Pause
-from pos.client import PosClient, Sale, connect
+from pos.client import OpenStream, PosClient, Recorded, Sale, connect
 
 ATTEMPT_TIMEOUT_S = 10.0
 TOTAL_TIMEOUT_S = 180.0  # rides out an outage of two minutes, and the rush after it
@@ -33,6 +33,7 @@ class Lines:
         self._opening = threading.Lock()
         self._channels: list[grpc.Channel] = []
         self._own: dict[tuple[int, str], PosClient] = {}
+        self._streams: dict[PosClient, OpenStream[Recorded]] = {}
         self._shared = [self._open(own) for _ in range(0 if self._certificates else shared)]
 
     def of(self, sale: Sale, thread: int = 0) -> PosClient:
@@ -52,11 +53,21 @@ class Lines:
                 )
             return self._own[till]
 
+    def stream_of(self, sale: Sale, thread: int = 0) -> OpenStream[Recorded]:
+        """As `of`: that client's open stream."""
+        client = self.of(sale, thread)
+        with self._opening:
+            if client not in self._streams:
+                self._streams[client] = client.open_stream()
+            return self._streams[client]
+
     def close(self) -> None:
-        """Ends the calls in flight."""
+        """Ends the calls in flight, and the streams."""
         with self._opening:
             for channel in self._channels:
                 channel.close()
+            for stream in self._streams.values():
+                stream.close(drain_s=0)
 
     def _open(self, credentials: Credentials | None) -> PosClient:
         channel = connect(self._target, credentials)

@@ -3,14 +3,14 @@
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from enum import Enum
 from types import TracebackType
 from typing import Self
 
 from chassis.tls import Broken
-from pos.client import PosClient, Recorded, Sale
+from pos.client import Recorded, Sale
 from pos.errors import PosError
 from pos.lines import Identities, Lines
 
@@ -22,6 +22,8 @@ TILLS_PER_CHANNEL = 8  # a connection each: the service's workers share connecti
 # Real tills repeat themselves when an answer is late. Of 1,000 sales, this many are sent twice on purpose:
 AGAIN_PER_MILLE = 25  # once more after the answer
 AT_ONCE_PER_MILLE = 25  # two at the same time
+
+Way = Callable[..., Recorded]  # of a sale to the service
 
 
 class SaleFailed(Exception):
@@ -62,13 +64,21 @@ class Tills:
     The counters may be read at any time.
     """
 
-    def __init__(self, sales: Iterable[Sale], target: str, *, seed: int, identities: Identities = Identities()) -> None:
-        """`seed` decides which sales are sent twice."""
+    def __init__(
+        self,
+        sales: Iterable[Sale],
+        target: str,
+        *,
+        seed: int,
+        identities: Identities = Identities(),
+        streams: bool = False,
+    ) -> None:
+        """`seed` decides which sales are sent twice; with `streams`, they go over open streams instead of by calls."""
         self.recorded = 0  # sales answered, each counted once
         self.replayed = 0  # of those, sales that had been stored before
         self.duplicates_sent = 0
         self.trouble: PosError | None = None  # why the tills wait; None while sales get through
-        self._seed = seed
+        self._seed, self._streams = seed, streams
         self._waiting = deque(sales)
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -107,13 +117,18 @@ class Tills:
             except IndexError:
                 return
             try:
-                self._sell(self._lines.of(sale, number), sale)
+                self._sell(self._way_of(sale, number), sale)
             except (PosError, Broken) as error:
                 raise SaleFailed(sale, str(error)) from error
 
-    def _sell(self, client: PosClient, sale: Sale) -> None:
+    def _way_of(self, sale: Sale, number: int) -> Way:
+        if self._streams:
+            return self._lines.stream_of(sale, number).record
+        return self._lines.of(sale, number).create_purchase
+
+    def _sell(self, way: Way, sale: Sale) -> None:
         def send() -> Recorded:
-            return client.create_purchase(sale, register_customer=True)
+            return way(sale, register_customer=True)
 
         twin: Recorded | None = None
         repetition = repeats(sale, self._seed)

@@ -13,9 +13,10 @@ import pytest
 
 from pos.client import Sale
 from pos.simulator import simulate
-from pos.tills import SaleFailed, Tills
+from pos.tills import TILLS, TILLS_PER_CHANNEL, SaleFailed, Tills
 from retail.purchases.v1 import purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest, CreatePurchaseResponse
+from tests.unit.test_open_stream import Shop as StreamingShop
 
 NAME = purchases_service_pb2.DESCRIPTOR.services_by_name["PurchasesService"].full_name
 
@@ -88,6 +89,16 @@ def test_every_sale_arrives_and_some_arrive_twice(shop: Shop, sales: list[Sale])
     assert 5 <= tills.duplicates_sent <= 40
     assert tills.recorded == 400
     assert tills.replayed == 0
+
+
+def test_sales_go_over_open_streams(sales: list[Sale]) -> None:
+    """If that is asked for: all of them, those that are sent twice among them, and nothing is called."""
+    shop = StreamingShop()
+    with shop.open() as target, Tills(sales, target, seed=1, streams=True) as tills:
+        assert tills.wait(60)
+    assert (shop.stored, tills.recorded, tills.replayed, shop.called.total()) == (400, 400, 0, 0)
+    assert shop.streamed.total() == 400 + tills.duplicates_sent
+    assert shop.streams == TILLS // TILLS_PER_CHANNEL
 
 
 def test_the_same_sales_are_doubled_every_time(shop: Shop, sales: list[Sale]) -> None:
