@@ -1,8 +1,9 @@
 """The load on a gRPC server of ours, made by a process of its own (`load_client.py`), so that it is no cost of ours."""
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -69,13 +70,17 @@ class LoadClient:
 
 
 @contextmanager
-def load_client(address: str, directory: Path, analytics_address: str = "") -> Iterator[LoadClient]:
-    """A client of the server at `address`, whose probes ask the other one; it leaves when its standard input ends."""
-    log = directory / "load_client.log"
+def load_client(
+    address: str, directory: Path, analytics_address: str = "", identity: Mapping[str, str] | None = None
+) -> Iterator[LoadClient]:
+    """A client of the server at `address`, whose probes ask the other one; it leaves when its standard input ends.
+    `identity`: the settings of its certificate, which is that of a till of branch 1, POS-3."""
+    log = directory / f"load_client{'_with_certificates' if identity else ''}.log"
     with log.open("wb") as errors:
         process = Popen(
             [sys.executable, "-m", "tests.bench.load_client", address, analytics_address],
             cwd=ROOT,
+            env={**os.environ, **(identity or {})},
             stdin=PIPE,
             stdout=PIPE,
             stderr=errors,

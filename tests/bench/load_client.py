@@ -20,6 +20,8 @@ import grpc
 import uvloop
 from google.type.decimal_pb2 import Decimal
 
+from chassis import tls
+from chassis.settings import load
 from retail.purchases.v1.purchases_service_pb2 import (
     CreatePurchaseRequest,
     CreatePurchaseResponse,
@@ -49,23 +51,22 @@ ANSWER_BYTES_MAX = 16 << 20
 BRANCHES, CASHIERS, PRODUCTS = 50, 500, 9_000
 PRICES = ("8.90", "8.90", "124.70")
 TOTAL = "142.50"
-LETTERS = str.maketrans("0123456789", "ghijklmnop")  # of many random numbers, some look like those of payment cards
 
 
 class Run:
     """One job: the sales to send, whether to go on, and what each answer took."""
 
-    def __init__(self, job: Job, channel: grpc.aio.Channel, probe: Probe | None) -> None:
+    def __init__(self, job: Job, channel: grpc.aio.Channel, probe: Probe | None, branches: int) -> None:
         self._job, self._channel, self._probe = job, channel, probe
         self._stopped = False
         self._answers: list[tuple[float, int]] = []  # seconds it took, purchases in it
         seconds = WARM_UP_S + job.measure_s
         if job.method != "upload":
             calls = int((seconds + 1) * (job.per_s or CALLS_PER_S_MAX)) + job.at_once
-            self._requests = iter([sale().SerializeToString() for _ in range(calls)])
+            self._requests = iter([sale(branches=branches).SerializeToString() for _ in range(calls)])
         else:
             messages = int(seconds * UPLOADED_PER_S_MAX / SALES_PER_MESSAGE) + job.at_once * MESSAGES_AHEAD
-            self._requests = iter([upload().SerializeToString() for _ in range(messages)])
+            self._requests = iter([upload(branches).SerializeToString() for _ in range(messages)])
 
     async def measure(self) -> Load:
         stream = None
@@ -226,12 +227,12 @@ def check(answer: CreatePurchaseResponse) -> None:
         raise RuntimeError(f"not the answer to a new sale: {answer}")
 
 
-def sale(random: Random = Random()) -> CreatePurchaseRequest:
+def sale(random: Random = Random(), branches: int = BRANCHES) -> CreatePurchaseRequest:
     """A sale of this moment, as the yardstick's: three items, a random key and a random receipt number."""
     request = CreatePurchaseRequest(idempotency_key=str(uuid.uuid4()))
     purchase = request.purchase
-    purchase.receipt_id = str(uuid.uuid4()).translate(LETTERS)
-    purchase.branch_id = random.randint(1, BRANCHES)
+    purchase.receipt_id = str(uuid.uuid4())
+    purchase.branch_id = random.randint(1, branches)
     purchase.cashier_id = random.randint(1, CASHIERS)
     purchase.pos_id = "POS-3"
     purchase.purchase_time.GetCurrentTime()
@@ -242,21 +243,26 @@ def sale(random: Random = Random()) -> CreatePurchaseRequest:
     return request
 
 
-def upload() -> UploadPurchasesRequest:
-    uploads = (PurchaseUpload(sequence_number=number, create_purchase=sale()) for number in range(SALES_PER_MESSAGE))
+def upload(branches: int) -> UploadPurchasesRequest:
+    sales = (sale(branches=branches) for _ in range(SALES_PER_MESSAGE))
+    uploads = (PurchaseUpload(sequence_number=number, create_purchase=each) for number, each in enumerate(sales))
     return UploadPurchasesRequest(uploads=uploads)
 
 
 async def main(address: str, analytics_address: str = "") -> None:
     loop = asyncio.get_running_loop()
     options = [("grpc.max_receive_message_length", ANSWER_BYTES_MAX)]
-    async with (
-        grpc.aio.insecure_channel(address, options=options) as channel,
-        grpc.aio.insecure_channel(analytics_address or address) as analytics,
-    ):
+    credentials = tls.credentials(load(tls.TlsSettings))
+    if credentials:  # of one till, which sells in its own branch
+        channel = grpc.aio.secure_channel(address, tls.channel_credentials(credentials.now()), options=options)
+    else:
+        channel = grpc.aio.insecure_channel(address, options=options)
+    async with channel, grpc.aio.insecure_channel(analytics_address or address) as analytics:
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             job = Job(*json.loads(line))
-            run = Run(job, channel, Probe(channel, analytics, sale) if job.probe else None)
+            run = Run(
+                job, channel, Probe(channel, analytics, sale) if job.probe else None, 1 if credentials else BRANCHES
+            )
             gc.collect()
             gc.freeze()  # the requests are many, and none is garbage while the clock runs
             print(json.dumps(await run.measure()), flush=True)

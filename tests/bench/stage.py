@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import psycopg
 
+from chassis import tls
+from chassis.settings import load
 from deploy.healthcheck import is_serving
 from deploy.local.machine import Process, StackError, pick_port, spawn, tail, wait_until
 from deploy.local.postgres import Postgres
@@ -80,9 +82,14 @@ def service(name: str, command: tuple[str, ...], settings: Mapping[str, str], di
     address = f"127.0.0.1:{pick_port()}"
     log = directory / f"{name}.log"
     listens = {f"{name.upper()}_LISTEN": address, f"{name.upper()}_METRICS_LISTEN": "127.0.0.1:0"}
-    process = spawn([sys.executable, "-m", *command], {**os.environ, **settings, **listens}, ROOT, log)
+    environ = {**os.environ, **settings, **listens}
+    process = spawn([sys.executable, "-m", *command], environ, ROOT, log)
+    credentials = tls.credentials(load(tls.TlsSettings, environ))
     try:
-        if not wait_until(lambda: is_serving(address) or not process.alive, START_TIMEOUT_S) or not process.alive:
+        if (
+            not wait_until(lambda: is_serving(address, credentials) or not process.alive, START_TIMEOUT_S)
+            or not process.alive
+        ):
             raise StackError(f"{name} did not start:\n{tail(log)}")
         yield Service(process, address)
     finally:

@@ -1,11 +1,12 @@
 """The write path: CreatePurchase, an open stream and UploadPurchases beside pgbench, on the same tables."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from deploy import certificates
 from deploy.local.postgres import Postgres
 from tests.bench import history, machine, pgbench, stage
 from tests.bench.figures import (
@@ -29,6 +30,7 @@ from tests.bench.write.plot import plot
 
 DATABASE = "purchases"
 CLIENTS, CALLS_IN_FLIGHT, STREAMS = (1, 8, 32), (1, 8, 64, 256), (1, 4)
+CERTIFIED_AT_ONCE, TILL = 64, "branch/1/till/POS-3"
 FIRST_STOP = 1_000_000  # purchases; on the way to more, the growth is measured there too
 
 GOALS = {
@@ -38,6 +40,7 @@ GOALS = {
     "stream_vs_pgbench": Goal("open stream, purchases/s", 2.0, more_is_better=True),
     "stream_cpu_vs_pgbench": Goal("open stream, CPU a purchase", 0.45, more_is_better=False),
     "create_latency_vs_pgbench": Goal("CreatePurchase, latency alone", 3.0, more_is_better=False),
+    "identity_cost": Goal("CPU a purchase with certificates and rules, beside without", 1.15, more_is_better=False),
 }
 
 
@@ -54,8 +57,11 @@ def run(plan: Plan, show: Show) -> Outcome:
         client = stack.enter_context(load_client(service.address, directory))
 
         families = contenders(server, service, client, plan.measure_s, directory)
+        certified = stack.enter_context(with_certificates(server, settings, plan.measure_s, directory))
+        (plain,) = (contender for contender in families[1] if contender.at_once == certified.at_once)
         # What is compared is measured shortly after one another: the machine may be another one a minute later.
         order = [contender for contender in chain(*zip_longest(*families)) if contender]
+        order.insert(order.index(plain) + 1, certified)
         empty = measure(order, plan.rounds, show, "no purchases there", before=lambda: stage.empty_purchases(url))
         finalists = [best(empty, family) for family in families]
 
@@ -79,6 +85,7 @@ def run(plan: Plan, show: Show) -> Outcome:
         "stream_cpu_vs_pgbench": versus(empty, stream, pgbench_best, cpu),
         "upload_vs_pgbench": versus(empty, upload, pgbench_best, speed),
         "create_latency_vs_pgbench": versus(empty, create_alone, pgbench_alone, latency),
+        "identity_cost": versus(empty, certified, plain, cpu),
     }
     for rows, figures in grown.items():
         # How it slowed down, beside how pgbench did: the speed of the disk and of the hour cancels out.
@@ -108,24 +115,45 @@ def contenders(
         return pgbench.run(server, DATABASE, clients, measure_s, directory)
 
     def load(method: str, at_once: int) -> Figure:
-        assert server.process
-        pids = (service.process.pid, server.process.pid)
-        spent: list[list[float]] = []
-        seen = client.run(Job(method, at_once, measure_s), lambda: spent.append([machine.cpu_s(pid) for pid in pids]))
-        ours_s, database_s = (after - before for before, after in zip(*spent, strict=True))
-        return Figure(
-            seen.purchases / seen.seconds,
-            seen.p50_ms,
-            seen.p99_ms,
-            ours_s / seen.purchases * 1e6,
-            database_s / seen.purchases * 1e6,
-        )
+        return measured_load(server, service, client, Job(method, at_once, measure_s))
 
     return (
         [Contender("pgbench", n, partial(yardstick, n)) for n in CLIENTS],
         [Contender("CreatePurchase", n, partial(load, "create", n)) for n in CALLS_IN_FLIGHT],
         [Contender("open stream", n, partial(load, "stream", n)) for n in CALLS_IN_FLIGHT],
         [Contender("UploadPurchases", n, partial(load, "upload", n)) for n in STREAMS],
+    )
+
+
+@contextmanager
+def with_certificates(
+    server: Postgres, settings: Mapping[str, str], measure_s: int, directory: Path
+) -> Iterator[Contender]:
+    """CreatePurchase once more, by a till with a certificate from a service that has one, and holds it to the rules."""
+    files = directory / "certificates"
+    certificates.make(files, {"service/purchases": certificates.LOOPBACK, TILL: ()})
+    known = {**settings, **certificates.environ(files, "service/purchases"), "CALLER_CALLS_PER_S": "1000000"}
+    with (
+        stage.service("purchases", ("purchases_svc", "serve"), known, directory) as service,
+        load_client(service.address, directory, identity=certificates.environ(files, TILL)) as client,
+    ):
+        job = Job("create", CERTIFIED_AT_ONCE, measure_s)
+        measured = partial(measured_load, server, service, client, job)
+        yield Contender("CreatePurchase with certificates", CERTIFIED_AT_ONCE, measured)
+
+
+def measured_load(server: Postgres, service: stage.Service, client: LoadClient, job: Job) -> Figure:
+    assert server.process
+    pids = (service.process.pid, server.process.pid)
+    spent: list[list[float]] = []
+    seen = client.run(job, lambda: spent.append([machine.cpu_s(pid) for pid in pids]))
+    ours_s, database_s = (after - before for before, after in zip(*spent, strict=True))
+    return Figure(
+        seen.purchases / seen.seconds,
+        seen.p50_ms,
+        seen.p99_ms,
+        ours_s / seen.purchases * 1e6,
+        database_s / seen.purchases * 1e6,
     )
 
 
