@@ -29,11 +29,19 @@ from chassis.tokens import Tokens, TokenSettings
 CERTIFICATE = "x509_pem_cert"  # gRPC's name for the one that a caller showed
 REQUEST_TEXT_MAX = 1_000  # characters of a change that is put on record
 
-REFUSED = Counter("grpc_server_access_refused_total", "Calls refused for who made them.", ["grpc_method", "what"])
+REFUSED = Counter(
+    "grpc_server_access_refused_total", "Calls refused for who made them.", ["grpc_service", "grpc_method", "what"]
+)
 
 log = structlog.get_logger()
 _refusals = Sampled("warning", "access refused")
 _hasty = Sampled("warning", "a caller makes more calls than one may")
+
+
+def trust_domain(raw: str) -> str:
+    if not re.fullmatch(r"[a-z0-9._-]{1,255}", raw):
+        raise ValueError("must be small letters, digits, points, hyphens and underscores, such as retail.example")
+    return raw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +49,7 @@ class AccessSettings(TokenSettings):
     """Of every server."""
 
     trust_domain: str = setting(
-        "TRUST_DOMAIN", text, "name", "of the chain, in the URIs of certificates", default="retail.example"
+        "TRUST_DOMAIN", trust_domain, "name", "of the chain, in the URIs of certificates", default="retail.example"
     )
     banned_file: str = setting(
         "TLS_BANNED_FILE",
@@ -199,12 +207,17 @@ def gate(config: AccessSettings, *, certificates: bool) -> Gate:
         SettingsError
     """
     accepted = tokens.tokens(config)
-    bans = Followed("TLS_BANNED_FILE", config.banned_file, banned_names) if config.banned_file else None
     if certificates:
+        bans = Followed("TLS_BANNED_FILE", config.banned_file, banned_names) if config.banned_file else None
         rates = Rates(config.calls_per_s) if config.calls_per_s else None
         return Gate(identity.Certificates(config.trust_domain), accepted, bans, rates)
+    problems = []
     if accepted:
-        raise SettingsError(["JWT_ISSUER is set, but no certificate: tokens must not travel in plaintext"])
+        problems.append("JWT_ISSUER is set, but no certificate: tokens must not travel in plaintext")
+    if config.banned_file:
+        problems.append("TLS_BANNED_FILE is set, but no certificate: without them, nobody would be recognised")
+    if problems:
+        raise SettingsError(problems)
     return Gate()
 
 
@@ -218,7 +231,8 @@ def _bearer(context: Any) -> str | None:
 
 
 def _on_record(error: AccessRefused, rule: Rule, caller: str, what: str, **more: Any) -> AccessRefused:
-    REFUSED.labels(rule.method, what).inc()
+    _, service, method = rule.method.split("/")
+    REFUSED.labels(service, method, what).inc()
     known = "" if what == "identity" else caller  # connections are as many as somebody makes
     _refusals((rule.method, known, what), audit=True, method=rule.method, caller=caller, what=what, **more)
     return error

@@ -6,6 +6,7 @@ To verify one costs as much as a whole call, so that who a token stands for is r
 import json
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import jwt
@@ -18,7 +19,7 @@ ALGORITHMS = ("ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS
 ROLES = ("manager", "reader", "operator", "service")  # a till has a certificate
 TOKEN_LENGTH_MAX = 8_192
 SUBJECT_LENGTH_MAX = 200
-REMEMBERED_MAX = 10_000  # a kilobyte each
+REMEMBERED_MAX = 10_000  # of each kind, half a kilobyte each
 BRANCH_MAX = 2**31 - 1
 
 Keys = dict[str, jwt.PyJWK]
@@ -87,26 +88,31 @@ class Tokens:
     def __init__(self, config: TokenSettings) -> None:
         self._config = config
         self.keys = Followed("JWT_KEYS_FILE", config.jwt_keys_file, _keys)
-        self._known: dict[str, Caller | None] = {}
+        self._known: dict[bytes, Caller] = {}
+        self._refused: set[bytes] = set()  # apart: strangers make up as many as they like
 
     def forget(self) -> None:
         """The keys have changed."""
         self._known.clear()
+        self._refused.clear()
 
     def caller(self, token: str) -> Caller | None:
         """None for a token that is not accepted: not the issuer's, not for us, not valid now, or of no role."""
         if len(token) > TOKEN_LENGTH_MAX:
             return None
-        if token not in self._known:
-            if len(self._known) >= REMEMBERED_MAX:
-                self._known.clear()
-            self._known[token] = self._verified(token)
-        caller = self._known[token]
-        if caller is None or (caller.until is not None and caller.until <= time.time()):
+        name = sha256(token.encode(errors="replace")).digest()
+        if name in self._refused:
             return None
-        return caller
+        caller = self._known.get(name)
+        if caller is None:
+            caller = self._verified(name, token)
+            if caller is None:
+                return None
+            _make_room(self._known)
+            self._known[name] = caller
+        return caller if caller.until is None or caller.until > time.time() else None
 
-    def _verified(self, token: str) -> Caller | None:
+    def _verified(self, name: bytes, token: str) -> Caller | None:
         config = self._config
         try:
             header = jwt.get_unverified_header(token)
@@ -122,7 +128,11 @@ class Tokens:
                 leeway=config.jwt_leeway_s,
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
-        except (jwt.PyJWTError, ValueError, TypeError):
+        except jwt.DecodeError:  # of these bytes nothing will ever come; a token that is early may be right later
+            _make_room(self._refused)
+            self._refused.add(name)
+            return None
+        except (jwt.PyJWTError, ValueError, TypeError, ArithmeticError, RecursionError):
             return None
         return self._caller(claims)
 
@@ -139,6 +149,11 @@ class Tokens:
                 return None
         until = float(claims["exp"]) + self._config.jwt_leeway_s
         return Caller(f"{self._config.jwt_issuer}#{subject}", roles[0], branch_id, until=until)
+
+
+def _make_room(remembered: dict[bytes, Caller] | set[bytes]) -> None:
+    if len(remembered) >= REMEMBERED_MAX:
+        remembered.clear()
 
 
 def _branch(said: Any) -> int | None:

@@ -124,7 +124,7 @@ def _is_unseen(character: str) -> bool:
 
 # As cards are embossed: sixteen digits in fours (nineteen have a rest), or those of the brands with fewer.
 _GROUPED = r"[0-9]{4}([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}(?:\1[0-9]{1,3})?|[0-9]{6}\1[0-9]{4,5})"
-_CARD = re.compile(rf"(?<![0-9]){_GROUPED}(?![0-9])|(?<![0-9])[0-9]{{13,19}}(?![0-9])")
+_CARD = re.compile(rf"(?<![0-9A-Fa-f]){_GROUPED}(?![0-9A-Fa-f])|(?<![0-9])[0-9]{{13,19}}(?![0-9])")
 _ISSUED = re.compile(r"[3-6]|22[2-9]|2[3-6]|27[01]|2720")  # how the numbers of payment cards begin
 _HEX = re.compile(r"[0-9A-Fa-f]+")
 _CARD_LENGTHS = range(13, 20)
@@ -133,7 +133,7 @@ _CARD_LENGTHS = range(13, 20)
 def holds_card_number(text: str) -> bool:
     """Whether 13 to 19 digits in it are what a payment card may have: they begin as one, and pass Luhn's check.
 
-    Digits within a hexadecimal word, such as an id, are none: one of some hundred would pass by chance.
+    Digits within a hexadecimal word, such as a part of a UUID, are none: by chance, some would pass.
     """
     if len(text) < _CARD_LENGTHS.start:
         return False
