@@ -30,33 +30,13 @@ async def wait_until_ready(pool: postgres.Pool, time_zone: str, stop: asyncio.Ev
             continue
         if row is None:
             raise migrate.MigrationError("the database has no time zone: run `migrate` first")
-        require_time_zone(time_zone, row[0])
+        migrate.require_time_zone(time_zone, row[0])
         return True
     return False
 
 
-def require_time_zone(asked: str, stored_zone: str) -> None:
-    """Business days are cut already: another zone would move sales to other days.
-
-    Raises:
-        MigrationError: the zones differ.
-    """
-    if asked != stored_zone:
-        raise migrate.MigrationError(
-            f"BUSINESS_TIME_ZONE is {asked}, but the database was set up with {stored_zone}; it cannot be changed"
-        )
-
-
 def migrate_database(config: MigrateSettings) -> None:
-    """Bring the database up to date, and fix the chain's time zone the first time."""
-    with migrate.connect(config.database_url) as connection:
-        migrate.migrate(connection, MIGRATIONS)
-        connection.execute(
-            "INSERT INTO analytics_settings (time_zone) VALUES (%s) ON CONFLICT DO NOTHING", [config.business_time_zone]
-        )
-        row = connection.execute("SELECT time_zone FROM analytics_settings").fetchone()
-        assert row is not None  # inserted above, if not before
-        require_time_zone(config.business_time_zone, row[0])
+    migrate.migrate_chain(config.database_url, MIGRATIONS, "analytics_settings", config.business_time_zone)
 
 
 async def page_token_key(connection: Connection) -> bytes:

@@ -133,6 +133,36 @@ def migrate(connection: psycopg.Connection, directory: Path) -> list[str]:
     return [migration.name for migration in missing]
 
 
+def migrate_chain(url: str, directory: Path, settings_table: str, time_zone: str) -> None:
+    """Bring a database up to date, and fix the chain's time zone, which is in that table, the first time.
+
+    Raises:
+        MigrationError: as `migrate`, and `require_time_zone`.
+        psycopg.Error: a file failed; it left nothing behind.
+    """
+    table = sql.Identifier(settings_table)
+    with connect(url) as connection:
+        migrate(connection, directory)
+        connection.execute(
+            sql.SQL("INSERT INTO {} (time_zone) VALUES (%s) ON CONFLICT DO NOTHING").format(table), [time_zone]
+        )
+        row = connection.execute(sql.SQL("SELECT time_zone FROM {}").format(table)).fetchone()
+    assert row is not None  # inserted above, if not before
+    require_time_zone(time_zone, row[0])
+
+
+def require_time_zone(asked: str, stored_zone: str) -> None:
+    """Business days are cut already: another zone would move sales to other days.
+
+    Raises:
+        MigrationError: the zones differ.
+    """
+    if asked != stored_zone:
+        raise MigrationError(
+            f"BUSINESS_TIME_ZONE is {asked}, but the database was set up with {stored_zone}; it cannot be changed"
+        )
+
+
 def _giving_way(what: str, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Do a step that waits for locks a second at most, again and again.
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 import psycopg
 import structlog
-from psycopg import sql
 from psycopg_pool import PoolTimeout
 
 from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, tls, zones
@@ -89,7 +88,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             await migrate.require_current(connection, MIGRATIONS)
             time_zone, page_token_key = await stored.settings(connection)
             kept_months = await retention.kept_months(connection)
-        require_time_zone(config.business_time_zone, time_zone)
+        migrate.require_time_zone(config.business_time_zone, time_zone)
         zone = zones.load(time_zone)
 
         partitions = Partitions(write_pool)
@@ -147,28 +146,8 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         log.info("stopped")
 
 
-def require_time_zone(asked: str, stored_zone: str) -> None:
-    """Business days are cut already: another zone would move sales to other days.
-
-    Raises:
-        MigrationError: the zones differ.
-    """
-    if asked != stored_zone:
-        raise migrate.MigrationError(
-            f"BUSINESS_TIME_ZONE is {asked}, but the database was set up with {stored_zone}; it cannot be changed"
-        )
-
-
 def migrate_database(config: MigrateSettings) -> None:
-    """Bring the database up to date, and fix the chain's time zone the first time."""
-    with migrate.connect(config.database_url) as connection:
-        migrate.migrate(connection, MIGRATIONS)
-        connection.execute(
-            "INSERT INTO chain_settings (time_zone) VALUES (%s) ON CONFLICT DO NOTHING", [config.business_time_zone]
-        )
-        row = connection.execute(sql.SQL("SELECT time_zone FROM chain_settings")).fetchone()
-        assert row is not None
-        require_time_zone(config.business_time_zone, row[0])
+    migrate.migrate_chain(config.database_url, MIGRATIONS, "chain_settings", config.business_time_zone)
 
 
 commands = cli.Commands(

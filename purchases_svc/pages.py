@@ -83,7 +83,9 @@ async def page(
 async def export_day(
     connection: Connection, day: datetime.date, customer_ids: Sequence[str]
 ) -> AsyncGenerator[Purchase, None]:
-    """The purchases of one business day by time, all from one snapshot; only those customers' if there are any."""
+    """The purchases of one business day in the order in which they were recorded, all from one snapshot; only those
+    customers' if there are any.
+    """
     async with connection.transaction():
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         async with connection.cursor(name="export") as cursor:
@@ -92,7 +94,7 @@ async def export_day(
                 " WHERE p.business_day = %(day)s"
                 "   AND p.purchase_time >= %(from)s AND p.purchase_time < %(to)s"
                 "   AND (%(everybody)s OR p.customer_id = ANY(%(customer_ids)s::uuid[]))"
-                " ORDER BY p.purchase_time, p.purchase_id",
+                " ORDER BY p.created_xid",
                 {
                     "day": day,
                     **windows.around(day, day),

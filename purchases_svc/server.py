@@ -15,7 +15,7 @@ from chassis.errors import DatabaseUnavailable, FieldReason, InvalidRequest, Ove
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool, on_standby
 from chassis.shares import Shares
-from purchases_svc import control_totals, customers, messages, pages, windows
+from purchases_svc import control_totals, customers, messages, pages, recorded_days, windows
 from purchases_svc.errors import CustomerNotFound, PurchaseNotFound
 from purchases_svc.record import Recorder
 from purchases_svc.upload import Uploads
@@ -129,8 +129,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         position = self._tokens.read(request)
         after = (datetime.date.fromisoformat(position[0]), position[1]) if position else None
         async with _reading(self._shares, context, "control totals") as connection:
-            if on_standby(connection):  # what it lacks, the audit would call invented, and a repair would take out
-                raise DatabaseUnavailable("a standby cannot tell what is recorded by now; ask the primary")
+            _require_primary(connection)
             rows = await control_totals.control_totals(
                 connection,
                 first=first,
@@ -153,6 +152,20 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         if complete_from:
             response.complete_from_date.CopyFrom(wire.date(complete_from))
         return response
+
+    async def ListRecordedDays(
+        self, request: purchases_service_pb2.ListRecordedDaysRequest, context: Any
+    ) -> purchases_service_pb2.ListRecordedDaysResponse:
+        after = recorded_days.parse(request.after_position)
+        async with _reading(self._shares, context, "control totals") as connection:
+            _require_primary(connection)
+            recorded = await recorded_days.since(connection, after)
+        return purchases_service_pb2.ListRecordedDaysResponse(
+            sales_dates=map(wire.date, recorded.days),
+            position=str(recorded.position),
+            as_of_time=wire.timestamp(recorded.as_of),
+            time_zone=self._zone.key,
+        )
 
     @grpc_server.reading(messages.unopened)
     async def UploadPurchases(
@@ -267,6 +280,12 @@ async def _reading(shares: Shares, context: Any, kind: str = ONE) -> AsyncIterat
             "SELECT set_config('statement_timeout', %s, true)", [str(max(int(timeout_s * 1000), 1))]
         )
         yield connection
+
+
+def _require_primary(connection: Connection) -> None:
+    """What a standby lacks, the audit would call invented, and a repair would take out."""
+    if on_standby(connection):
+        raise DatabaseUnavailable("a standby cannot tell what is recorded by now; ask the primary")
 
 
 def _control_totals(row: control_totals.ControlTotals) -> purchases_service_pb2.ControlTotals:

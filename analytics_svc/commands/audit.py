@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from analytics_svc.proof.verdicts import Verdict, worst
+from analytics_svc.proof.verdicts import WRONG, Verdict, worst
 from analytics_svc.settings import ConsumerClientSettings
 from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX
 from chassis import cli, grpc_client, tls, wire
@@ -126,11 +126,15 @@ def _show(
     known = [finding for reply in replies for finding in reply.findings] + list(status.findings)
     for words in dict.fromkeys(map(_words, known)):
         console.print(words, style="red")
+    named = len(status.findings) + sum(Verdict(row.verdict) in WRONG for row in status.different_rows)
+    if status.wrong_count > named:
+        console.print(f"{status.wrong_count - named:,} more are wrong.", style="red")
     foreign = dict.fromkeys(event_id for reply in replies for event_id in reply.foreign_event_ids)
     foreign |= dict.fromkeys(status.foreign_event_ids)
     if foreign:
         some = ", ".join(list(foreign)[:FOREIGN_SHOWN])
-        console.print(f"{len(foreign):,} counted events that nobody recorded: {some} …", style="yellow")
+        count = max(len(foreign), status.foreign_event_count)
+        console.print(f"{count:,} counted events that nobody recorded: {some} …", style="yellow")
     pending = sum(reply.pending_count for reply in replies)
     since = f" since {_time(status.pending_since_time)}" if status.HasField("pending_since_time") and pending else ""
     console.print(
@@ -143,7 +147,7 @@ def _show(
 
 def _age(status: pb.GetAuditStatusResponse) -> str:
     """What the continuous audit says, and how old that is."""
-    if not status.HasField("last_cycle_time"):
+    if not status.HasField("compared_through_time"):
         return "The continuous audit has not looked yet."
     days = status.proven_day_count
     proven = f"{days:,} {'day' if days == 1 else 'days'} proven row by row"
@@ -151,9 +155,12 @@ def _age(status: pb.GetAuditStatusResponse) -> str:
         proven += f", {status.unproven_day_count:,} not yet"
     if status.HasField("last_sweep_time"):
         proven += f"; everything since {_time(status.last_sweep_time)}"
-    old = " THAT IS TOO OLD: nobody audits." if status.stale else ""
+    old = f" THAT IS TOO OLD: the last look was at {_time(status.last_cycle_time)}." if status.stale else ""
     said = Verdict(status.verdict).name if status.verdict else "nothing"
-    return f"The continuous audit says {said}: sums compared at {_time(status.last_cycle_time)}; {proven}.{old}"
+    return (
+        f"The continuous audit says {said} of all that was recorded before {_time(status.compared_through_time)}, by"
+        f" sums; {proven}.{old}"
+    )
 
 
 def _style(verdict: Verdict) -> str:

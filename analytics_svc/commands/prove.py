@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import structlog
+from prometheus_client import Counter
 
 from analytics_svc import database
 from analytics_svc.proof.auditor import Auditor
@@ -22,6 +23,9 @@ COMMAND = (sys.executable, "-m", "analytics_svc", "prove")
 CONNECTIONS = 4  # one holds the lock, two work, one is there when one breaks
 STATEMENT_TIMEOUT_S = 300.0  # a range of a long history takes seconds
 STOP_TIMEOUT_S = 5.0
+RAN_WELL_S = 60.0  # who lived so long is started again at once
+
+ENDED = Counter("analytics_audit_ended_total", "Times that the audit's process ended and was started again.")
 
 log = structlog.get_logger()
 
@@ -71,13 +75,18 @@ async def _keep_running(config: ProveSettings) -> None:
         "ALLOW_PLAINTEXT": config.allow_plaintext,
     }
     backoff = Backoff(1.0, 30.0)
+    now = asyncio.get_running_loop().time
     while True:
+        began = now()
         process = await asyncio.create_subprocess_exec(*COMMAND, stdin=asyncio.subprocess.PIPE, env=environment)
         try:
             code = await process.wait()
         finally:
             if process.returncode is None:
                 await _end(process)
+        ENDED.inc()
+        if now() - began >= RAN_WELL_S:
+            backoff.reset()
         pause_s = backoff.next_s()
         log.error("the audit's process has ended; starting another one", code=code, pause_s=round(pause_s, 1))
         await asyncio.sleep(pause_s)

@@ -52,6 +52,7 @@ async def compare_since(pool: Pool, source: Source, before: Recorded, first: dat
             rows.append(_compare(key, *sides, complete=complete))
     findings: list[Finding] = []
     foreign_ids: list[str] = []
+    more = [0, 0]
     for day in sorted({row.day for row in rows if row.verdict is Verdict.DIFFERENT})[:PROVEN_MAX]:
         async with pool.connection() as connection:
             began_at = await parts.begin(connection)
@@ -64,7 +65,8 @@ async def compare_since(pool: Pool, source: Source, before: Recorded, first: dat
         rows = sorted([row for row in rows if row.day != day] + proven.rows)
         findings += proven.findings
         foreign_ids += proven.foreign_ids
-    return Comparison(rows, findings, foreign_ids)
+        more = [more[0] + proven.more_findings, more[1] + proven.more_foreign]
+    return Comparison(rows, findings, foreign_ids, *more)
 
 
 async def known_days(

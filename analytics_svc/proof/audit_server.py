@@ -74,6 +74,8 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
             different_rows=map(_row, status.rows),
             findings=map(_finding, status.findings),
             foreign_event_ids=status.foreign_ids,
+            wrong_count=status.wrong,
+            foreign_event_count=status.foreign,
             pending_count=status.pending,
             proven_day_count=status.proven_days,
             unproven_day_count=status.unproven_days,
@@ -83,6 +85,7 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
         if status.oldest_day:
             response.sweep_date.CopyFrom(wire.date(status.oldest_day))
         for field, moment in (
+            ("compared_through_time", status.compared_through),
             ("last_cycle_time", status.compared_at),
             ("last_sweep_time", status.oldest_at),
             ("pending_since_time", status.pending_since),

@@ -7,8 +7,8 @@ proof is the oldest. What it found is in `audit_parts`, and nowhere else.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from datetime import date, timedelta
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import date, datetime, timedelta
 from itertools import cycle
 
 import psycopg
@@ -22,15 +22,16 @@ from analytics_svc.proof.parts import Part, Turn
 from analytics_svc.proof.read_models import DAY
 from analytics_svc.proof.repair import prove_range
 from analytics_svc.proof.settled import wait_until_complete
-from analytics_svc.proof.verdicts import Comparison, Row, Verdict
-from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX, Source
+from analytics_svc.proof.verdicts import Comparison, Verdict
+from analytics_svc.upstream.source import Source
 from chassis import logs
 from chassis.lifecycle import Backoff
 from chassis.postgres import UNAVAILABLE, Connection, Pool
 
-AUDIT_LOCK = 7_265_746_177  # any number; advisory locks are per database
 LOCK_EVERY_S = 2.0  # how often a standby tries to become the auditor
 CPU_SHARE = 0.02  # of one core, for everything that an audit lets work: this process, both databases, the service asked
+SILENCE_S = 60.0  # a process that is frozen or cut off for so long has lost the lock: another one takes over
+STAY_EVERY_S = 10.0
 PAUSE_S = 3.0  # at least, from one look to the next
 COMPLETE_WAIT_S = 5.0  # for purchases on their way, before they are called pending
 
@@ -53,7 +54,7 @@ class Auditor:
         self._pool, self._source = pool, source
         self._rest = max(0.0, 2 / cpu_share - 1)  # times the work, as there are two of them
         self._pause_s, self._complete_wait_s = pause_s, complete_wait_s
-        self._turns = cycle([*Turn, None])
+        self._turns = cycle(Turn)
 
     async def run(self) -> None:
         """Audit, or stand by for the one that does, until cancelled."""
@@ -65,7 +66,9 @@ class Auditor:
                         while not await _try_lock(connection):  # noqa: ASYNC110 (no event tells of it)
                             await asyncio.sleep(LOCK_EVERY_S)
                         log.info("this process audits")
+                        await connection.execute(f"SET idle_session_timeout = '{SILENCE_S:g}s'")
                         async with asyncio.TaskGroup() as works:
+                            works.create_task(_stay(connection))
                             works.create_task(self._without_end(self.compare, connection, backoff))
                             works.create_task(self._without_end(self.prove, connection, backoff))
                     finally:
@@ -90,28 +93,31 @@ class Auditor:
             await asyncio.sleep(max(self._pause_s, worked_s * self._rest))
 
     async def compare(self, connection: Connection) -> float:
-        """Compare the sums of days on which something was counted, or that are not right; returns how long it worked.
+        """Compare the sums of days that have changed on either side, or are not right; returns how long it worked.
 
-        `connection` holds the lock: who has lost it gets no further than the beginning.
+        `connection` holds the lock: who has lost it compares nothing. What is noted as touched stays so until it was
+        compared, by whomever.
         """
-        began, today = time.monotonic(), self._source.today()
-        at = await parts.begin(connection)
+        began = time.monotonic()
         async with self._pool.connection() as other:
-            await parts.note_days(other, [today])  # on which nothing may have been counted, wrongly
-            days = {today} | await parts.note_counted(other) | await parts.days_not_agreed(other)
-        waited_s = await self._compare(days)
+            position = await parts.recorded_position(other)
+        recorded = await self._source.recorded_days(position)
+        async with self._pool.connection() as other:
+            await parts.note_touched(other, recorded)
+            at = await parts.begin(connection)
+            days = await parts.due(other)
+        waited_s = 0.0
+        for first, last in windows(days):
+            waited_s += await self._compare(at, [day for day in days if first <= day <= last])
         worked_s = time.monotonic() - began - waited_s
         async with self._pool.connection() as other:
-            await parts.store_compared(other, at, timedelta(seconds=worked_s * (1 + self._rest)))
+            await parts.store_compared(other, recorded.as_of, timedelta(seconds=worked_s * (1 + self._rest)))
         return worked_s
 
     async def prove(self, connection: Connection) -> float:
         """Prove the part whose turn it is; returns how long it took."""
         began, turn = time.monotonic(), next(self._turns)
         at = await parts.begin(connection)
-        if turn is None:
-            waited_s = await self._look_through_a_month()
-            return time.monotonic() - began - waited_s
         async with self._pool.connection() as other:
             part = await parts.pick(other, turn)
             if part is None:
@@ -124,9 +130,8 @@ class Auditor:
         except Exception as error:
             if _is_outage(error):
                 raise
-            log.warning("not proven", kind=part.kind, first=part.first, last=part.last, error=logs.text_of(error))
             async with self._pool.connection() as other:
-                await parts.store_failure(other, part, f"{type(error).__name__}: {logs.text_of(error)}")
+                await parts.store_failure(other, part, at, error)
             return time.monotonic() - began
         async with self._pool.connection() as other:
             await parts.store(other, part, at, found)
@@ -137,43 +142,27 @@ class Auditor:
             return (await prove_day(self._pool, self._source, part.day)).comparison
         return await prove_range(self._pool, part)
 
-    async def _compare(self, days: Iterable[date]) -> float:
-        """Returns how long it only waited."""
+    async def _compare(self, at: datetime, days: Sequence[date]) -> float:
+        """Days that may be asked for at once; returns how long it only waited."""
         waited_s = 0.0
-        for first, last in windows(days):
-            before = await self._source.control_totals(first, last)
-            found = await compare_since(self._pool, self._source, before, first, last)
+        try:
+            before = await self._source.control_totals(days[0], days[-1])
+            found = await compare_since(self._pool, self._source, before, days[0], days[-1])
             if found.verdict is Verdict.PENDING:
                 began = time.monotonic()
                 await wait_until_complete(self._pool, self._source, before.read_at, self._complete_wait_s)
-                waited_s += time.monotonic() - began
-                found = await compare_since(self._pool, self._source, before, first, last)
-            rows: dict[date, list[Row]] = {}
-            for row in found.rows:
-                rows.setdefault(row.day, []).append(row)
+                waited_s = time.monotonic() - began
+                found = await compare_since(self._pool, self._source, before, days[0], days[-1])
+        except Exception as error:
+            if _is_outage(error):
+                raise
             async with self._pool.connection() as connection:
-                for day in rows:
-                    await parts.store_sums(connection, day, rows[day])
-        return waited_s
-
-    async def _look_through_a_month(self) -> float:
-        """Compare the sums of the next recorded days: those that were never counted are nowhere else to be seen."""
-        today = self._source.today()
-        bounds = await self._source.control_totals(today, today)
-        if not (bounds.earliest and bounds.latest):
-            return 0.0
-        first = max(bounds.earliest, bounds.complete_from or bounds.earliest)
+                for day in days:
+                    await parts.store_failure(connection, parts.of_day(day), at, error)
+            return waited_s
         async with self._pool.connection() as connection:
-            start = await parts.next_window(connection)
-            if start is None or not first <= start <= bounds.latest:
-                start = first
-            end = min(start + timedelta(days=CONTROL_TOTALS_DAYS_MAX - 1), bounds.latest)
-            recorded = await self._source.control_totals(start, max(start, end))
-            days = {day for day, _ in recorded.totals}
-            await parts.note_days(connection, days)
-        waited_s = await self._compare(days)
-        async with self._pool.connection() as connection:
-            await parts.set_next_window(connection, end + timedelta(days=1))
+            for day in days:  # also those of which there is nothing to compare
+                await parts.store_sums(connection, day, at, [row for row in found.rows if row.day == day])
         return waited_s
 
 
@@ -184,6 +173,13 @@ def _is_outage(error: BaseException) -> bool:
     return isinstance(error, (PurchasesUnavailable, TimeZonesDiffer, *UNAVAILABLE))
 
 
+async def _stay(connection: Connection) -> None:
+    """Be heard of on the connection that holds the lock, and hear when it is lost."""
+    while True:
+        await connection.execute("SELECT 1")
+        await asyncio.sleep(STAY_EVERY_S)
+
+
 async def _try_lock(connection: Connection) -> bool:
-    cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", [AUDIT_LOCK])
+    cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", [parts.AUDIT_LOCK])
     return await cursor.fetchone() == (True,)

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from datetime import date, datetime
 from decimal import Decimal
+from itertools import islice
 from typing import NamedTuple
 
 from analytics_svc.errors import HistoryDropped
@@ -81,7 +82,9 @@ async def prove_day(
     snapshot = await _read_day(pool, day)
     if before.complete_from and day < before.complete_from:
         torn = _torn(day, snapshot)
-        return Proof(day, 0, Comparison([], torn, []), Difference({}, {}), [], [], None)
+        named = torn[: read_models.NAMED_MAX]
+        found = Comparison([], named, [], more_findings=len(torn) - len(named))
+        return Proof(day, 0, found, Difference({}, {}), [], [], None)
     truth = _Truth(snapshot)
     async with aclosing(source.export(day, day)) as chunks:  # type: ignore[type-var]
         async for chunk in chunks:
@@ -100,14 +103,15 @@ async def prove_day(
         waiting = await _waiting(pool, list(truth.missing))
     foreign = sorted(snapshot.logged)
     rows = _rows(day, snapshot, truth, waiting, len(foreign), complete)
-    found = _difference(snapshot, truth)
+    lack = _difference(snapshot, truth)
     wrong_visits = truth.visits != snapshot.forgotten
-    findings = [*snapshot.chain, *_findings(day, truth, found, bool(foreign), wrong_visits)]
+    named, more = _findings(day, truth, lack, bool(foreign), wrong_visits)
+    some = foreign[:FOREIGN_IDS_MAX]
     return Proof(
         day,
         truth.purchases,
-        Comparison(rows, findings, foreign[:FOREIGN_IDS_MAX]),
-        found,
+        Comparison(rows, [*snapshot.chain, *named], some, more, len(foreign) - len(some)),
+        lack,
         foreign,
         truth.mistold,
         truth.visits if wrong_visits else None,
@@ -135,6 +139,7 @@ class _Truth:
         self.sums: dict[int, list[int]] = {}
         self.visits: Visits = {}
         self.mistold: list[PurchaseCreated] = []
+        self.mistold_count = 0
         self.missing: dict[str, tuple[int, Totals]] = {}  # neither logged nor forgotten: branch and amounts by id
 
     def add(self, events: Sequence[PurchaseCreated]) -> list[PurchaseCreated]:
@@ -168,6 +173,7 @@ class _Truth:
         return missing
 
     def _mistold(self, event: PurchaseCreated) -> None:
+        self.mistold_count += 1
         if len(self.mistold) < MISTOLD_MAX:
             self.mistold.append(event)
 
@@ -303,20 +309,24 @@ def _difference(snapshot: _Day, truth: _Truth) -> Difference:
     return Difference(sums, _unpacked(snapshot.products))
 
 
-def _findings(day: date, truth: _Truth, found: Difference, foreign: bool, wrong_visits: bool) -> list[Finding]:
+def _findings(
+    day: date, truth: _Truth, found: Difference, foreign: bool, wrong_visits: bool
+) -> tuple[list[Finding], int]:
+    """Some, and how many there are beyond them."""
     findings = [
         Finding("analytics_event_log", f"event_id {event.event_id}", "what was counted is not what was recorded", day)
         for event in truth.mistold[: read_models.NAMED_MAX]
     ]
+    more = truth.mistold_count - len(findings)
     if wrong_visits:
         findings.append(Finding("forgotten_visits", f"day {day}", "are not those of the purchases", day))
     if foreign:  # whose products nobody knows
-        return findings
-    for (branch, product), (units, cents) in list(found.products.items())[: read_models.NAMED_MAX]:
+        return findings, more
+    for (branch, product), (units, cents) in islice(found.products.items(), read_models.NAMED_MAX):
         detail = f"{-units:+,} in qty_sum and {-cents:+,} cents of revenue against the purchases that count"
         name = f"day {day}, branch_id {branch}, product_id {product}"
         findings.append(Finding("product_sales_daily", name, detail, day))
-    return findings
+    return findings, more + max(len(found.products) - read_models.NAMED_MAX, 0)
 
 
 def _torn(day: date, snapshot: _Day) -> list[Finding]:
@@ -333,7 +343,7 @@ def _torn(day: date, snapshot: _Day) -> list[Finding]:
             detail = f"{products[0]} units and {products[1]} cents, not {totals.items} and {totals.cents}, says"
             name = f"day {day}, branch_id {branch}"
             findings.append(Finding("product_sales_daily", name, f"{detail} daily_sales_by_branch", day))
-    return findings[: read_models.NAMED_MAX]
+    return findings
 
 
 async def read_totals(connection: Connection, first: date, last: date) -> dict[tuple[date, int], Totals]:

@@ -3,7 +3,7 @@ and customers. What is wrong stays wrong until it is proven right, whoever looks
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import date, datetime, timedelta
 from enum import Enum
 from typing import Any, LiteralString, NamedTuple
@@ -12,8 +12,9 @@ from uuid import UUID
 import structlog
 
 from analytics_svc.proof.read_models import BRANCHES, CUSTOMERS, DAY, PRODUCTS
-from analytics_svc.proof.verdicts import WRONG, Comparison, Finding, Row, Verdict, worst
-from analytics_svc.upstream.source import Totals
+from analytics_svc.proof.verdicts import SEVERITY, WRONG, Comparison, Finding, Row, Verdict, worst
+from analytics_svc.upstream.source import RecordedDays, Totals
+from chassis import logs
 from chassis.postgres import Connection
 
 # Keys of one range: some seconds' work in a big chain. A range that has twice as many is cut.
@@ -27,10 +28,10 @@ _KEYS_OF: dict[str, LiteralString] = {
 }
 # What was counted just before a look may have become visible only after it: a transaction's time is its start.
 LATE_COMMIT = timedelta(seconds=60)
-NAMED_MAX = 50  # parts that are wrong and told of, the longest wrong first
+NAMED_MAX = 50  # parts that are wrong and told of, the longest wrong first; and sums of one
 STALE_AFTER = timedelta(minutes=15)  # at least; three times what a look at everything that changes took
-
-
+GONE_AFTER = timedelta(minutes=1)  # while no process audits: another one takes over within seconds
+AUDIT_LOCK = 7_265_746_177  # whose holder audits; any number, advisory locks are per database
 LOGGED_MAX = 10  # rows and ids of a part that turns out wrong
 
 log = structlog.get_logger()
@@ -40,7 +41,7 @@ class Turn(Enum):
     """Whose turn it is to be proven. Each comes in turn, so that none waits for another to be settled."""
 
     WRONG = "verdict <> 1"
-    TOUCHED = "touched_at + interval '60 seconds' > coalesce(proven_at, '-infinity')"
+    TOUCHED = "touched_at >= coalesce(proven_at, '-infinity')"
     OLDEST = "true"
 
 
@@ -58,12 +59,15 @@ class Status(NamedTuple):
     """What the audit says."""
 
     verdict: Verdict | None  # None: nothing was looked at so far
-    compared_at: datetime | None  # when the sums of all days that change were compared last
+    compared_through: datetime | None  # what was recorded before was in a comparison of its day's sums, by their clock
+    compared_at: datetime | None  # when that was done
     compare_duration: timedelta
     stale: bool  # that is too long ago: nobody audits
     rows: list[Row]
     findings: list[Finding]
     foreign_ids: list[str]
+    wrong: int  # of everything, named or not
+    foreign: int
     pending: int
     pending_since: datetime | None
     proven_days: int
@@ -76,56 +80,57 @@ def of_day(day: date) -> Part:
     return Part(DAY, str(day), str(day))
 
 
-async def note_days(connection: Connection, days: Iterable[date]) -> None:
-    """Let these days be known."""
-    await connection.execute(
-        "INSERT INTO audit_parts (kind, first, last) SELECT 'day', day, day FROM unnest(%s::text[]) AS day ORDER BY day"
-        " ON CONFLICT DO NOTHING",
-        [sorted({str(day) for day in days})],
-    )
+async def recorded_position(connection: Connection) -> str:
+    """Up to where it is noted on which days something was recorded."""
+    ((position,),) = await (await connection.execute("SELECT recorded_position FROM audit_status")).fetchall()
+    return str(position)
 
 
-async def note_counted(connection: Connection) -> set[date]:
-    """Let the days be known on which anything counts, and since when; returns those touched since the last look."""
-    await connection.execute(
-        "INSERT INTO audit_parts (kind, first, last) SELECT 'day', day, day FROM daily_sales_of_chain ORDER BY day"
-        " ON CONFLICT DO NOTHING"
-    )
+async def note_touched(connection: Connection, recorded: RecordedDays) -> None:
+    """Let the days be known on which anything was recorded or counted since that was noted last, and all that count.
+
+    A clock that is set back hides none of them.
+    """
+    async with connection.transaction():
+        await connection.execute(
+            "INSERT INTO audit_parts (kind, first, last) SELECT 'day', day, day FROM daily_sales_of_chain ORDER BY day"
+            " ON CONFLICT DO NOTHING"
+        )
+        await connection.execute(
+            """
+            INSERT INTO audit_parts AS part (kind, first, last, touched_at)
+            SELECT 'day', day, day, clock_timestamp() FROM (
+                SELECT unnest(%s::date[])
+                UNION
+                SELECT day FROM analytics_event_log WHERE day IS NOT NULL AND processed_at >= (
+                    SELECT CASE WHEN counted_from <= now() THEN counted_from - %s ELSE '-infinity' END
+                    FROM audit_status
+                )
+            ) AS touched (day) ORDER BY day
+            ON CONFLICT (kind, first) DO UPDATE
+                SET touched_at = greatest(excluded.touched_at, part.seen_at, part.proven_at)
+            """,
+            [recorded.days, LATE_COMMIT],
+        )
+        await connection.execute(
+            "UPDATE audit_status SET recorded_position = %s, counted_from = now()", [recorded.position]
+        )
+
+
+async def due(connection: Connection) -> list[date]:
+    """The days whose sums are to be compared: touched since that was done last, or not right."""
     cursor = await connection.execute(
-        """
-        INSERT INTO audit_parts AS part (kind, first, last, touched_at)
-        SELECT 'day', day, day, max(processed_at) FROM analytics_event_log
-        WHERE processed_at >= coalesce((SELECT looked_from FROM audit_status), '-infinity') - %s AND day IS NOT NULL
-        GROUP BY day ORDER BY day
-        ON CONFLICT (kind, first) DO UPDATE SET touched_at = greatest(part.touched_at, excluded.touched_at)
-        RETURNING first
-        """,
-        [LATE_COMMIT],
+        "SELECT first FROM audit_parts WHERE kind = 'day' AND (verdict IS DISTINCT FROM 1 OR touched_at >= seen_at)"
     )
-    return {date.fromisoformat(first) for (first,) in await cursor.fetchall()}
+    return sorted(date.fromisoformat(first) for (first,) in await cursor.fetchall())
 
 
-async def store_compared(connection: Connection, at: datetime, duration: timedelta) -> None:
-    """The sums of all days that change were compared: with what was counted until then. They are again after that."""
+async def store_compared(connection: Connection, through: datetime, duration: timedelta) -> None:
+    """The sums of all days that had changed by then were compared."""
     await connection.execute(
-        "UPDATE audit_status SET looked_from = %s, compared_at = clock_timestamp(), compare_duration = %s",
-        [at, duration],
+        "UPDATE audit_status SET compared_through = %s, compared_at = clock_timestamp(), compare_duration = %s",
+        [through, duration],
     )
-
-
-async def next_window(connection: Connection) -> date | None:
-    """From where on recorded days are to be looked through."""
-    ((day,),) = await (await connection.execute("SELECT next_window FROM audit_status")).fetchall()
-    return day  # type: ignore[no-any-return]
-
-
-async def set_next_window(connection: Connection, day: date) -> None:
-    await connection.execute("UPDATE audit_status SET next_window = %s", [day])
-
-
-async def days_not_agreed(connection: Connection) -> set[date]:
-    cursor = await connection.execute("SELECT first FROM audit_parts WHERE kind = 'day' AND verdict <> 1")
-    return {date.fromisoformat(first) for (first,) in await cursor.fetchall()}
 
 
 async def pick(connection: Connection, turn: Turn) -> Part | None:
@@ -188,8 +193,9 @@ async def cut(connection: Connection, part: Part) -> Part:
             "UPDATE audit_parts SET last = %s WHERE kind = %s AND first = %s", [last, part.kind, part.first]
         )
         await connection.execute(
-            "INSERT INTO audit_parts (kind, first, last, verdict, since, found, tried_at)"
-            " SELECT kind, %s, %s, verdict, since, found, tried_at FROM audit_parts WHERE kind = %s AND first = %s",
+            "INSERT INTO audit_parts (kind, first, last, verdict, since, seen_at, found, tried_at)"
+            " SELECT kind, %s, %s, verdict, since, seen_at, found, tried_at FROM audit_parts"
+            " WHERE kind = %s AND first = %s",
             [row[0], part.last, part.kind, part.first],
         )
     return Part(part.kind, part.first, last)
@@ -211,16 +217,92 @@ async def begin(connection: Connection) -> datetime:
 
 async def store(connection: Connection, part: Part, began_at: datetime, found: Comparison) -> None:
     """What a proof has found; from now on that is what is known of this part."""
-    named = Comparison([row for row in found.rows if row.verdict is not Verdict.AGREED], *found[1:])
     before = await _verdict(connection, part)
-    await _store(connection, part, found.verdict, named, began_at)
+    await _store(connection, part, began_at, found.verdict, found)
+    await _tried(connection, part, began_at)
     if found.verdict in WRONG and before not in WRONG:
-        _tell(part, named)
+        _tell(part, found)
+
+
+async def store_failure(connection: Connection, part: Part, began_at: datetime, error: Exception) -> None:
+    """It could not be looked at: that is a finding, too; what was found wrong stays so."""
+    why = f"{type(error).__name__}: {logs.text_of(error)}"
+    log.warning("not proven", kind=part.kind, first=part.first, last=part.last, error=why)
+    finding = Finding(part.kind, f"{part.first} to {part.last}", f"not proven: {why}", None)
+    await _store(connection, part, began_at, Verdict.UNPROVEN, Comparison([], [finding], []), over="1, 2, 5")
+    await _tried(connection, part, None)
+
+
+async def store_sums(connection: Connection, day: date, began_at: datetime, rows: Sequence[Row]) -> None:
+    """What a comparison of sums says of a day, which is no proof: at best, that purchases are on their way.
+
+    Where sums differ that no proof has explained, one is due.
+    """
+    differing = [row for row in rows if row.verdict in WRONG]
+    found = Comparison(differing or list(rows), [], [])
+    verdict = Verdict.UNPROVEN if differing else found.verdict
+    await _store(connection, of_day(day), began_at, verdict, found, over="1, 2")
+
+
+async def _store(
+    connection: Connection,
+    part: Part,
+    began_at: datetime,
+    verdict: Verdict,
+    found: Comparison,
+    *,
+    over: LiteralString = "1, 2, 3, 4, 5",
+) -> None:
+    """`over`: the verdicts that this one may take the place of.
+
+    Whatever began before a proof is older news than that. And what was found meanwhile is not made good by a look that
+    began before: it did not see what the other has seen.
+    """
+    await connection.execute(
+        "INSERT INTO audit_parts (kind, first, last) VALUES (%(kind)s, %(first)s, %(last)s) ON CONFLICT DO NOTHING",
+        part._asdict(),
+    )
+    rows = [row for row in found.rows if row.verdict is not Verdict.AGREED][:NAMED_MAX]
+    await connection.execute(
+        f"""
+        UPDATE audit_parts SET
+            verdict = %(verdict)s,
+            since = CASE WHEN verdict = %(verdict)s THEN since ELSE statement_timestamp() END,
+            seen_at = greatest(seen_at, %(began_at)s),
+            found = %(found)s,
+            wrong_count = %(wrong)s,
+            foreign_count = %(foreign)s,
+            pending_count = %(pending)s
+        WHERE kind = %(kind)s AND first = %(first)s AND coalesce(verdict, 1) IN ({over})
+            AND coalesce(proven_at <= %(began_at)s, true)
+            AND (coalesce(seen_at <= %(began_at)s, true)
+                OR array_position(%(severity)s, %(verdict)s) >= array_position(%(severity)s, coalesce(verdict, 1)))
+        """,
+        {
+            "kind": part.kind,
+            "first": part.first,
+            "verdict": int(verdict),
+            "began_at": began_at,
+            "found": json.dumps([rows, found.findings, found.foreign_ids], default=str),
+            "wrong": found.wrong,
+            "foreign": found.foreign,
+            "pending": found.pending,
+            "severity": list(map(int, SEVERITY)),
+        },
+    )
+
+
+async def _tried(connection: Connection, part: Part, proven_at: datetime | None) -> None:
+    await connection.execute(
+        "UPDATE audit_parts SET tried_at = statement_timestamp(), proven_at = greatest(proven_at, %s)"
+        " WHERE kind = %s AND first = %s",
+        [proven_at, part.kind, part.first],
+    )
 
 
 async def _verdict(connection: Connection, part: Part) -> int | None:
     cursor = await connection.execute(
-        "SELECT verdict FROM audit_parts WHERE (kind, first) = (%s, %s)", [part.kind, part.first]
+        "SELECT verdict FROM audit_parts WHERE kind = %s AND first = %s", [part.kind, part.first]
     )
     row = await cursor.fetchone()
     return row[0] if row else None
@@ -228,101 +310,63 @@ async def _verdict(connection: Connection, part: Part) -> int | None:
 
 def _tell(part: Part, found: Comparison) -> None:
     """Once, when it is found: it stays to be seen in GetAuditStatus and the metrics until it is right."""
-    for row in found.rows[:LOGGED_MAX]:
+    for row in [row for row in found.rows if row.verdict in WRONG][:LOGGED_MAX]:
         log.error("sums are wrong", day=part.first, branch_id=row.branch_id, verdict=row.verdict.name, why=row.detail)
     for finding in found.findings[:LOGGED_MAX]:
         log.error("read model is wrong", table=finding.table, key=finding.key, detail=finding.detail)
-    if found.foreign_ids:
+    if found.foreign:
         some = found.foreign_ids[:LOGGED_MAX]
-        log.error("events that nobody recorded are counted", day=part.first, some=some, count=len(found.foreign_ids))
-
-
-async def store_failure(connection: Connection, part: Part, why: str) -> None:
-    """It could not be looked at: that is a finding, too; what was found wrong stays so."""
-    finding = Finding(part.kind, f"{part.first} to {part.last}", f"not proven: {why}", None)
-    await _store(connection, part, Verdict.UNPROVEN, Comparison([], [finding], []), None, "1, 2, 5")
-
-
-async def store_sums(connection: Connection, day: date, rows: Sequence[Row]) -> None:
-    """What a comparison of sums says of a day, which is no proof: at best, that purchases are on their way.
-
-    Where sums differ that no proof has explained, one is due.
-    """
-    differing = [row for row in rows if row.verdict in WRONG]
-    found = Comparison(differing or [row for row in rows if row.verdict is Verdict.PENDING], [], [])
-    await _store(connection, of_day(day), Verdict.UNPROVEN if differing else found.verdict, found, None, "1, 2")
-
-
-async def _store(
-    connection: Connection,
-    part: Part,
-    verdict: Verdict,
-    found: Comparison,
-    proven_at: datetime | None,
-    over: LiteralString = "1, 2, 3, 4, 5",
-) -> None:
-    """`over`: the verdicts that this one may take the place of."""
-    tried = "part.tried_at" if over == "1, 2" else "statement_timestamp()"
-    await connection.execute(
-        """
-        INSERT INTO audit_parts (kind, first, last) VALUES (%(kind)s, %(first)s, %(last)s) ON CONFLICT DO NOTHING
-        """,
-        part._asdict(),
-    )
-    await connection.execute(
-        f"""
-        UPDATE audit_parts AS part SET
-            tried_at = {tried},
-            proven_at = coalesce(%(proven_at)s, part.proven_at),
-            verdict = CASE WHEN free THEN %(verdict)s ELSE verdict END,
-            since = CASE WHEN free AND verdict IS DISTINCT FROM %(verdict)s THEN statement_timestamp() ELSE since END,
-            found = CASE WHEN free THEN %(found)s ELSE found END
-        FROM (SELECT kind, first, coalesce(verdict, 1) IN ({over}) AS free FROM audit_parts) AS known
-        WHERE (part.kind, part.first) = (%(kind)s, %(first)s) AND (known.kind, known.first) = (part.kind, part.first)
-        """,
-        part._asdict()
-        | {
-            "verdict": int(verdict),
-            "found": None if verdict is Verdict.AGREED else json.dumps(found, default=str),
-            "proven_at": proven_at,
-        },
-    )
+        log.error("events that nobody recorded are counted", day=part.first, some=some, count=found.foreign)
 
 
 async def read_status(connection: Connection) -> Status:
+    """In one snapshot: what it says is of one moment."""
     async with connection.transaction():
+        await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         cursor = await connection.execute(
             """
-            SELECT compared_at, compare_duration,
-                compared_at IS NULL OR now() > compared_at + greatest(%s, 3 * compare_duration) AS stale,
-                (SELECT array_agg(DISTINCT verdict) FROM audit_parts WHERE verdict IS NOT NULL),
-                (SELECT min(since) FROM audit_parts WHERE verdict = 2),
-                (SELECT count(*) FROM audit_parts WHERE kind = 'day' AND verdict = 1 AND proven_at IS NOT NULL),
-                (SELECT count(*) FROM audit_parts WHERE kind = 'day' AND proven_at IS NULL),
-                (SELECT first FROM audit_parts WHERE kind = 'day' AND proven_at IS NOT NULL ORDER BY proven_at LIMIT 1),
-                (SELECT CASE WHEN count(*) = count(proven_at) THEN min(proven_at) END FROM audit_parts)
-            FROM audit_status
+            SELECT status.*, parts.*
+            FROM (
+                SELECT compared_through, compared_at, compare_duration,
+                    compared_at IS NULL OR now() > compared_at + greatest(%(stale)s, 3 * compare_duration)
+                    OR now() > compared_at + %(gone)s AND NOT EXISTS (
+                        SELECT FROM pg_locks
+                        WHERE locktype = 'advisory' AND database = (
+                            SELECT oid FROM pg_database WHERE datname = current_database()
+                        ) AND classid::bigint << 32 | objid::bigint = %(lock)s AND objsubid = 1 AND granted
+                    )
+                FROM audit_status
+            ) AS status, (
+                SELECT array_agg(DISTINCT verdict) FILTER (WHERE verdict IS NOT NULL),
+                    coalesce(sum(wrong_count), 0)::bigint, coalesce(sum(foreign_count), 0)::bigint,
+                    coalesce(sum(pending_count), 0)::bigint, min(since) FILTER (WHERE verdict = 2),
+                    count(*) FILTER (WHERE kind = 'day' AND verdict = 1 AND proven_at IS NOT NULL),
+                    count(*) FILTER (WHERE kind = 'day' AND proven_at IS NULL),
+                    (array_agg(first ORDER BY proven_at) FILTER (WHERE kind = 'day' AND proven_at IS NOT NULL))[1],
+                    CASE WHEN count(*) = count(proven_at) THEN min(proven_at) END
+                FROM audit_parts
+            ) AS parts
             """,
-            [STALE_AFTER],
+            {"stale": STALE_AFTER, "gone": GONE_AFTER, "lock": AUDIT_LOCK},
         )
-        (
-            (at, duration, stale, verdicts, pending_since, proven, unproven, oldest_day, oldest_at),
-        ) = await cursor.fetchall()
+        ((through, at, duration, stale, verdicts, *counts, oldest_day, oldest_at),) = await cursor.fetchall()
+        wrong, foreign, pending, pending_since, proven, unproven = counts
         cursor = await connection.execute(
-            "SELECT found FROM audit_parts WHERE verdict <> 1 AND found IS NOT NULL"
-            " ORDER BY since, kind, first LIMIT %s",
-            [NAMED_MAX],
+            "SELECT found FROM audit_parts WHERE verdict <> 1 ORDER BY since, kind, first LIMIT %s", [NAMED_MAX]
         )
         found = [_parse(found) for (found,) in await cursor.fetchall()]
     return Status(
         verdict=worst(map(Verdict, verdicts)) if verdicts else None,
+        compared_through=through,
         compared_at=at,
         compare_duration=duration,
         stale=stale,
         rows=[row for part in found for row in part.rows],
         findings=list(dict.fromkeys(finding for part in found for finding in part.findings)),
         foreign_ids=sorted({event_id for part in found for event_id in part.foreign_ids}),
-        pending=sum(part.pending for part in found),
+        wrong=wrong,
+        foreign=foreign,
+        pending=pending,
         pending_since=pending_since,
         proven_days=proven,
         unproven_days=unproven,

@@ -159,6 +159,7 @@ class Wrong(NamedTuple):
     """What is wrong with a model within a range."""
 
     findings: list[Finding]  # some
+    rows: int  # wrong ones in all
     keys: list[Any]  # those of the range that have a wrong row, in order: days, branches, products or customers
 
 
@@ -181,7 +182,8 @@ async def find_wrong(connection: Connection, model: ReadModel, first: str, last:
     )
     rows = await cursor.fetchall()
     place = model.key.index(column)
-    return Wrong([_finding(model, row) for row in rows[:NAMED_MAX]], list(dict.fromkeys(row[place] for row in rows)))
+    named = [_finding(model, row) for row in rows[:NAMED_MAX]]
+    return Wrong(named, len(rows), list(dict.fromkeys(row[place] for row in rows)))
 
 
 async def replace(connection: Connection, model: ReadModel, first: str, last: str) -> int:

@@ -9,7 +9,7 @@ A repair that dies leaves what it has repaired so far; its locks end with its se
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from datetime import date, timedelta
+from datetime import date
 from typing import NamedTuple
 
 import structlog
@@ -23,7 +23,7 @@ from analytics_svc.proof.parts import Part
 from analytics_svc.proof.repair import Repaired
 from analytics_svc.purchase import PurchaseCreated
 from analytics_svc.upstream.outbox import Listed
-from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX, Source
+from analytics_svc.upstream.source import Source
 from chassis import postgres
 from chassis.lifecycle import Backoff
 from chassis.postgres import Connection, Pool
@@ -127,7 +127,7 @@ async def rebuild_all(
             mark = await keeper.read_mark(connection)
         began = await _ask(position) if position else None
         complete_from = (await source.control_totals(today, today)).complete_from
-        days = await _days(pool, source, today)
+        days = await _days(pool, source)
         days = [day for day in days if not complete_from or day >= complete_from]
         total = Rebuilt(0, 0, Repaired(), Foreign(0, []), complete_from)
         for number, day in enumerate(days):
@@ -269,7 +269,7 @@ async def _require_history_since(source: Source, day: date, complete_from: date 
         raise HistoryDropped(f"the retention has just dropped purchases before {now_from}; try again")
 
 
-async def _days(pool: Pool, source: Source, today: date) -> list[date]:
+async def _days(pool: Pool, source: Source) -> list[date]:
     """Every day on which either side knows a sale."""
     async with pool.connection() as connection:
         cursor = await connection.execute(
@@ -278,19 +278,7 @@ async def _days(pool: Pool, source: Source, today: date) -> list[date]:
             " UNION SELECT first::date FROM audit_parts WHERE kind = 'day'"
         )
         days = {day for (day,) in await cursor.fetchall()}
-    async for window in recorded_windows(source, today):
-        days |= window
-    return sorted(days)
-
-
-async def recorded_windows(source: Source, today: date) -> AsyncIterator[set[date]]:
-    """The days of all recorded purchases; what service and clock allow bounds them, whoever sends what."""
-    bounds = await source.control_totals(today, today)
-    start, last = bounds.earliest, bounds.latest
-    while start and last and start <= last:
-        end = min(start + timedelta(days=CONTROL_TOTALS_DAYS_MAX - 1), last)
-        yield {day for day, _ in (await source.control_totals(start, end)).totals}
-        start = end + timedelta(days=1)
+    return sorted(days.union((await source.recorded_days("")).days))
 
 
 async def _ask(position: Callable[[], Awaitable[Listed]]) -> Listed | None:

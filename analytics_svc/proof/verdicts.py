@@ -48,8 +48,20 @@ class Finding(NamedTuple):
 
 class Comparison(NamedTuple):
     rows: list[Row]
-    findings: list[Finding]
-    foreign_ids: list[str]  # of events that are counted, but that nobody recorded; not all, if there are many
+    findings: list[Finding]  # some
+    foreign_ids: list[str]  # of events that are counted, but that nobody recorded; some
+    more_findings: int = 0  # beyond those
+    more_foreign: int = 0
+
+    @property
+    def wrong(self) -> int:
+        """Days and branches whose sums are wrong, and wrong rows."""
+        return sum(row.verdict in WRONG for row in self.rows) + len(self.findings) + self.more_findings
+
+    @property
+    def foreign(self) -> int:
+        """Events that are counted, but that nobody recorded."""
+        return len(self.foreign_ids) + self.more_foreign
 
     @property
     def pending(self) -> int:
@@ -59,8 +71,9 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        foreign = [Verdict.FOREIGN] if self.foreign_ids else []
-        return worst([*(row.verdict for row in self.rows), *(Verdict.DIFFERENT for _ in self.findings), *foreign])
+        foreign = [Verdict.FOREIGN] if self.foreign else []
+        different = [Verdict.DIFFERENT] if self.findings or self.more_findings else []
+        return worst([*(row.verdict for row in self.rows), *different, *foreign])
 
 
 def at_most(some: Totals, others: Totals) -> bool:

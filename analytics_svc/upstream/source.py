@@ -46,6 +46,14 @@ class Recorded(NamedTuple):
     complete_from: date | None  # the retention has dropped purchases of days before it; None: nothing yet
 
 
+class RecordedDays(NamedTuple):
+    """On which business days something was recorded since an earlier answer."""
+
+    days: list[date]
+    position: str  # what to ask with next time
+    as_of: datetime  # by the purchases' clock: all that was committed before is told of, here or in the answers before
+
+
 class Source:
     """Asks the purchases service. Every method may raise PurchasesUnavailable."""
 
@@ -76,11 +84,7 @@ class Source:
                 reply = await self._stub.ListControlTotals(request, timeout=CALL_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 raise _unavailable(error) from error
-            if reply.time_zone != self._zone.key:
-                raise TimeZonesDiffer(
-                    f"the purchases' business days are cut in {reply.time_zone}, ours in {self._zone.key};"
-                    " they cannot be compared"
-                )
+            self._require_zone(reply.time_zone)
             for row in reply.control_totals:
                 totals[_day(row.sales_date), row.branch_id] = Totals(
                     row.purchase_count, row.purchase_with_customer_count, row.item_count, _cents(row.revenue.value)
@@ -96,6 +100,28 @@ class Source:
                 for field in ("earliest_sales_date", "latest_sales_date", "complete_from_date")
             ),
         )
+
+    async def recorded_days(self, after: str) -> RecordedDays:
+        """The days since the position of an earlier answer; all that are recorded, where it is empty or means nothing.
+
+        Raises:
+            TimeZonesDiffer: the other side's days are not ours.
+        """
+        request = purchases_service_pb2.ListRecordedDaysRequest(after_position=after)
+        try:
+            reply = await self._stub.ListRecordedDays(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if after and error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                return await self.recorded_days("")
+            raise _unavailable(error) from error
+        self._require_zone(reply.time_zone)
+        return RecordedDays(list(map(_day, reply.sales_dates)), reply.position, reply.as_of_time.ToDatetime(UTC))
+
+    def _require_zone(self, theirs: str) -> None:
+        if theirs != self._zone.key:
+            raise TimeZonesDiffer(
+                f"the purchases' business days are cut in {theirs}, ours in {self._zone.key}; they cannot be compared"
+            )
 
     async def export(
         self, first: date, last: date, customer_ids: Sequence[str] = ()

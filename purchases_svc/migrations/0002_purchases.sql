@@ -37,15 +37,18 @@ CREATE TABLE purchases (
     item_count int NOT NULL CHECK (item_count BETWEEN 1 AND 2000),
     event_id uuid NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
+    created_xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
     PRIMARY KEY (purchase_id, purchase_time)
 ) PARTITION BY RANGE (purchase_time);
 COMMENT ON COLUMN purchases.business_day IS 'Day of purchase_time in the chain''s time zone, as it was decided when the '
     'sale was recorded. Whoever asks for a day asks for this one: no range of times is a day everywhere.';
 COMMENT ON COLUMN purchases.item_count IS 'Number of items, so that control totals need no join: 18 times cheaper.';
 COMMENT ON COLUMN purchases.event_id IS 'The event that announces this purchase.';
+COMMENT ON COLUMN purchases.created_xid IS
+    'The transaction that recorded it: tells on which days something was recorded since an audit looked last.';
 CREATE INDEX ON purchases (branch_id, purchase_time);
 CREATE INDEX ON purchases (purchase_time);
-CREATE INDEX ON purchases (business_day, purchase_time);
+CREATE INDEX ON purchases (business_day, created_xid);
 CREATE INDEX ON purchases (customer_id, purchase_time) WHERE customer_id IS NOT NULL;
 GRANT SELECT, INSERT ON purchases TO purchases_service;
 

@@ -5,7 +5,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
+from structlog.testing import capture_logs
+
+from analytics_svc.commands import prove
 from analytics_svc.commands.prove import COMMAND, proving
 from analytics_svc.settings import ProveSettings
 from tests.conftest import ROOT, eventually
@@ -43,6 +48,27 @@ async def test_it_works_and_comes_back(chain: Chain, purchases_address: str) -> 
         await eventually(lambda: looked(chain), "another one compares")
         assert provers(os.getpid()) != [first]
     assert provers(os.getpid()) == []
+
+
+async def test_one_that_ran_well_is_started_again_at_once(
+    chain: Chain, purchases_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often that was before; each time is counted, and one that dies at once is given more and more time."""
+    monkeypatch.setattr(prove, "COMMAND", (sys.executable, "-c", ""))
+    pauses: dict[float, list[float]] = {}
+    for ran_well_s in (0.0, 3_600.0):
+        monkeypatch.setattr(prove, "RAN_WELL_S", ran_well_s)
+        before = prove.ENDED._value.get()
+        with capture_logs() as logged:
+
+            async def ended(logged: list[Any] = logged) -> bool:
+                return len(logged) >= 4
+
+            async with proving(settings(chain, purchases_address)):
+                await eventually(ended, "it has ended again and again")
+        assert prove.ENDED._value.get() - before == len(logged)
+        pauses[ran_well_s] = [entry["pause_s"] for entry in logged]
+    assert max(pauses[0.0]) <= 1.0 < max(pauses[3_600.0])
 
 
 async def test_it_ends_with_a_consumer_that_is_killed(

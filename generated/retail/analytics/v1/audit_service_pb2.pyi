@@ -393,6 +393,9 @@ class GetAuditStatusResponse(_message.Message):
     PENDING_SINCE_TIME_FIELD_NUMBER: _builtins.int
     STALE_FIELD_NUMBER: _builtins.int
     UNPROVEN_DAY_COUNT_FIELD_NUMBER: _builtins.int
+    COMPARED_THROUGH_TIME_FIELD_NUMBER: _builtins.int
+    WRONG_COUNT_FIELD_NUMBER: _builtins.int
+    FOREIGN_EVENT_COUNT_FIELD_NUMBER: _builtins.int
     verdict: Global___AuditVerdict.ValueType
     """The worst verdict of all that was looked at. What is wrong stays wrong until
     it is proven right.
@@ -400,28 +403,34 @@ class GetAuditStatusResponse(_message.Message):
     proven_day_count: _builtins.int
     """Business days whose last proof, row by row, found nothing wrong."""
     pending_count: _builtins.int
-    """Purchases that were on their way."""
+    """Purchases that were on their way, all of them."""
     stale: _builtins.bool
-    """Nobody audits: the verdict is older than it should be."""
+    """The verdict is older than it should be, or no process has audited for a
+    minute.
+    """
     unproven_day_count: _builtins.int
     """Business days that were never proven row by row; their sums were compared."""
+    wrong_count: _builtins.int
+    """Days and branches whose sums are wrong, and wrong rows: all, named or not."""
+    foreign_event_count: _builtins.int
+    """Counted events without a recorded purchase: all, named or not."""
     @_builtins.property
     def last_cycle_time(self) -> _timestamp_pb2.Timestamp:
-        """When the sums of all days that change were compared last; absent before the
-        first time.
+        """When the sums of all days that had changed were compared last, by the clock
+        of the analytics database; absent before the first time.
         """
 
     @_builtins.property
     def different_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditRow]:
-        """Rows that differ or wait."""
+        """Rows that differ or wait; those of 50 days and ranges at most, 50 of each."""
 
     @_builtins.property
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditFinding]:
-        """What is wrong beyond the sums."""
+        """What is wrong beyond the sums, of these days and ranges."""
 
     @_builtins.property
     def foreign_event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Counted events without a recorded purchase."""
+        """Counted events without a recorded purchase, of these days."""
 
     @_builtins.property
     def cycle_duration(self) -> _duration_pb2.Duration:
@@ -443,6 +452,14 @@ class GetAuditStatusResponse(_message.Message):
     def pending_since_time(self) -> _timestamp_pb2.Timestamp:
         """Since when purchases are on their way; absent when none is."""
 
+    @_builtins.property
+    def compared_through_time(self) -> _timestamp_pb2.Timestamp:
+        """What AGREED means: the sums of its business day and branch were compared for
+        every purchase that was committed before this time, by the clock of the
+        purchases' database, and it is counted or in quarantine. Row by row,
+        everything is proven since last_sweep_time. Absent before the first time.
+        """
+
     def __init__(
         self,
         *,
@@ -459,10 +476,13 @@ class GetAuditStatusResponse(_message.Message):
         pending_since_time: _timestamp_pb2.Timestamp | None = ...,
         stale: _builtins.bool = ...,
         unproven_day_count: _builtins.int = ...,
+        compared_through_time: _timestamp_pb2.Timestamp | None = ...,
+        wrong_count: _builtins.int = ...,
+        foreign_event_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cycle_duration", b"cycle_duration", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_since_time", b"pending_since_time", "sweep_date", b"sweep_date"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compared_through_time", b"compared_through_time", "cycle_duration", b"cycle_duration", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_since_time", b"pending_since_time", "sweep_date", b"sweep_date"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycle_duration", b"cycle_duration", "different_rows", b"different_rows", "findings", b"findings", "foreign_event_ids", b"foreign_event_ids", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_count", b"pending_count", "pending_since_time", b"pending_since_time", "proven_day_count", b"proven_day_count", "stale", b"stale", "sweep_date", b"sweep_date", "unproven_day_count", b"unproven_day_count", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_through_time", b"compared_through_time", "cycle_duration", b"cycle_duration", "different_rows", b"different_rows", "findings", b"findings", "foreign_event_count", b"foreign_event_count", "foreign_event_ids", b"foreign_event_ids", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_count", b"pending_count", "pending_since_time", b"pending_since_time", "proven_day_count", b"proven_day_count", "stale", b"stale", "sweep_date", b"sweep_date", "unproven_day_count", b"unproven_day_count", "verdict", b"verdict", "wrong_count", b"wrong_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

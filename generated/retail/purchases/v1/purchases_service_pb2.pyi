@@ -482,6 +482,73 @@ class ControlTotals(_message.Message):
 Global___ControlTotals: _TypeAlias = ControlTotals  # noqa: Y015
 
 @_typing.final
+class ListRecordedDaysRequest(_message.Message):
+    """Request of ListRecordedDays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_POSITION_FIELD_NUMBER: _builtins.int
+    after_position: _builtins.str
+    """position of an earlier answer; empty: all days with a purchase. Where it
+    means nothing any more, after a restore or a failover, all are listed, too.
+    """
+    def __init__(
+        self,
+        *,
+        after_position: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_position", b"after_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRecordedDaysRequest: _TypeAlias = ListRecordedDaysRequest  # noqa: Y015
+
+@_typing.final
+class ListRecordedDaysResponse(_message.Message):
+    """Response of ListRecordedDays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SALES_DATES_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    position: _builtins.str
+    """What to ask with next time."""
+    time_zone: _builtins.str
+    """IANA name of the time zone that cuts the business days."""
+    @_builtins.property
+    def sales_dates(self) -> _containers.RepeatedCompositeFieldContainer[_date_pb2.Date]:
+        """Business days, in order: every day of a purchase that was committed before
+        as_of_time and was not in the answer that after_position is of, and perhaps
+        some of moments before. Days that the retention has dropped have none.
+        """
+
+    @_builtins.property
+    def as_of_time(self) -> _timestamp_pb2.Timestamp:
+        """By the clock of the purchases' database: what was committed before is in
+        this answer, or was in those before it.
+        """
+
+    def __init__(
+        self,
+        *,
+        sales_dates: _abc.Iterable[_date_pb2.Date] | None = ...,
+        position: _builtins.str = ...,
+        as_of_time: _timestamp_pb2.Timestamp | None = ...,
+        time_zone: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "position", b"position", "sales_dates", b"sales_dates", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRecordedDaysResponse: _TypeAlias = ListRecordedDaysResponse  # noqa: Y015
+
+@_typing.final
 class ExportPurchasesRequest(_message.Message):
     """Request of ExportPurchases."""
 

@@ -69,6 +69,11 @@ class PurchasesServiceStub:
                 request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListControlTotalsRequest.SerializeToString,
                 response_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListControlTotalsResponse.FromString,
                 _registered_method=True)
+        self.ListRecordedDays = channel.unary_unary(
+                '/retail.purchases.v1.PurchasesService/ListRecordedDays',
+                request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysRequest.SerializeToString,
+                response_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysResponse.FromString,
+                _registered_method=True)
         self.ExportPurchases = channel.unary_stream(
                 '/retail.purchases.v1.PurchasesService/ExportPurchases',
                 request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ExportPurchasesRequest.SerializeToString,
@@ -136,6 +141,16 @@ class PurchasesServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRecordedDays(self, request, context):
+        """Lists the business days on which purchases were recorded since an earlier
+        answer, by the tables that record them: what an audit has to look at again.
+        It costs a look-up for each day between the first and the last sale,
+        however many purchases there are. Only the primary answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportPurchases(self, request, context):
         """Streams every purchase of a range of business days together with its
         event's id, one day after the other, each day from one snapshot. A server
@@ -176,6 +191,11 @@ def add_PurchasesServiceServicer_to_server(servicer, server):
                     servicer.ListControlTotals,
                     request_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListControlTotalsRequest.FromString,
                     response_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListControlTotalsResponse.SerializeToString,
+            ),
+            'ListRecordedDays': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRecordedDays,
+                    request_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysRequest.FromString,
+                    response_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysResponse.SerializeToString,
             ),
             'ExportPurchases': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportPurchases,
@@ -328,6 +348,33 @@ class PurchasesService:
             '/retail.purchases.v1.PurchasesService/ListControlTotals',
             retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListControlTotalsRequest.SerializeToString,
             retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListControlTotalsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRecordedDays(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/retail.purchases.v1.PurchasesService/ListRecordedDays',
+            retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysRequest.SerializeToString,
+            retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -68,6 +68,12 @@ class PurchasesServiceStub:
     them: the truth that read models are checked against. Days and branches
     without purchases have no row.
     """
+    ListRecordedDays: _grpc.UnaryUnaryMultiCallable[_purchases_service_pb2.ListRecordedDaysRequest, _purchases_service_pb2.ListRecordedDaysResponse]
+    """Lists the business days on which purchases were recorded since an earlier
+    answer, by the tables that record them: what an audit has to look at again.
+    It costs a look-up for each day between the first and the last sale,
+    however many purchases there are. Only the primary answers.
+    """
     ExportPurchases: _grpc.UnaryStreamMultiCallable[_purchases_service_pb2.ExportPurchasesRequest, _purchases_service_pb2.ExportPurchasesResponse]
     """Streams every purchase of a range of business days together with its
     event's id, one day after the other, each day from one snapshot. A server
@@ -117,6 +123,12 @@ class PurchasesServiceAsyncStub(PurchasesServiceStub):
     """Sums up purchases per business day and branch, from the tables that record
     them: the truth that read models are checked against. Days and branches
     without purchases have no row.
+    """
+    ListRecordedDays: _aio.UnaryUnaryMultiCallable[_purchases_service_pb2.ListRecordedDaysRequest, _purchases_service_pb2.ListRecordedDaysResponse]  # type: ignore[assignment]
+    """Lists the business days on which purchases were recorded since an earlier
+    answer, by the tables that record them: what an audit has to look at again.
+    It costs a look-up for each day between the first and the last sale,
+    however many purchases there are. Only the primary answers.
     """
     ExportPurchases: _aio.UnaryStreamMultiCallable[_purchases_service_pb2.ExportPurchasesRequest, _purchases_service_pb2.ExportPurchasesResponse]  # type: ignore[assignment]
     """Streams every purchase of a range of business days together with its
@@ -194,6 +206,18 @@ class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
         """Sums up purchases per business day and branch, from the tables that record
         them: the truth that read models are checked against. Days and branches
         without purchases have no row.
+        """
+
+    @_abc_1.abstractmethod
+    def ListRecordedDays(
+        self,
+        request: _purchases_service_pb2.ListRecordedDaysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_purchases_service_pb2.ListRecordedDaysResponse, _abc.Awaitable[_purchases_service_pb2.ListRecordedDaysResponse]]:
+        """Lists the business days on which purchases were recorded since an earlier
+        answer, by the tables that record them: what an audit has to look at again.
+        It costs a look-up for each day between the first and the last sale,
+        however many purchases there are. Only the primary answers.
         """
 
     @_abc_1.abstractmethod
