@@ -9,6 +9,7 @@ A repair that dies leaves what it has repaired so far; its locks end with its se
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
 from datetime import date
 from typing import NamedTuple
 
@@ -151,39 +152,76 @@ async def rebuild_all(
     return total
 
 
+@dataclass
+class _Done:
+    """What repairs of days have done so far."""
+
+    repaired: Repaired = field(default_factory=Repaired)
+    touched: repair.Touched = field(default_factory=lambda: repair.Touched(set(), set(), set()))  # what follows from it
+    foreign: dict[str, None] = field(default_factory=dict)
+    added: int = 0
+
+
+class _CountsElsewhere(Exception):
+    """Events that are recorded on other days count on the one that was to be repaired, by the event log."""
+
+    def __init__(self, recorded: dict[str, date]) -> None:
+        self.recorded = recorded
+        super().__init__(recorded)
+
+
 async def _rebuild_day(pool: Pool, source: Source, day: date) -> tuple[DayRebuilt, repair.Touched]:
+    """Returns also whose other rows follow from what was changed.
+
+    Where sales of other days count on this one, those days come first: that takes them from here.
+    """
+    done = _Done()
+    waiting, seen = [day], {day}
+    while waiting:
+        try:
+            proof = await _mend_day(pool, source, waiting[-1], done)
+        except _CountsElsewhere as error:
+            if not (others := set(error.recorded.values()) - seen):
+                raise _not_foreign(waiting[-1], error.recorded) from None
+            waiting += sorted(others)
+            seen |= others
+        else:
+            waiting.pop()
+    named = list(done.foreign)[:FOREIGN_IDS_MAX]
+    foreign = Foreign(len(done.foreign), named)
+    return DayRebuilt(proof.purchases, done.repaired, done.added, foreign, proof.right), done.touched
+
+
+async def _mend_day(pool: Pool, source: Source, day: date, done: _Done) -> Proof:
     """Prove and repair in turns, until the proof, which is the audit's own, finds nothing more to repair.
 
-    Returns also whose other rows follow from what was changed.
+    Raises:
+        _CountsElsewhere: of what is recorded, nothing is taken out.
     """
-    added = 0
 
     async def count(missing: Sequence[PurchaseCreated]) -> None:
-        nonlocal added
         for batch in _batches(missing):
-            added += await _count_missing(pool, batch)
+            done.added += await _count_missing(pool, batch)
 
-    repaired, touched = Repaired(), repair.Touched(set(), set(), set())
-    foreign: dict[str, None] = {}
     for _ in range(ROUNDS_MAX):
         async with pool.connection() as connection:
             began_at = await parts.begin(connection)
         proof = await _prove(pool, source, day, count)
         if not (any(proof.difference) or proof.foreign or proof.mistold or proof.visits is not None):
             break
-        await _require_foreign(pool, source, proof)
-        foreign |= dict.fromkeys(proof.foreign)
+        if recorded := await _recorded_all_the_same(pool, source, proof):
+            raise _CountsElsewhere(recorded)
+        done.foreign |= dict.fromkeys(proof.foreign)
         wrong, follows = await repair.mend_day(pool, proof)
-        repaired += wrong
-        for all_keys, keys in zip(touched, follows, strict=True):
+        done.repaired += wrong
+        for all_keys, keys in zip(done.touched, follows, strict=True):
             all_keys |= keys  # type: ignore[operator]
-    repaired += await repair.mend_range(pool, parts.of_day(day))
+    done.repaired += await repair.mend_range(pool, parts.of_day(day))
     async with pool.connection() as connection:
         if not proof.right:
             began_at, proof = await parts.begin(connection), await _prove(pool, source, day, count)
         await parts.store(connection, parts.of_day(day), began_at, proof.comparison)
-    named = list(foreign)[:FOREIGN_IDS_MAX]
-    return DayRebuilt(proof.purchases, repaired, added, Foreign(len(foreign), named), proof.right), touched
+    return proof
 
 
 async def _rebuild_ranges(pool: Pool, kind: str) -> Repaired:
@@ -219,13 +257,12 @@ async def _prove(
     raise AssertionError("it returns or raises")
 
 
-async def _require_foreign(pool: Pool, source: Source, proof: Proof) -> None:
-    """Require that no event is taken out whose purchase is recorded, unless that one is announced by another event.
+async def _recorded_all_the_same(pool: Pool, source: Source, proof: Proof) -> dict[str, date]:
+    """Of the events that seem to be foreign, those whose purchase is recorded, and on which day; but not where that one
+    is announced by another event.
 
-    The proof did not see it among the exported ones; this asks another question of the same service.
-
-    Raises:
-        PurchaseExists: it has, so either of us has a bug.
+    The proof did not see them among the exported ones; this asks another question of the same service. An event that is
+    among these is never taken out.
     """
     async with pool.connection() as connection:
         cursor = await connection.execute(
@@ -234,28 +271,26 @@ async def _require_foreign(pool: Pool, source: Source, proof: Proof) -> None:
             [proof.foreign],
         )
         claims = await cursor.fetchall()
-    recorded: dict[str | None, str] = {}
-    days = {proof.day}
+    recorded: dict[str | None, tuple[str, date]] = {}
     for purchase, event_id in claims:
         if day := await source.recorded_day(purchase):
-            recorded[purchase] = event_id
-            days.add(day)
-    for day in sorted(days) if recorded else ():
+            recorded[purchase] = event_id, day
+    for day in sorted({proof.day, *(day for _, day in recorded.values())}) if recorded else ():
         async with aclosing(source.export(day, day)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 for event in chunk:
-                    if recorded.get(event.purchase_id, event.event_id) != event.event_id:
+                    if event.purchase_id in recorded and recorded[event.purchase_id][0] != event.event_id:
                         del recorded[event.purchase_id]
-    if recorded:
-        log.error(
-            "a repair would take recorded purchases out of the numbers: a bug", day=str(proof.day), events=recorded
-        )
-        others = ", ".join(map(str, sorted(days - {proof.day})[:10])) or "none"
-        raise PurchaseExists(
-            f"{len(recorded)} events that count on {proof.day} are of recorded purchases that the export of that day"
-            f" does not have; nothing was taken out: {', '.join(sorted(recorded.values())[:10])}. Rebuild their"
-            f" purchases' days first: {others}; if that does not help, it is a bug"
-        )
+    return dict(recorded.values())
+
+
+def _not_foreign(day: date, recorded: dict[str, date]) -> PurchaseExists:
+    named = ", ".join(sorted(recorded)[:10])
+    log.error("a repair would take recorded purchases out of the numbers: a bug", day=str(day), some=named)
+    return PurchaseExists(
+        f"{len(recorded)} events that count on {day} are of recorded purchases that the export does not have: {named}."
+        " Nothing was taken out. That is a bug"
+    )
 
 
 async def _require_history_since(source: Source, day: date, complete_from: date | None) -> None:

@@ -17,19 +17,23 @@ import pytest
 
 from analytics_svc.ingest.events import decode
 from analytics_svc.proof import parts, rebuild
+from analytics_svc.proof.auditor import Auditor
 from analytics_svc.proof.verdicts import Verdict
 from analytics_svc.purchase import PurchaseCreated
 from chassis import zones
 from chassis.postgres import Connection, Pool
 from tests.conftest import pool
 from tests.integration.chain import TABLES, Chain
-from tests.integration.proof.test_audit import anew, auditor, sweep
+from tests.integration.proof.test_audit import anew, sweep
 from tests.integration.proof.test_business_days import recent_moments, record
 from tests.integration.purchase_events import query, read_models
 
 HISTORIES = int(os.environ.get("HISTORIES", "3"))
 FIRST_SEED = int(os.environ.get("SEED", "1"))
-STEPS = 10
+STEPS = 12
+PLACES = 2  # in each history
+AROUND = 4  # moments
+PURCHASES_TABLES = ("outbox_events", "receipts", "idempotency_keys", "purchase_items", "purchases")
 CELLS = [
     "UPDATE daily_sales_by_branch SET revenue_sum = revenue_sum + 1 WHERE (day, branch_id) = {}",
     "DELETE FROM daily_sales_by_branch WHERE (day, branch_id) = {}",
@@ -47,21 +51,21 @@ class History:
     ) -> None:
         """`services` is the purchases service's pool; `lock` is what the auditor would hold its lock with."""
         self._chain, self._purchases_url, self._services, self._chance = chain, purchases_url, services, chance
-        self._lock, self._auditor = lock, auditor(chain)
+        self._lock, self._auditor = lock, Auditor(chain.pool, chain.source, complete_wait_s=0)
+        self._places = [self._place() for _ in range(PLACES)]
         self._recorded: dict[str, PurchaseCreated] = {}
         self._recorded_by: dict[str, datetime] = {}  # by the database's clock, after the commit
         self._under_way: list[PurchaseCreated] = []
-        self._invents = chance.random() < 0.3  # what nobody recorded may stand in for a lost sale, until a proof
-        self.agreed = 0  # how often that was said, of how many sales
-        self.lost = 0
+        self._meddles = chance.random() < 0.5  # then an event that nobody recorded may stand in for a lost one
+        self.agreed = self.lost = 0  # of how many sales that was said, and how many were lost
 
     async def live(self) -> None:
         actions: list[tuple[Callable[[], Awaitable[None]], int]] = [
-            (self._sell, 4), (self._deliver, 5), (self._lose, 1), (self._quarantine, 1), (self._forge, 1),
-            (self._change, 1), (self._repair, 2), (self._let_time_pass, 3),
+            (self._sell, 5), (self._deliver, 4), (self._lose, 2), (self._quarantine, 1), (self._repair, 2),
+            (self._let_time_pass, 3),
         ]  # fmt: skip
-        if self._invents:
-            actions += [(self._invent, 2)]
+        if self._meddles:
+            actions += [(self._forge, 1), (self._invent, 1), (self._change, 2)]
         self._begin()
         await self._sell()
         await self._deliver_all()
@@ -70,7 +74,7 @@ class History:
             await action()
             await self._audit_a_little()
             await self._check_age()
-            if self._chance.random() < 0.15:
+            if self._chance.random() < 0.1:
                 await self._check_everything()
         query(self._chain.url, "DELETE FROM quarantined_events")
         await rebuild.rebuild_all(self._chain.url, self._chain.source, self._chain.source.today())
@@ -78,19 +82,27 @@ class History:
         await self._check_everything()
 
     def _begin(self) -> None:
-        for table in ("outbox_events", "receipts", "idempotency_keys", "purchase_items", "purchases"):
-            query(self._purchases_url, f"DELETE FROM {table}")
-        for table in (*TABLES.split(", "), "quarantined_events", "forgotten_visits", "audit_parts", "audit_status"):
-            query(self._chain.url, f"DELETE FROM {table} {PARTS if table == 'audit_parts' else ''}")
-        query(self._chain.url, "INSERT INTO audit_status DEFAULT VALUES")
+        for url, tables in (
+            (self._purchases_url, PURCHASES_TABLES),
+            (self._chain.url, (*TABLES.split(", "), "quarantined_events", "audit_status")),
+        ):
+            query(url, "; ".join(f"DELETE FROM {table}" for table in tables))
         query(
-            self._chain.url, "UPDATE audit_parts SET verdict = NULL, seen_at = NULL, tried_at = NULL, proven_at = NULL"
+            self._chain.url,
+            "INSERT INTO audit_status DEFAULT VALUES; DELETE FROM audit_parts WHERE kind = 'day'; UPDATE audit_parts"
+            " SET verdict = NULL, seen_at = NULL, tried_at = NULL, proven_at = NULL",
         )
 
-    async def _sell(self) -> None:
+    def _place(self) -> tuple[str, list[datetime]]:
+        """A zone, and moments around one of its transitions: on one business day, or on two."""
         name = self._chance.choice(sorted(zones.names()))
         moments = recent_moments(zones.load(name))
-        await record(self._services, name, self._chance.sample(moments, min(3, len(moments))))
+        start = self._chance.randrange(0, len(moments), AROUND)
+        return name, moments[start : start + AROUND]
+
+    async def _sell(self) -> None:
+        name, moments = self._chance.choice(self._places)
+        await record(self._services, name, self._chance.sample(moments, self._chance.randint(1, len(moments))))
         ((by,),) = query(self._purchases_url, "SELECT clock_timestamp()")
         for event_id, body in query(
             self._purchases_url, "SELECT event_id::text, payload_json::text FROM outbox_events"
@@ -168,7 +180,7 @@ class History:
     async def _check_age(self) -> None:
         """Whatever was recorded before the time that AGREED gives itself is counted."""
         said = await self._status()
-        if said.verdict is not Verdict.AGREED or self._invents or said.compared_through is None:
+        if said.verdict is not Verdict.AGREED or self._meddles or said.compared_through is None:
             return
         before = {event_id for event_id, by in self._recorded_by.items() if by < said.compared_through}
         self.agreed += len(before)
@@ -193,9 +205,6 @@ class History:
         assert counted <= self._recorded.keys()
         should = [event for event_id, event in self._recorded.items() if event_id in counted]
         assert read_models(self._chain.url) == await anew(self._chain, should)
-
-
-PARTS = "WHERE kind = 'day'"
 
 
 @pytest.mark.timeout(36_000)

@@ -139,6 +139,18 @@ async def test_a_repair_takes_out_nothing_that_is_recorded(chain: Chain, scope: 
 
 
 @pytest.mark.parametrize("scope", ["everything", "day"])
+async def test_sales_that_count_on_the_day_before(chain: Chain, scope: str) -> None:
+    """By the log of all days: each is put back on its own, and counts all the while."""
+    await chain.sell(30, seed=26)
+    await chain.apply(await chain.recorded())
+    right, log = read_models(chain.url), chain.ids()
+    query(chain.url, "UPDATE analytics_event_log SET day = day - 1")
+    work: Any = rebuild.rebuild_all if scope == "everything" else rebuild.rebuild_day
+    await work(chain.url, chain.source, FIRST)
+    assert (read_models(chain.url), chain.ids()) == (right, log)
+
+
+@pytest.mark.parametrize("scope", ["everything", "day"])
 async def test_the_retention_drops_what_is_being_rebuilt(chain: Chain, purchases_db: str, scope: str) -> None:
     """An export that may have missed what was dropped under its hands is not made the truth."""
     await chain.sell(60, seed=23)
