@@ -60,11 +60,10 @@ CREATE TABLE purchase_items (
     qty int NOT NULL CHECK (qty = 1),
     unit_price numeric(14, 2) NOT NULL CHECK (unit_price >= 0),
     line_total numeric(14, 2) NOT NULL CHECK (line_total = unit_price * qty),
-    PRIMARY KEY (purchase_item_id, purchase_time),
-    UNIQUE (purchase_id, product_id, purchase_time)
+    PRIMARY KEY (purchase_item_id, purchase_time)
 ) PARTITION BY RANGE (purchase_time);
-COMMENT ON TABLE purchase_items IS 'Lines of purchases. Each month has UNIQUE (purchase_id, product_id), and its foreign '
-    'key to the same month of purchases.';
+COMMENT ON TABLE purchase_items IS 'Lines of purchases. Each month has UNIQUE (purchase_id, product_id), which is all that '
+    'is wanted, as a purchase lies in one month; and its foreign key to the same month of purchases.';
 COMMENT ON COLUMN purchase_items.qty IS 'The chain sells one unit of a product per purchase.';
 CREATE INDEX ON purchase_items (purchase_id);
 CREATE INDEX ON purchase_items (product_id, purchase_id);
