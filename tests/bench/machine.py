@@ -14,6 +14,22 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 def cpu_s(pid: int) -> float:
     """CPU time of a process and all below it, in seconds. What has ended counts too: its parent has reaped its time."""
+    ticks, children = _processes()
+    total, todo = 0, [pid]
+    while todo:
+        each = todo.pop()
+        total += ticks.get(each, 0)
+        todo += children[each]
+    return total / TICKS_PER_S
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a process has started, and that run."""
+    return _processes()[1][pid]
+
+
+def _processes() -> tuple[dict[int, int], dict[int, list[int]]]:
+    """Of all processes: their CPU time in ticks, and their children."""
     ticks: dict[int, int] = {}
     children: dict[int, list[int]] = defaultdict(list)
     for entry in os.listdir("/proc"):
@@ -23,12 +39,7 @@ def cpu_s(pid: int) -> float:
                 fields = Path(f"/proc/{entry}/stat").read_text(errors="replace").rpartition(") ")[2].split()
                 children[int(fields[1])].append(int(entry))
                 ticks[int(entry)] = sum(map(int, fields[11:15]))  # its own and its reaped children's, user and system
-    total, todo = 0, [pid]
-    while todo:
-        each = todo.pop()
-        total += ticks.get(each, 0)
-        todo += children[each]
-    return total / TICKS_PER_S
+    return ticks, children
 
 
 class Meter:

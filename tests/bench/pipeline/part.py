@@ -16,6 +16,7 @@ GOALS = {
     "relay_vs_one_confirm": Goal("relay : pika, one by one", 8.0, more_is_better=True),
     "apply_vs_single": Goal("consumer : one by one", 6.0, more_is_better=True),
     "end_to_end_vs_pgbench": Goal("whole pipeline : pgbench", 0.6, more_is_better=True),
+    "keeper_and_audit_cost": Goal("keeper and audit, of all CPU", 0.05, more_is_better=False),
 }
 
 
@@ -38,6 +39,7 @@ def run(plan: Plan, show: Show) -> Outcome:
         "relay_vs_one_confirm": median_ratio(per_s(relayed[RELAY]), per_s(relayed[ONE_BY_ONE])),
         "apply_vs_single": median_ratio(per_s(applied[APPLY]), per_s(applied[SINGLE])),
         "end_to_end_vs_pgbench": median(each.highest.ratio for each in rounds),
+        "keeper_and_audit_cost": median(each.highest.keeper_and_audit_share for each in rounds),
     }
     visible_ms = sorted(ms for each in rounds for ms in each.half.visible_ms)
     lag_ms = sorted(ms for each in rounds for ms in each.half.lag_ms)

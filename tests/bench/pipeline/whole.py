@@ -21,7 +21,7 @@ from tests.bench import pgbench as plain
 from tests.bench import stage
 from tests.bench.figures import Figure, Plan
 from tests.bench.load import Job, Load, LoadClient, load_client
-from tests.bench.machine import Meter
+from tests.bench.machine import Meter, children_of
 from tests.bench.pipeline import broker
 from tests.bench.pipeline.moving import Scene, counted
 from tests.bench.show import Show
@@ -42,6 +42,10 @@ CONNECTIONS = {
     "analytics": "PostgreSQL, counting",
 }
 
+# Those of the keeper and the audit, and those that the purchases service and the relay have for their questions.
+PROOF = ("analytics keeper", "analytics audit", "relay service", "purchases read", "purchases export")
+LOAD = "load client"
+
 # The search goes by the rate as a multiple of the yardstick's, which is measured anew before every trial.
 FIRST_RANGE, FIRST_TRIALS = (0.0, 1.6), 6
 LATER_MARGIN, LATER_TRIALS = 0.2, 4
@@ -56,6 +60,12 @@ class Trial(NamedTuple):
     recorded_per_s: float
     counted_per_s: float  # the slope of the read models' growth
     cpu_us: dict[str, float]  # a purchase, by process
+    keeper_and_audit_us: float = 0.0  # of it, what can be told apart: see `System.keeper_and_audit`
+
+    @property
+    def keeper_and_audit_share(self) -> float:
+        """Of all that a purchase costs us."""
+        return self.keeper_and_audit_us / sum(us for name, us in self.cpu_us.items() if name != LOAD)
 
     @property
     def sustained(self) -> bool:
@@ -98,7 +108,15 @@ class System(NamedTuple):
             for prefix, work in CONNECTIONS.items():
                 if name.startswith(prefix):
                     connections[work].append(pid)
-        return {"load client": [self.client.pid], **ours, **self.scene.pids(), **connections}
+        return {LOAD: [self.client.pid], **ours, **self.scene.pids(), **connections}
+
+    def keeper_and_audit(self) -> list[int]:
+        """The audit's process, which is the consumer's only child, and PostgreSQL's connections that do its work and
+        the keeper's. What both make the consumer, the relay and the purchases service do in Python is not in it.
+        """
+        names = self.purchases.execute("SELECT pid, application_name FROM pg_stat_activity")
+        audit = children_of(self.processes["consumer"].process.pid)
+        return [*audit, *(pid for pid, name in names if name in PROOF)]
 
     def drain(self) -> None:
         """Wait until every sale is counted.
@@ -189,13 +207,14 @@ def yardstick(running: System, clients: int, measure_s: int) -> Figure:
 
 def trial(running: System, pgbench: Figure, per_s: float, measure_s: int) -> Trial:
     """The whole pipeline at that rate for a while, then until it is empty again."""
-    meter = Meter({})
+    meter, proof = Meter({}), Meter({})
     cpu_s: dict[str, float] = {}
+    proof_s: dict[str, float] = {}
 
     def at_the_edge() -> None:
-        nonlocal meter, cpu_s
-        cpu_s = meter.seconds()
-        meter = Meter(running.pids())
+        nonlocal meter, proof, cpu_s, proof_s
+        cpu_s, proof_s = meter.seconds(), proof.seconds()
+        meter, proof = Meter(running.pids()), Meter({"proof": running.keeper_and_audit()})
 
     with watching(running.analytics_url) as seen:
         load = running.client.run(Job("create", CALLS_IN_FLIGHT_MAX, measure_s, per_s), at_the_edge)
@@ -205,7 +224,8 @@ def trial(running: System, pgbench: Figure, per_s: float, measure_s: int) -> Tri
     served_s = sum(cpu_s[name] for name in CONNECTIONS.values())
     cpu_s["PostgreSQL, the rest"] = max(cpu_s.pop("PostgreSQL") - served_s, 0.0)
     cpu_us = {name: seconds / load.purchases * 1e6 for name, seconds in cpu_s.items()}
-    return Trial(pgbench, per_s, load.purchases / load.seconds, slope, cpu_us)
+    proof_us = proof_s["proof"] / load.purchases * 1e6
+    return Trial(pgbench, per_s, load.purchases / load.seconds, slope, cpu_us, proof_us)
 
 
 @contextmanager
