@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from chassis.errors import ServiceError
 from chassis.logs import Sampled
-from chassis.postgres import Connection, make_durable
+from chassis.postgres import Connection
+from chassis.standby import make_durable
 from purchases_svc import stored
 from purchases_svc.errors import (
     ClocksDiffer,

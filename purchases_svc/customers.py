@@ -3,7 +3,8 @@
 import datetime
 from typing import LiteralString
 
-from chassis.postgres import Connection, make_durable
+from chassis.postgres import Connection
+from chassis.standby import make_durable
 
 
 async def registered_at(connection: Connection, customer_id: str) -> datetime.datetime | None:

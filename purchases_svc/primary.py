@@ -8,9 +8,9 @@ import structlog
 from prometheus_client import Gauge
 from psycopg_pool import PoolTimeout
 
-from chassis import postgres
 from chassis.errors import DatabaseUnavailable
-from chassis.postgres import Connection, Pool, Standing
+from chassis.postgres import Connection, Pool
+from chassis.standby import Standing, standing
 
 LOOK_EVERY_S = 1.0
 
@@ -43,7 +43,7 @@ class Primary:
 
     async def look(self) -> None:
         async with self._pool.connection() as connection:
-            now = await postgres.standing(connection)
+            now = await standing(connection)
             if not now.takes_writes:
                 await connection.close()  # the next one may lead to a server that does, or to what this one became
         if now == self._last:
@@ -64,5 +64,5 @@ async def require_standby(connection: Connection) -> None:
     Raises:
         DatabaseUnavailable: commits wait for no standby.
     """
-    if not (await postgres.standing(connection)).waits_for_standby:
+    if not (await standing(connection)).waits_for_standby:
         raise DatabaseUnavailable("the database has no synchronous standby, which is required")

@@ -1,4 +1,4 @@
-"""The gRPC face: requests to values, values to responses. Errors are raised; `chassis.grpc_server` maps them."""
+"""The gRPC face: requests to values, values to responses. Errors are raised; `chassis.grpc_guard` maps them."""
 
 import asyncio
 import datetime
@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 from google.protobuf import message
 from uuid_utils import uuid7
 
-from chassis import grpc_server, identity, wire
+from chassis import grpc_guard, identity, wire
 from chassis.errors import DatabaseUnavailable, FieldReason, InvalidRequest, Overloaded, Violation
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool, on_standby
@@ -167,7 +167,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             time_zone=self._zone.key,
         )
 
-    @grpc_server.reading(messages.unopened)
+    @grpc_guard.reading(messages.unopened)
     async def UploadPurchases(
         self, request_iterator: Any, context: Any
     ) -> AsyncIterator[purchases_service_pb2.UploadPurchasesResponse]:

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 from google.protobuf.message import DecodeError
 
-from chassis import grpc_server
+from chassis import grpc_guard, grpc_server
 from chassis.errors import (
     FieldReason,
     InvalidRequest,
@@ -169,7 +169,7 @@ class Uploads:
         if isinstance(outcome, Recorded):
             result.created.CopyFrom(messages.answer(upload.create_purchase, outcome))
         else:
-            refusal = grpc_server.explain(outcome, "UploadPurchases")
+            refusal = grpc_guard.explain(outcome, "UploadPurchases")
             result.error.CopyFrom(to_status(refusal, self._host.domain))
 
 

@@ -12,7 +12,8 @@ from prometheus_client import Counter, Gauge, Histogram
 from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import Backoff, wait_set
-from chassis.postgres import Connection, Pool, make_durable
+from chassis.postgres import Connection, Pool
+from chassis.standby import make_durable
 from relay_svc import days, outbox
 from relay_svc.days import Day
 from relay_svc.outbox import OutboxEvent

@@ -28,7 +28,8 @@ from analytics_svc.ingest.events import ID_MAX
 from analytics_svc.ingest.messages import Event, Message
 from analytics_svc.ingest.quarantine import QuarantinedEvent
 from analytics_svc.purchase import PRODUCT_ID_MAX, Item, PurchaseCreated
-from chassis.postgres import Pool, make_durable
+from chassis.postgres import Pool
+from chassis.standby import make_durable
 
 CONNECTION_WAIT_S = 1.0  # the pool is all ours: it lacks a connection only while the database is down
 TRIAL_S = 1.0  # what kills does so in milliseconds

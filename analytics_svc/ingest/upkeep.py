@@ -10,7 +10,8 @@ from psycopg_pool import PoolTimeout
 
 from analytics_svc.ingest import event_log, quarantine, trials
 from analytics_svc.ingest.health import Health
-from chassis.postgres import Pool, standing
+from chassis.postgres import Pool
+from chassis.standby import standing
 
 EVERY_S = 5.0  # a lost database shows in the health within that time, also when nothing is to be applied
 FORGET_EVERY_S = 600.0  # applies stand still for some milliseconds while the floor moves

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 import structlog
 
-from chassis import grpc_server, logs
+from chassis import grpc_guard, logs
 
 ROOT = Path(__file__).parent.parent.parent
 PASSWORD, CUSTOMER = "s3cr3t-pa55word", "4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
@@ -24,7 +24,7 @@ PASSWORD, CUSTOMER = "s3cr3t-pa55word", "4f7c2d1e-9b3a-4c58-8e6f-0a1b2c3d4e5f"
 PRELUDE = f"""
 import asyncio, logging, os, sys, threading
 import grpc, psycopg, structlog
-from chassis import grpc_server, lifecycle, logs
+from chassis import grpc_guard, lifecycle, logs
 logs.configure("test", "INFO")
 log = structlog.get_logger()
 URL, CUSTOMER = "postgresql://till:{PASSWORD}@db.example:5432/sales", "{CUSTOMER}"
@@ -78,7 +78,7 @@ lifecycle.run(main)""",
 async def main():
     error = None
     try: chain()
-    except Exception as failed: grpc_server.explain(failed, 'CreatePurchase')
+    except Exception as failed: grpc_guard.explain(failed, 'CreatePurchase')
 asyncio.run(main())""",
     "a handler of gRPC's own": """
 async def main():
@@ -197,5 +197,5 @@ async def test_one_bug_has_one_entry(to_stderr: None, capsys: pytest.CaptureFixt
     for _ in range(500):
         with pytest.raises(RuntimeError) as caught:
             broken()
-        told.add(grpc_server.explain(caught.value, "CreatePurchase").metadata["error_id"])
+        told.add(grpc_guard.explain(caught.value, "CreatePurchase").metadata["error_id"])
     assert [line["error_id"] for line in written(capsys)] == list(told)

@@ -16,7 +16,7 @@ import pytest
 from google.type import date_pb2
 
 import purchases_svc.__main__ as purchases
-from chassis import grpc_server
+from chassis import grpc_guard
 from chassis.errors import PortTaken
 from chassis.migrate import MigrationError
 from purchases_svc.settings import MigrateSettings, ServeSettings
@@ -298,7 +298,7 @@ async def test_another_time_zone_is_refused(purchases_db: str) -> None:
 
 async def test_reader_that_stops_reading_is_cut(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An export whose reader takes nothing for long frees its place; the reader is told why when it reads on."""
-    monkeypatch.setattr(grpc_server, "READER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(grpc_guard, "READER_TIMEOUT_S", 0.5)
     config = ServeSettings(
         database_url=purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0", backlog_months=0
     )

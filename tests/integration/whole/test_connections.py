@@ -22,10 +22,11 @@ ASK = HealthCheckRequest()
 
 
 @asynccontextmanager
-async def serving(address: str) -> AsyncIterator[grpc_server.Server]:
+async def serving(address: str, **limits: Any) -> AsyncIterator[grpc_server.Server]:
     """A server of health and reflection only."""
     server = grpc_server.Server("test.retail.example")
-    async with server.listening(address, [grpc_server.Service(lambda *_: None, None, "retail.relay.v1.OutboxService")]):
+    service = grpc_server.Service(lambda *_: None, None, "retail.relay.v1.OutboxService")
+    async with server.listening(address, [service], **limits):
         await server.set_serving(True)
         yield server
 
@@ -135,12 +136,10 @@ async def test_calls_of_a_process_are_limited(monkeypatch: pytest.MonkeyPatch) -
         await eventually(answered, "there is room again")
 
 
-async def test_streams_of_a_connection_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_streams_of_a_connection_are_limited() -> None:
     """One call more than a connection may have waits at its client for one of them to end; others do not notice."""
-    options = [*(o for o in grpc_server.OPTIONS if "streams" not in o[0]), ("grpc.max_concurrent_streams", 3)]
-    monkeypatch.setattr(grpc_server, "OPTIONS", options)
     address = free_address()
-    async with serving(address), connect(address) as crowded, connect(address) as other:
+    async with serving(address, calls_of_connection_max=3), connect(address) as crowded, connect(address) as other:
         await health(crowded).Check(ASK, timeout=WAIT_S)  # from here on, the client knows the limit
         watches: list[Any] = [health(crowded).Watch(ASK) for _ in range(3)]
         for held in watches:
