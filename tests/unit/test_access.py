@@ -4,9 +4,13 @@ import itertools
 from collections.abc import Iterable
 
 import pytest
+import structlog
 from google.protobuf import descriptor_pb2, descriptor_pool
+from prometheus_client import REGISTRY
 
 from chassis import grpc_server, identity
+from chassis.access import Gate
+from chassis.errors import AccessRefused
 from chassis.identity import Caller, Certificates
 from chassis.rules import RuleMissing, rules_of
 from retail.access.v1 import access_pb2
@@ -65,6 +69,46 @@ async def test_a_server_does_not_start_with_a_method_whose_rule_cannot_be_kept(r
     with pytest.raises(RuleMissing, match=f"/{name}/Do"):
         async with host.listening("127.0.0.1:0", [grpc_server.Service(lambda *_: None, None, name)]):
             pass
+
+
+class Connection:
+    """What the gate asks of a call's context."""
+
+    def __init__(self, *uris: str) -> None:
+        self._uris = [uri.encode() for uri in uris]
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {"peer_uri": self._uris, "x509_pem_cert": [b"-----BEGIN"]}
+
+    def peer(self) -> str:
+        return "ipv4:192.0.2.1:40000"
+
+
+@pytest.mark.parametrize(
+    ("uris", "what", "caller"),
+    [
+        ([], "identity", "ipv4:192.0.2.1:40000"),
+        (["spiffe://retail.example/reader/hq"], "role", "spiffe://retail.example/reader/hq"),
+        (["spiffe://retail.example/branch/13/till/POS-3"], "branch", "spiffe://retail.example/branch/13/till/POS-3"),
+        (["spiffe://retail.example/branch/12/till/POS-4"], "till", "spiffe://retail.example/branch/12/till/POS-4"),
+    ],
+)
+async def test_a_refusal_is_counted_and_on_record(uris: list[str], what: str, caller: str) -> None:
+    """And tells the caller the same in every case."""
+    rule = rules_of(["retail.purchases.v1.PurchasesService"])[f"{PURCHASES}UploadPurchases"]
+    gate, counted = Gate(Certificates("retail.example")), _refusals(what)
+    with structlog.testing.capture_logs() as lines, pytest.raises(AccessRefused) as refused:
+        gate.check(rule, gate.admit(rule, Connection(*uris)), sales((12, "POS-3")))
+    assert refused.value.message in ("it is not known who calls", "this caller is not permitted to do this")
+    assert not refused.value.metadata
+    assert _refusals(what) == counted + 1
+    (line,) = lines
+    assert (line["audit"], line["method"], line["caller"], line["what"]) == (True, rule.method, caller, what)
+
+
+def _refusals(what: str) -> float:
+    labels = {"grpc_service": "retail.purchases.v1.PurchasesService", "grpc_method": "UploadPurchases", "what": what}
+    return REGISTRY.get_sample_value("grpc_server_access_refused_total", labels) or 0.0
 
 
 def test_a_rule_without_roles_lets_nobody_in() -> None:

@@ -116,12 +116,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     UNAUTHENTICATED: _ErrorReason.ValueType  # 22
     """UNAUTHENTICATED. Final: the server does not know who calls. The certificate,
-    or the token, is none of the chain's, has ended, or is no longer accepted.
+    or the token, is none of the chain's, has ended, or is no longer accepted. A
+    till keeps its sales, and sends them with a certificate that is.
     """
     PERMISSION_DENIED: _ErrorReason.ValueType  # 23
     """PERMISSION_DENIED. Final: the method, or what the request names, is not for
     this caller; see the method's rule. The answer is the same whether what it
-    names exists or not.
+    names exists or not. A till keeps the sale: nothing says that it is wrong.
     """
     RATE_EXCEEDED: _ErrorReason.ValueType  # 24
     """RESOURCE_EXHAUSTED. Retry after 1 s: this caller, known by its certificate or
@@ -230,12 +231,13 @@ operator opens the month, and the same sale is taken.
 """
 UNAUTHENTICATED: ErrorReason.ValueType  # 22
 """UNAUTHENTICATED. Final: the server does not know who calls. The certificate,
-or the token, is none of the chain's, has ended, or is no longer accepted.
+or the token, is none of the chain's, has ended, or is no longer accepted. A
+till keeps its sales, and sends them with a certificate that is.
 """
 PERMISSION_DENIED: ErrorReason.ValueType  # 23
 """PERMISSION_DENIED. Final: the method, or what the request names, is not for
 this caller; see the method's rule. The answer is the same whether what it
-names exists or not.
+names exists or not. A till keeps the sale: nothing says that it is wrong.
 """
 RATE_EXCEEDED: ErrorReason.ValueType  # 24
 """RESOURCE_EXHAUSTED. Retry after 1 s: this caller, known by its certificate or
