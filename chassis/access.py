@@ -126,6 +126,11 @@ class Gate:
         assert caller is not None
         return caller
 
+    @property
+    def knows_callers(self) -> bool:
+        """Not in plaintext: there, callers are not known, and may do everything."""
+        return self._certificates is not None
+
     def check(self, rule: Rule, caller: Caller, request: Any) -> None:
         """Whether a request is for this caller. It is then put on record, if it is an operator's change.
 

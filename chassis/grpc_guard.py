@@ -126,7 +126,8 @@ class _Guard:
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         )
         self._takes_stream = handler.request_streaming
-        self._deserialize = getattr(self._behavior, "deserialize", handler.request_deserializer)
+        self._whole = handler.request_deserializer
+        self._deserialize = getattr(self._behavior, "deserialize", self._whole)
         _, service, name = method.split("/")
         self._seconds = SECONDS.labels(service, name)
         self._succeeded = HANDLED.labels(service, name, "OK")
@@ -233,18 +234,20 @@ class _Guard:
             yield self._permitted(caller, raw)
 
     def _permitted(self, caller: Caller, raw: bytes) -> Any:
-        request = self._parse(raw)
-        self._gate.check(self._rule, caller, request)
+        request = self._parse(raw, self._deserialize)
+        if self._gate.knows_callers:  # whatever the handler makes of the bytes, the gate looks at all that they say
+            whole = request if self._deserialize is self._whole else self._parse(raw, self._whole)
+            self._gate.check(self._rule, caller, whole)
         return request
 
-    def _parse(self, raw: bytes) -> Any:
+    def _parse(self, raw: bytes, deserialize: Callable[[bytes], Any]) -> Any:
         if len(raw) > self._message_bytes_max:
             raise errors.MessageTooLarge(
                 f"a message may have at most {self._message_bytes_max:,} bytes; this one has {len(raw):,}",
                 metadata={"bytes_max": str(self._message_bytes_max), "bytes": str(len(raw))},
             )
         try:
-            return self._deserialize(raw)
+            return deserialize(raw)
         except message.DecodeError:
             raise errors.MalformedMessage("the bytes are not a message of the expected type") from None
 
