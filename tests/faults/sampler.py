@@ -56,7 +56,10 @@ class Sampler:
 
     def _sample(self, connection: "psycopg.Connection[tuple[object, ...]]") -> None:
         """One snapshot. The claim is read first: whoever was acknowledged before it must be in this snapshot."""
+        set_back = self._set_back()
         row = connection.execute("SELECT complete_through_at FROM freshness").fetchone()
+        if set_back != self._set_back():
+            return  # whose claim that is, cannot be told
         self.samples += 1
         if row and isinstance(claim := row[0], datetime):
             self._check_claim(connection, claim)

@@ -84,9 +84,7 @@ class StandbyFaults:
                     self._pair.restart()
                     self._system.pause(chance.uniform(0, 3))
             finally:
-                self._system.set_back += 1
-                self._system.fail_over()
-                self._system.set_back += 1  # somebody may have looked at the old one in between
+                self._system.fail_over(lacking=True)
             return hit
 
     def _somebody_waits(self) -> bool:

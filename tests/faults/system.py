@@ -285,10 +285,14 @@ class System:
         self.pair = Replicated(self.postgres, self._server(), self.loop)
         self.pair.start()
 
-    def fail_over(self) -> None:
-        """The primary is dead for good; its standby takes over, clients find it, and it gets a standby of its own."""
+    def fail_over(self, *, lacking: bool = False) -> None:
+        """The primary is dead for good; its standby takes over, clients find it, and it gets a standby of its own.
+
+        `lacking`: the standby lacks what could be read from the primary.
+        """
         assert self.pair is not None
         self.pair.promote()
+        self.set_back += lacking  # before anybody can look at the new one, and when nobody can at the old one
         dead, self.postgres = self.postgres, self.pair.standby
         self.pair.line.close()
         for proxy in [*self._to_primary, self.proxies["pooler>postgres"]]:
