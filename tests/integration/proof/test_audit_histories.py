@@ -31,6 +31,8 @@ from tests.integration.purchase_events import query, read_models
 HISTORIES = int(os.environ.get("HISTORIES", "3"))
 FIRST_SEED = int(os.environ.get("SEED", "1"))
 STEPS = 12
+SWEEPS = 0.5  # of everything, in each history: they cost more than all the rest
+REPAIRED = 0.3  # histories that end in a rebuild of everything
 PLACES = 2  # in each history
 AROUND = 4  # moments
 PURCHASES_TABLES = ("outbox_events", "receipts", "idempotency_keys", "purchase_items", "purchases")
@@ -74,8 +76,12 @@ class History:
             await action()
             await self._audit_a_little()
             await self._check_age()
-            if self._chance.random() < 0.1:
+            if self._chance.random() < SWEEPS / STEPS:
                 await self._check_everything()
+        if self._chance.random() < REPAIRED:
+            await self._repair_everything()
+
+    async def _repair_everything(self) -> None:
         query(self._chain.url, "DELETE FROM quarantined_events")
         await rebuild.rebuild_all(self._chain.url, self._chain.source, self._chain.source.today())
         assert await self._says() is Verdict.AGREED
