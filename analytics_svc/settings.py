@@ -59,13 +59,13 @@ class ConsumeSettings(AccessSettings, ProveSettings):
     metrics_listen: str = setting(
         "CONSUMER_METRICS_LISTEN", address, "host:port", "where Prometheus reads", default="127.0.0.1:9467"
     )
-    # Larger ones are hardly faster, but keep other consumers waiting for the hot rows.
+    # Counted in some transactions of some branches each; of fewer, each would cost more.
     batch_max: int = setting(
-        "CONSUMER_BATCH_MAX", integer(1, 10_000), "events", "counted in one transaction, at most", default=500
+        "CONSUMER_BATCH_MAX", integer(1, 10_000), "events", "counted and acknowledged together, at most", default=1_000
     )
     # The batch in flight and twice as many gathering, so that neither side waits.
     prefetch: int = setting(
-        "CONSUMER_PREFETCH", integer(1, 65_535), "messages", "taken from the queue and not yet settled", default=1_500
+        "CONSUMER_PREFETCH", integer(1, 65_535), "messages", "taken from the queue and not yet settled", default=3_000
     )
     # Each costs a restart, and one may be chance: somebody may have killed it in that very millisecond.
     deaths_max: int = setting(

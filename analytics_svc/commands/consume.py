@@ -13,6 +13,7 @@ from analytics_svc.ingest.event_log import HOLD_MAX_S
 from analytics_svc.ingest.health import Health
 from analytics_svc.ingest.quarantine_server import QuarantineServicer
 from analytics_svc.ingest.settling import Settler
+from analytics_svc.ingest.summing import Summing
 from analytics_svc.ingest.upkeep import Upkeep
 from analytics_svc.proof import gauges
 from analytics_svc.proof.audit_server import CALL_TIMEOUT_S as AUDIT_TIMEOUT_S
@@ -27,7 +28,7 @@ from retail.analytics.v1 import audit_service_pb2_grpc as audit_grpc
 from retail.analytics.v1 import quarantine_service_pb2_grpc as quarantine_grpc
 
 CONSUMER_CONNECTIONS = 2  # one batch at a time; the other is there when one breaks
-UPKEEP_CONNECTIONS = 2  # for upkeep itself, and for whoever looks after the quarantine
+UPKEEP_CONNECTIONS = 3  # for upkeep itself, for the sums, and for whoever looks after the quarantine
 AUDIT_CONNECTIONS = 3  # for those who ask, and for the metrics of what the audit knows
 AUDIT_STATEMENT_TIMEOUT_S = 300.0  # sums over a long history
 APPLY_TIMEOUT_S = 10.0  # for each statement of a batch; the slowest takes some tens of milliseconds
@@ -82,7 +83,7 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             async with (
                 _keeping(config, outbox),
                 proving(config),
-                lifecycle.beside(upkeep.run(), gauges.show(audit_pool)),
+                lifecycle.beside(upkeep.run(), Summing(upkeep_pool).run(), gauges.show(audit_pool)),
             ):
                 await _consume_until(stop, consumer, health)
     log.info("stopped")

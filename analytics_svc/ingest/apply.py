@@ -1,13 +1,14 @@
 """The one transaction of the write half: remember a batch's events, add the new ones to every read model.
 
 Rows are written in the order of their keys, and tables always in the same order, so that several consumers wait for
-each other and never deadlock. Rows that every batch changes come last, so that the wait is short.
+each other and never deadlock. The few rows that every batch changes come last, so that the wait is short; where they
+would be many, the batch only makes a note (`summing.py`).
 """
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from analytics_svc.ingest import event_log, quarantine
+from analytics_svc.ingest import event_log, quarantine, summing
 from analytics_svc.ingest.announce import announce
 from analytics_svc.ingest.events import EVENT_TYPE
 from analytics_svc.ingest.quarantine import QuarantinedEvent
@@ -118,15 +119,14 @@ async def _add_products(connection: Connection, lines: Sequence[str]) -> None:
 
 
 async def _roll_up_products(connection: Connection, lines: Sequence[str]) -> None:
-    # The chain, as branch 0, is the grouping set without a branch. Its rows are the hot ones.
     await connection.execute(
         """
         INSERT INTO product_sales_totals AS stored (branch_id, product_id, qty_sum, revenue_sum)
-        SELECT coalesce(branch_id, 0), product_id, sum(quantity), sum(cents) * 0.01
+        SELECT branch_id, product_id, sum(quantity), sum(cents) * 0.01
         FROM unnest(%s::int[], %s::bigint[], %s::bigint[], %s::bigint[])
             AS line (branch_id, product_id, quantity, cents)
-        GROUP BY GROUPING SETS ((branch_id, product_id), (product_id))
-        ORDER BY grouping(branch_id), branch_id, product_id
+        GROUP BY branch_id, product_id
+        ORDER BY branch_id, product_id
         ON CONFLICT (branch_id, product_id) DO UPDATE SET
             qty_sum = stored.qty_sum + excluded.qty_sum,
             revenue_sum = stored.revenue_sum + excluded.revenue_sum
@@ -134,19 +134,7 @@ async def _roll_up_products(connection: Connection, lines: Sequence[str]) -> Non
         lines[1:],
     )
     day, _, *sold = lines
-    await connection.execute(
-        """
-        INSERT INTO product_sales_monthly AS stored (month, product_id, qty_sum, revenue_sum)
-        SELECT date_trunc('month', day::timestamp), product_id, sum(quantity), sum(cents) * 0.01
-        FROM unnest(%s::date[], %s::bigint[], %s::bigint[], %s::bigint[]) AS line (day, product_id, quantity, cents)
-        GROUP BY 1, product_id
-        ORDER BY 1, product_id
-        ON CONFLICT (month, product_id) DO UPDATE SET
-            qty_sum = stored.qty_sum + excluded.qty_sum,
-            revenue_sum = stored.revenue_sum + excluded.revenue_sum
-        """,
-        [day, *sold],
-    )
+    await summing.note(connection, day, *sold)
 
 
 async def _add_visits(connection: Connection, visits: Sequence[PurchaseCreated]) -> list[tuple[int, int]]:

@@ -21,18 +21,19 @@ from prometheus_client import Counter
 from psycopg_pool import PoolTimeout
 
 from analytics_svc.errors import quoted
-from analytics_svc.ingest import event_log, messages, quarantine, trials
+from analytics_svc.ingest import event_log, lanes, messages, quarantine, trials
 from analytics_svc.ingest.announce import announce
 from analytics_svc.ingest.apply import Applied, apply
 from analytics_svc.ingest.events import ID_MAX
 from analytics_svc.ingest.messages import Event, Message
 from analytics_svc.ingest.quarantine import QuarantinedEvent
 from analytics_svc.purchase import PRODUCT_ID_MAX, Item, PurchaseCreated
-from chassis.postgres import Pool
+from chassis.postgres import Connection, Pool
 from chassis.standby import make_durable
 
 CONNECTION_WAIT_S = 1.0  # the pool is all ours: it lacks a connection only while the database is down
 TRIAL_S = 1.0  # what kills does so in milliseconds
+LANED_MIN = 100  # messages; fewer are counted in a moment, whose branches they are
 WITHDRAWAL_S = 2.0  # a stopping process waits for it; the trial itself may hold the row, and hang
 NOTED_MAX = 10_000  # messages of which this process remembers something; another one may settle them
 FAILURES_MAX = 3  # of an event alone, with an error that may have other causes, such as a lost connection
@@ -77,32 +78,34 @@ class Settler:
         return Case(message, messages.read(message, self._zone))
 
     async def settle(self, cases: Sequence[Case], *, tried: bool = False) -> None:
-        """Settle all of them, in one transaction if the database takes it; with `tried`, it ends their trials.
+        """Settle all of them, in as few transactions as the database takes; with `tried`, it ends their trials.
 
         An event that it refuses is found by halving; the others are settled.
 
         Raises:
             Exception: what the database, or a bug of ours, says to some of them, or to all.
         """
-        try:
-            applied = await self._apply(cases, tried)
-        except Exception as error:
-            if not _may_be_the_events_fault(error) or not await self._takes_sales():
-                raise
-            if len(cases) == 1:
-                await self._blame(cases[0], error)
+        while cases:
+            try:
+                applied, left = await self._apply(cases, tried)
+            except Exception as error:
+                if not _may_be_the_events_fault(error) or not await self._takes_sales():
+                    raise
+                if len(cases) == 1:
+                    await self._blame(cases[0], error)
+                    return
+                middle = len(cases) // 2
+                halves = [await _outcome(self.settle(half, tried=tried)) for half in (cases[:middle], cases[middle:])]
+                for failed in filter(None, halves):
+                    raise failed from None
                 return
-            middle = len(cases) // 2
-            halves = [await _outcome(self.settle(half, tried=tried)) for half in (cases[:middle], cases[middle:])]
-            for failed in filter(None, halves):
-                raise failed from None
-            return
-        if self._failures:
-            for case in cases:
-                self._failures.pop(case.message.digest(), None)
-        COUNTED.inc(applied.counted)
-        DUPLICATE.inc(applied.duplicates)
-        QUARANTINED.inc(applied.quarantined)
+            if self._failures:
+                for case in cases:
+                    self._failures.pop(case.message.digest(), None)
+            COUNTED.inc(applied.counted)
+            DUPLICATE.inc(applied.duplicates)
+            QUARANTINED.inc(applied.quarantined)
+            cases = left
 
     async def settle_again(self, group: Sequence[Message]) -> None:
         """Settle messages that were delivered before: whoever had them may have died of one of them.
@@ -157,13 +160,16 @@ class Settler:
         except Exception:
             _note(self._survived, digest)  # the database hears of it with the next trial
 
-    async def _apply(self, cases: Sequence[Case], tried: bool) -> Applied:
-        """The one transaction."""
+    async def _apply(self, cases: Sequence[Case], tried: bool) -> tuple[Applied, Sequence[Case]]:
+        """The one transaction; of many messages, for those of some branches. Returns also those that are left."""
+        left: Sequence[Case] = []
         async with (
             self._pool.connection(CONNECTION_WAIT_S) as connection,
             connection.pipeline(),  # statements do not wait for each other's answers, where nobody reads them
             connection.transaction(),
         ):
+            if len(cases) >= LANED_MIN and not tried:
+                cases, left = await _in_free_lane(connection, cases)
             applied = await apply(
                 connection,
                 [case.event for case in cases if isinstance(case.event, PurchaseCreated)],
@@ -182,7 +188,7 @@ class Settler:
                 await trials.end(connection, [case.message.digest() for case in cases])
             if not (applied.counted or applied.quarantined):
                 await make_durable(connection)  # all is known here, but a standby may not know it yet
-        return applied
+        return applied, left
 
     async def redrive(self, quarantine_id: str) -> bool | None:
         """Try a quarantined message again: whether it is counted now; None when it is not in quarantine."""
@@ -239,6 +245,17 @@ class Settler:
         log.error("event refused by the database", message=_name(case.message), error=error)
         unfit = messages.unfit(case.message, case.event.event_id, APPLY_FAILED, detail)
         await self.settle([Case(case.message, unfit)], tried=True)
+
+
+async def _in_free_lane(connection: Connection, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """Those to be settled now, and the others."""
+    by_lane: dict[int, list[Case]] = {}
+    for case in cases:
+        branch_id = case.event.branch_id if isinstance(case.event, PurchaseCreated) else 0
+        by_lane.setdefault(lanes.lane_of(branch_id), []).append(case)
+    free = await lanes.enter_free(connection, by_lane)
+    now = by_lane.pop(next(iter(by_lane)) if free is None else free)
+    return now, [case for others in by_lane.values() for case in others]
 
 
 def _note(tally: Tally[bytes], digest: bytes) -> None:

@@ -21,8 +21,8 @@ from chassis.postgres import Connection
 RANGE_KEYS = {BRANCHES: 50, PRODUCTS: 200, CUSTOMERS: 5_000}
 _KEYS_OF: dict[str, LiteralString] = {
     BRANCHES: "SELECT branch_id FROM sales_totals WHERE branch_id BETWEEN %(first)s::bigint AND %(last)s::bigint",
-    PRODUCTS: "SELECT product_id FROM product_sales_totals"
-    " WHERE branch_id = 0 AND product_id BETWEEN %(first)s::bigint AND %(last)s::bigint",
+    PRODUCTS: "SELECT product_id FROM product_sales_of_chain_sums"
+    " WHERE period = 'all' AND product_id BETWEEN %(first)s::bigint AND %(last)s::bigint",
     CUSTOMERS: "SELECT customer_id FROM customer_loyalty_chain"
     " WHERE customer_id BETWEEN %(first)s::uuid AND %(last)s::uuid",
 }

@@ -34,6 +34,21 @@ class ReadModel(NamedTuple):
     cut: LiteralString = ""  # expression of its key
     should: LiteralString = ""  # the rows that it must have within such a range
     says: LiteralString = "say the purchases"
+    # Where a repair writes, when `name` is a view that has some rows in several parts.
+    table: LiteralString = ""
+
+    @property
+    def written(self) -> LiteralString:
+        return self.table or self.name
+
+    def stored(self) -> LiteralString:
+        """The rows that it has within a range."""
+        rows: LiteralString = f"SELECT * FROM {self.name} WHERE {self.cut}"
+        if not self.table:
+            return rows
+        key: LiteralString = ", ".join(self.key)
+        sums: LiteralString = ", ".join(f"sum({name}) AS {name}" for name in self.values)
+        return f"SELECT {key}, {sums} FROM {self.name} WHERE {self.cut} GROUP BY {key}"
 
 
 DAILY_SALES_BY_BRANCH = ReadModel(
@@ -96,14 +111,20 @@ SALES_TOTALS = ReadModel(
     "say the days and the customers' rows",
 )
 _PRODUCTS: LiteralString = "product_id BETWEEN %(first)s::bigint AND %(last)s::bigint"
-PRODUCT_SALES_MONTHLY = ReadModel(
-    "product_sales_monthly",
-    ("month", "product_id"),
+PRODUCT_SALES_OF_CHAIN = ReadModel(
+    "product_sales_of_chain",
+    ("period", "first_day", "product_id"),
     SOLD,
     PRODUCTS,
     _PRODUCTS,
-    f"SELECT {_MONTH} AS month, product_id, {_SUM_SOLD} FROM product_sales_daily WHERE {_PRODUCTS} GROUP BY 1, 2",
+    f"""
+    SELECT CASE WHEN day IS NOT NULL THEN 'day' WHEN month IS NOT NULL THEN 'month' ELSE 'all' END AS period,
+        coalesce(day, month, '0001-01-01') AS first_day, product_id, {_SUM_SOLD}
+    FROM product_sales_daily, {_MONTH} AS month WHERE {_PRODUCTS}
+    GROUP BY GROUPING SETS ((day, product_id), (month, product_id), (product_id))
+    """,
     "says product_sales_daily",
+    table="product_sales_of_chain_sums",
 )
 PRODUCT_SALES_TOTALS = ReadModel(
     "product_sales_totals",
@@ -112,8 +133,8 @@ PRODUCT_SALES_TOTALS = ReadModel(
     PRODUCTS,
     _PRODUCTS,
     f"""
-    SELECT coalesce(branch_id, 0) AS branch_id, product_id, {_SUM_SOLD} FROM product_sales_daily WHERE {_PRODUCTS}
-    GROUP BY GROUPING SETS ((branch_id, product_id), (product_id))
+    SELECT branch_id, product_id, {_SUM_SOLD} FROM product_sales_daily WHERE {_PRODUCTS}
+    GROUP BY branch_id, product_id
     """,
     "says product_sales_daily",
 )
@@ -148,7 +169,7 @@ DERIVED = (
     DAILY_SALES_OF_CHAIN,
     CUSTOMER_LOYALTY,
     CUSTOMER_LOYALTY_CHAIN,
-    PRODUCT_SALES_MONTHLY,
+    PRODUCT_SALES_OF_CHAIN,
     PRODUCT_SALES_TOTALS,
     MONTHLY_SALES_BY_BRANCH,
     SALES_TOTALS,  # after the customers' rows, which it counts
@@ -174,7 +195,7 @@ async def find_wrong(connection: Connection, model: ReadModel, first: str, last:
     cursor = await connection.execute(
         f"""
         SELECT {key}, {_prefixed("stored", model.values)}, {_prefixed("should", model.values)}
-        FROM (SELECT * FROM {model.name} WHERE {model.cut}) AS stored FULL JOIN ({model.should}) AS should USING ({key})
+        FROM ({model.stored()}) AS stored FULL JOIN ({model.should}) AS should USING ({key})
         WHERE ({_prefixed("stored", model.values)}) IS DISTINCT FROM ({_prefixed("should", model.values)})
         ORDER BY {column}, {key}
         """,
@@ -187,20 +208,23 @@ async def find_wrong(connection: Connection, model: ReadModel, first: str, last:
 
 
 async def replace(connection: Connection, model: ReadModel, first: str, last: str) -> int:
-    """Make the rows of a range what they should be; returns how many were wrong. Alone with the apply lock."""
+    """Make the rows of a range what they should be; returns how many were wrong.
+
+    Alone with the apply lock, and with everything summed up.
+    """
     key, columns = ", ".join(model.key), ", ".join((*model.key, *model.values))
     cursor = await connection.execute(
         f"""
         WITH wrong AS (
             SELECT {key}, {_prefixed("should", model.values)}, should IS NULL AS surplus
-            FROM (SELECT * FROM {model.name} WHERE {model.cut}) AS stored
+            FROM ({model.stored()}) AS stored
             FULL JOIN ({model.should}) AS should USING ({key})
             WHERE ({_prefixed("stored", model.values)}) IS DISTINCT FROM ({_prefixed("should", model.values)})
         ), deleted AS (
-            DELETE FROM {model.name} AS stored USING wrong
+            DELETE FROM {model.written} AS stored USING wrong
             WHERE surplus AND ({_prefixed("stored", model.key)}) = ({_prefixed("wrong", model.key)})
         ), written AS (
-            INSERT INTO {model.name} ({columns}) SELECT {columns} FROM wrong WHERE NOT surplus ORDER BY {key}
+            INSERT INTO {model.written} ({columns}) SELECT {columns} FROM wrong WHERE NOT surplus ORDER BY {key}
             ON CONFLICT ({key}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in model.values)}
         )
         SELECT count(*) FROM wrong

@@ -18,6 +18,7 @@ import structlog
 from analytics_svc.errors import HistoryDropped, PurchaseExists, PurchasesUnavailable, RebuildRunning, RelayUnavailable
 from analytics_svc.ingest.apply import apply
 from analytics_svc.ingest.event_log import FORGET_LOCK, HOLD_MAX_S
+from analytics_svc.ingest.summing import Summing
 from analytics_svc.proof import keeper, parts, read_models, repair
 from analytics_svc.proof.day import FOREIGN_IDS_MAX, Proof, prove_day
 from analytics_svc.proof.parts import Part
@@ -344,6 +345,8 @@ async def _repairing(url: str) -> AsyncIterator[Pool]:
         if not await _lock_repairs(connection):
             raise RebuildRunning("another rebuild is running; try again when it is done")
         await connection.execute("SELECT pg_advisory_lock(%s)", [FORGET_LOCK])
+        while await Summing(pool).run_once():
+            pass  # in portions: what is left is summed up with the apply lock held
         yield pool
         await connection.execute("SELECT pg_advisory_unlock_all()")  # the session's end takes a moment to be seen
 

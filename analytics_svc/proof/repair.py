@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from datetime import date
 from typing import LiteralString, NamedTuple, TypeVar
 
-from analytics_svc.ingest import event_log
+from analytics_svc.ingest import event_log, summing
 from analytics_svc.ingest.announce import EVERYTHING, announce
 from analytics_svc.proof import read_models
 from analytics_svc.proof.day import Difference, Proof, Visits
@@ -32,10 +32,11 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def writing(pool: Pool) -> AsyncIterator[Connection]:
-    """A transaction that nothing is counted beside."""
+    """A transaction that nothing is counted beside, and in which everything that was noted is summed up."""
     async with pool.connection() as connection, connection.transaction():
         await end_within(connection, event_log.HOLD_MAX_S)
         await event_log.exclude_applies(connection)
+        await summing.sum_up(connection)
         yield connection
         await announce(connection, EVERYTHING, counted=False)
 

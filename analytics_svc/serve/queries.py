@@ -2,6 +2,8 @@
 
 How many rows an answer reads depends on what is asked, not on how much history there is: a range of days is made of
 whole months, from the roll-ups, and the days at its ends. Branch 0 of a roll-up is the whole chain.
+
+The chain's products are in two places, as the view has them: sums, and what was sold in the last moment.
 """
 
 from calendar import monthrange
@@ -161,7 +163,7 @@ async def product_sales(
             CROSS JOIN LATERAL (
                 SELECT branch_id, product_id, qty_sum, revenue_sum FROM product_sales_daily AS sold
                 WHERE sold.day = calendar.day AND product_id = ANY (ARRAY(
-                    SELECT product_id FROM product_sales_totals WHERE branch_id = 0 {products}
+                    SELECT DISTINCT product_id FROM product_sales_of_chain WHERE period = 'all' {products}
                 )) {not_before}
                 ORDER BY branch_id, product_id LIMIT %(limit)s
             ) AS sold
@@ -199,17 +201,21 @@ async def top_products(
 ) -> Answer:
     """Rows of (product, quantity, revenue), the best first. One above TOP_PRODUCTS_MAX when there are more ties."""
     sold: LiteralString
-    if days is None:
-        sold = "SELECT product_id, qty_sum, revenue_sum FROM product_sales_totals WHERE branch_id = %(branch_id)s"
+    if days is None and branch_id is None:
+        sold = "SELECT product_id, qty_sum, revenue_sum FROM product_sales_of_chain WHERE period = 'all'"
         ranges: Mapping[str, date | int] = {}
+    elif days is None:
+        sold = "SELECT product_id, qty_sum, revenue_sum FROM product_sales_totals WHERE branch_id = %(branch_id)s"
+        ranges = {}
     elif branch_id is None:
         sold = """
-            SELECT product_id, sum(qty_sum) AS qty_sum, sum(revenue_sum) AS revenue_sum FROM product_sales_monthly
-            WHERE month BETWEEN %(months_first)s AND %(months_last)s GROUP BY product_id
-            UNION ALL SELECT product_id, %(start_sign)s * sum(qty_sum), %(start_sign)s * sum(revenue_sum)
-            FROM product_sales_daily WHERE day BETWEEN %(start_first)s AND %(start_last)s GROUP BY product_id
-            UNION ALL SELECT product_id, %(end_sign)s * sum(qty_sum), %(end_sign)s * sum(revenue_sum)
-            FROM product_sales_daily WHERE day BETWEEN %(end_first)s AND %(end_last)s GROUP BY product_id
+            SELECT product_id, qty_sum, revenue_sum FROM product_sales_of_chain
+            WHERE period = 'month' AND first_day BETWEEN %(months_first)s AND %(months_last)s
+            UNION ALL SELECT product_id, %(start_sign)s * qty_sum, %(start_sign)s * revenue_sum
+            FROM product_sales_of_chain
+            WHERE period = 'day' AND first_day BETWEEN %(start_first)s AND %(start_last)s
+            UNION ALL SELECT product_id, %(end_sign)s * qty_sum, %(end_sign)s * revenue_sum
+            FROM product_sales_of_chain WHERE period = 'day' AND first_day BETWEEN %(end_first)s AND %(end_last)s
             """
         ranges = _parameters(days)
     else:
@@ -240,7 +246,7 @@ async def top_products(
         ORDER BY measure DESC, product_id LIMIT {TOP_PRODUCTS_MAX + 1}
         """,
         "measure DESC, product_id",
-        {"branch_id": branch_id or 0, "limit": limit, **ranges},
+        {"branch_id": branch_id, "limit": limit, **ranges},
     )
 
 

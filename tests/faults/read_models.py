@@ -53,16 +53,19 @@ TABLES = {
         3,
         lambda sale, day: [((day, sale.branch_id, product), (1, cents)) for product, cents in sale.items],
     ),
-    "product_sales_monthly": Table(
-        f"SELECT month, product_id, {_PRODUCT_SUMS} FROM product_sales_monthly",
-        2,
-        lambda sale, day: [((day.replace(day=1), product), (1, cents)) for product, cents in sale.items],
-    ),
     "product_sales_totals": Table(
         f"SELECT branch_id, product_id, {_PRODUCT_SUMS} FROM product_sales_totals",
         2,
-        lambda sale, _: [
-            ((branch, product), (1, cents)) for branch in (0, sale.branch_id) for product, cents in sale.items
+        lambda sale, _: [((sale.branch_id, product), (1, cents)) for product, cents in sale.items],
+    ),
+    "product_sales_of_chain_sums": Table(  # and what is only noted so far
+        "SELECT period, first_day, product_id, sum(qty_sum)::bigint, (sum(revenue_sum) * 100)::bigint"
+        " FROM product_sales_of_chain GROUP BY 1, 2, 3",
+        3,
+        lambda sale, day: [
+            ((period, first_day, product), (1, cents))
+            for period, first_day in (("day", day), ("month", day.replace(day=1)), ("all", datetime.date.min))
+            for product, cents in sale.items
         ],
     ),
     "customer_loyalty": Table(
@@ -83,6 +86,7 @@ TABLES = {
 OTHER_TABLES = {
     "analytics_event_log", "quarantined_events", "freshness", "analytics_settings", "schema_migrations",
     "message_trials", "audit_status", "audit_parts", "forgotten_visits", "apply_lock",
+    "product_sales_of_chain_notes",
 }  # fmt: skip
 
 

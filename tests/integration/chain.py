@@ -24,8 +24,9 @@ DAYS = 3
 DAY_S = 86_400
 UTC_ZONE = ZoneInfo("UTC")
 TABLES = (
-    "daily_sales_by_branch, daily_sales_of_chain, monthly_sales_by_branch, product_sales_daily, product_sales_monthly,"
-    " product_sales_totals, customer_loyalty, customer_loyalty_chain, sales_totals, analytics_event_log"
+    "daily_sales_by_branch, daily_sales_of_chain, monthly_sales_by_branch, product_sales_daily, product_sales_totals,"
+    " product_sales_of_chain_sums, product_sales_of_chain_notes, customer_loyalty, customer_loyalty_chain,"
+    " sales_totals, analytics_event_log"
 )
 
 

@@ -5,7 +5,7 @@ import random
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +106,7 @@ def expected(sales: Iterable[Sold], zone: str = "UTC") -> dict[str, Any]:
     daily: defaultdict[Any, Counter[str]] = defaultdict(Counter)
     monthly: defaultdict[Any, Counter[str]] = defaultdict(Counter)
     products: defaultdict[Any, Counter[str]] = defaultdict(Counter)
-    products_monthly: defaultdict[Any, Counter[str]] = defaultdict(Counter)
+    products_of_chain: defaultdict[Any, Counter[str]] = defaultdict(Counter)
     product_totals: defaultdict[Any, Counter[str]] = defaultdict(Counter)
     totals: defaultdict[int, Counter[str]] = defaultdict(Counter)
     visits: defaultdict[Any, list[datetime]] = defaultdict(list)
@@ -116,9 +116,9 @@ def expected(sales: Iterable[Sold], zone: str = "UTC") -> dict[str, Any]:
         for product_id, quantity, price in sale.lines:
             sold = Counter(qty=quantity, cents=int(quantity * price * 100))
             products[day, sale.branch_id, product_id].update(sold)
-            products_monthly[month, product_id].update(sold)
-            for branch_id in (sale.branch_id, 0):
-                product_totals[branch_id, product_id].update(sold)
+            product_totals[sale.branch_id, product_id].update(sold)
+            for period in (("day", day), ("month", month), ("all", date.min)):
+                products_of_chain[*period, product_id].update(sold)
         sums = Counter(
             cents=int(sale.total * 100),
             items=sum(quantity for _, quantity, _ in sale.lines),
@@ -136,7 +136,7 @@ def expected(sales: Iterable[Sold], zone: str = "UTC") -> dict[str, Any]:
         "daily": {key: tuple(sums[name] for name in columns) for key, sums in daily.items()},
         "monthly": {key: tuple(sums[name] for name in columns) for key, sums in monthly.items()},
         "products": {key: (sums["qty"], sums["cents"]) for key, sums in products.items()},
-        "products_monthly": {key: (sums["qty"], sums["cents"]) for key, sums in products_monthly.items()},
+        "products_of_chain": {key: (sums["qty"], sums["cents"]) for key, sums in products_of_chain.items()},
         "product_totals": {key: (sums["qty"], sums["cents"]) for key, sums in product_totals.items()},
         "loyalty": {key: (len(times), max(times)) for key, times in visits.items()},
         "totals": {
@@ -157,7 +157,17 @@ READ_MODELS = {
         FROM monthly_sales_by_branch
         """,
     "products": "SELECT day, branch_id, product_id, qty_sum, (revenue_sum * 100)::bigint FROM product_sales_daily",
-    "products_monthly": "SELECT month, product_id, qty_sum, (revenue_sum * 100)::bigint FROM product_sales_monthly",
+    "products_of_chain": """
+        SELECT period, first_day, product_id, sum(qty)::bigint, sum(cents)::bigint FROM (
+            SELECT period, first_day, product_id, qty_sum, (revenue_sum * 100)::bigint FROM product_sales_of_chain_sums
+            UNION ALL
+            SELECT period, first_day, product_id, quantity, line.cents
+            FROM product_sales_of_chain_notes AS note,
+                unnest(days, product_ids, quantities, note.cents) AS line (day, product_id, quantity, cents),
+                date(date_trunc('month', day::timestamp)) AS month,
+                LATERAL (VALUES ('day', day), ('month', month), ('all', '0001-01-01')) AS place (period, first_day)
+        ) AS part (period, first_day, product_id, qty, cents) GROUP BY 1, 2, 3
+        """,
     "product_totals": "SELECT branch_id, product_id, qty_sum, (revenue_sum * 100)::bigint FROM product_sales_totals",
     "loyalty": """
         SELECT customer_id::text, branch_id, purchases_count, last_purchase_at FROM customer_loyalty
@@ -169,7 +179,7 @@ READ_MODELS = {
         FROM sales_totals
         """,
 }
-KEY_COLUMNS = {"daily": 2, "monthly": 2, "products": 3, "products_monthly": 2, "product_totals": 2, "loyalty": 2}
+KEY_COLUMNS = {"daily": 2, "monthly": 2, "products": 3, "products_of_chain": 3, "product_totals": 2, "loyalty": 2}
 
 
 def read_models(url: str, schema: str = "public") -> dict[str, Any]:

@@ -89,14 +89,14 @@ SELECT coalesce(branch_id, 0), month, sum(revenue_sum), sum(items_sum), sum(purc
 FROM daily_sales_by_branch, date(date_trunc('month', day::timestamp)) AS month
 GROUP BY GROUPING SETS ((branch_id, month), (month)) ORDER BY 1, 2;
 
-INSERT INTO product_sales_monthly
-SELECT month, product_id, sum(qty_sum), sum(revenue_sum)
-FROM product_sales_daily, date(date_trunc('month', day::timestamp)) AS month
-GROUP BY month, product_id ORDER BY month, product_id;
-
 INSERT INTO product_sales_totals
-SELECT coalesce(branch_id, 0), product_id, sum(qty_sum), sum(revenue_sum)
-FROM product_sales_daily GROUP BY GROUPING SETS ((branch_id, product_id), (product_id)) ORDER BY 1, 2;
+SELECT branch_id, product_id, sum(qty_sum), sum(revenue_sum) FROM product_sales_daily GROUP BY 1, 2 ORDER BY 1, 2;
+
+INSERT INTO product_sales_of_chain_sums
+SELECT CASE WHEN day IS NOT NULL THEN 'day' WHEN month IS NOT NULL THEN 'month' ELSE 'all' END,
+    coalesce(day, month, '0001-01-01'), product_id, sum(qty_sum), sum(revenue_sum)
+FROM product_sales_daily, date(date_trunc('month', day::timestamp)) AS month
+GROUP BY GROUPING SETS ((day, product_id), (month, product_id), (product_id)) ORDER BY 1, 2, 3;
 """
 
 

@@ -1,7 +1,8 @@
-"""Events on their way: the relay beside pika alone, and the consumer beside itself with one event a transaction."""
+"""Events on their way: the relay beside pika alone; the consumer beside a second one, and with one event at a time."""
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ PATIENCE = 20.0  # times as long as planned, then something is wrong
 WATCH_EVERY_S = 0.01
 
 RAW, RELAY, ONE_BY_ONE = "pika, pipelined", "relay", "pika, one confirm at a time"
-APPLY, SINGLE = "consumer", "one event a transaction"
+APPLY, TWO, SINGLE = "consumer", "two consumers", "one event a transaction"
 
 
 class Scene(NamedTuple):
@@ -81,38 +82,73 @@ def _relay(scene: Scene, url: str, service: stage.Service, count: int, limit_s: 
         return Flow(count / seconds, meter.us(count))
 
 
-def apply(scene: Scene, plan: Plan, show: Show) -> dict[str, list[Flow]]:
-    """Counting: the consumer on a full queue, as it is and with one event in each transaction."""
+def apply(scene: Scene, plan: Plan, show: Show) -> tuple[dict[str, list[Flow]], list[float]]:
+    """Counting: the consumer on a full queue, as it is, beside a second one, and with one event in each transaction.
+
+    Returns also, for each round, the share of two consumers' transactions in which they waited for a lock.
+    """
     url = stage.migrated(scene.postgres, "applied", "analytics_svc")
-    full = partial(_apply, scene, url, {}, plan.measure_s * EVENTS_PER_S["apply"], plan.measure_s)
-    single = {"CONSUMER_BATCH_MAX": "1"}
+    count = plan.measure_s * EVENTS_PER_S["apply"]
+    waiting: list[float] = []
     contenders: dict[str, Callable[[], Flow]] = {
-        APPLY: full,
-        SINGLE: partial(_apply, scene, url, single, plan.measure_s * EVENTS_PER_S["single"], plan.measure_s),
+        APPLY: partial(_apply, scene, url, {}, count, plan.measure_s),
+        # The first of them counts while the second starts.
+        TWO: partial(_apply, scene, url, {}, 2 * count, plan.measure_s, consumers=2, waiting=waiting),
+        SINGLE: partial(
+            _apply, scene, url, {"CONSUMER_BATCH_MAX": "1"}, plan.measure_s * EVENTS_PER_S["single"], plan.measure_s
+        ),
     }
-    return show.in_turn(contenders, plan.rounds, "events into the read models")
+    flows = show.in_turn(contenders, plan.rounds, "events into the read models")
+    return flows, waiting[-plan.rounds :]  # without the round that does not count
 
 
-def _apply(scene: Scene, url: str, batch: dict[str, str], count: int, limit_s: float) -> Flow:
+def _apply(
+    scene: Scene,
+    url: str,
+    batch: dict[str, str],
+    count: int,
+    limit_s: float,
+    *,
+    consumers: int = 1,
+    waiting: list[float] | None = None,
+) -> Flow:
     """From when the first events are counted until all are, or the time is over: the start is not measured."""
     bodies = scene.directory / "bodies"
-    with psycopg.connect(url, autocommit=True) as connection:
+    with psycopg.connect(url, autocommit=True) as connection, ExitStack() as stack:
         events.write_bodies(connection, count, bodies)
         broker.empty(scene.rabbitmq.url)
         broker.publish(scene.rabbitmq.url, "pipelined", bodies, limit_s * PATIENCE)
         at_rest = counted(connection)
         settings = {"ANALYTICS_DATABASE_URL": url, "AMQP_URL": scene.rabbitmq.url, "LOG_LEVEL": "ERROR", **batch}
-        with stage.service("consumer", ("analytics_svc", "consume"), settings, scene.directory) as service:
-            if not wait_until(lambda: counted(connection) > at_rest, limit_s + stage.START_TIMEOUT_S):
-                raise StackError("the consumer counts nothing")
-            first, began = counted(connection), time.perf_counter()
-            meter = Meter({"in front": [service.process.pid], **scene.pids()})
-            while (last := counted(connection)) < at_rest + count and time.perf_counter() - began < limit_s:
-                time.sleep(WATCH_EVERY_S)
-            seconds = time.perf_counter() - began
-            if last == first:
-                raise StackError("all events were counted before the clock started: measure longer")
-            return Flow((last - first) / seconds, meter.us(last - first))
+        services = [
+            stack.enter_context(stage.service("consumer", ("analytics_svc", "consume"), settings, scene.directory))
+            for _ in range(consumers)
+        ]
+        if not wait_until(lambda: counted(connection) > at_rest, limit_s + stage.START_TIMEOUT_S):
+            raise StackError("the consumer counts nothing")
+        first, began = counted(connection), time.perf_counter()
+        meter = Meter({"in front": [service.process.pid for service in services], **scene.pids()})
+        samples = [0, 0]
+        while (last := counted(connection)) < at_rest + count and time.perf_counter() - began < limit_s:
+            for number, more in enumerate(_lock_waits(connection)):
+                samples[number] += more
+            time.sleep(WATCH_EVERY_S)
+        seconds = time.perf_counter() - began
+        if last == first:
+            raise StackError("all events were counted before the clock started: measure longer")
+        if waiting is not None:
+            waiting.append(samples[0] / max(samples[1], 1))
+        return Flow((last - first) / seconds, meter.us(last - first))
+
+
+def _lock_waits(connection: psycopg.Connection) -> tuple[int, int]:
+    """How many consumers wait for a lock now, and how many are in a transaction."""
+    row = connection.execute(
+        "SELECT count(*) FILTER (WHERE wait_event_type = 'Lock'), count(*) FROM pg_stat_activity"
+        " WHERE application_name = 'analytics consume' AND xact_start IS NOT NULL"
+    ).fetchone()
+    assert row
+    return row[0], row[1]
 
 
 def counted(connection: psycopg.Connection) -> int:

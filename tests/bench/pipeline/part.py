@@ -7,7 +7,7 @@ from statistics import median
 from tests.bench import stage
 from tests.bench.figures import Flow, Goal, Outcome, Plan, median_ratio, middle, middle_flow, percentile
 from tests.bench.pipeline import moving, soon, whole
-from tests.bench.pipeline.moving import APPLY, ONE_BY_ONE, RAW, RELAY, SINGLE
+from tests.bench.pipeline.moving import APPLY, ONE_BY_ONE, RAW, RELAY, SINGLE, TWO
 from tests.bench.pipeline.plot import plot
 from tests.bench.show import Show
 
@@ -15,6 +15,8 @@ GOALS = {
     "relay_vs_raw_pipelined": Goal("relay : pika, pipelined", 0.5, more_is_better=True),
     "relay_vs_one_confirm": Goal("relay : pika, one by one", 8.0, more_is_better=True),
     "apply_vs_single": Goal("consumer : one by one", 6.0, more_is_better=True),
+    "apply_two_consumers_vs_one": Goal("two consumers : one", 1.5, more_is_better=True),
+    "apply_lock_wait_share": Goal("two consumers, waiting for locks : working", 0.05, more_is_better=False),
     "end_to_end_vs_pgbench": Goal("whole pipeline : pgbench", 0.6, more_is_better=True),
     "keeper_and_audit_cost": Goal("keeper and audit, of all CPU", 0.05, more_is_better=False),
 }
@@ -31,13 +33,15 @@ def run(plan: Plan, show: Show) -> Outcome:
         )
         relayed = moving.relay(scene, plan, show)
         one_by_one = soon.measure(scene, plan, show)
-        applied = moving.apply(scene, plan, show)
+        applied, waiting = moving.apply(scene, plan, show)
         rounds = whole.measure(scene, plan, show)
 
     ratios = {
         "relay_vs_raw_pipelined": median_ratio(per_s(relayed[RELAY]), per_s(relayed[RAW])),
         "relay_vs_one_confirm": median_ratio(per_s(relayed[RELAY]), per_s(relayed[ONE_BY_ONE])),
         "apply_vs_single": median_ratio(per_s(applied[APPLY]), per_s(applied[SINGLE])),
+        "apply_two_consumers_vs_one": median_ratio(per_s(applied[TWO]), per_s(applied[APPLY])),
+        "apply_lock_wait_share": median(waiting),
         "end_to_end_vs_pgbench": median(each.highest.ratio for each in rounds),
         "keeper_and_audit_cost": median(each.highest.keeper_and_audit_share for each in rounds),
     }
@@ -66,6 +70,7 @@ def run(plan: Plan, show: Show) -> Outcome:
         "events_to_the_queue": raw_flows(relayed),
         "events_one_by_one": [each._asdict() for each in one_by_one],
         "events_into_the_read_models": raw_flows(applied),
+        "lock_wait_shares": waiting,
         "whole": [each.raw() for each in rounds],
         "visible_ms": visible_ms,
         "lag_ms": lag_ms,
@@ -74,7 +79,7 @@ def run(plan: Plan, show: Show) -> Outcome:
         whole.PGBENCH: [each.highest.pgbench.purchases_per_s for each in rounds],
         whole.PIPELINE: [each.highest.recorded_per_s for each in rounds],
     }
-    picture = plot(relayed, applied, speeds, pgbench, pipeline, visible_ms)
+    picture = plot(relayed, {name: applied[name] for name in (APPLY, SINGLE)}, speeds, pgbench, pipeline, visible_ms)
     figures = {"visibility_ms": visibility_ms, "relay_latency_ms": relay_latency_ms, "relay_cpu_us": relay_cpu_us}
     return Outcome({**ratios, **figures}, details, picture)
 

@@ -22,7 +22,10 @@ from tests.integration.purchase_events import GOLDEN, Sold, expected, query, rea
 
 UTC_ZONE = ZoneInfo("UTC")
 SUMS = "daily_sales_by_branch, product_sales_daily, customer_loyalty, customer_loyalty_chain, sales_totals"
-ROLL_UPS = "daily_sales_of_chain, monthly_sales_by_branch, product_sales_monthly, product_sales_totals"
+ROLL_UPS = (
+    "daily_sales_of_chain, monthly_sales_by_branch, product_sales_totals, product_sales_of_chain_sums,"
+    " product_sales_of_chain_notes"
+)
 
 
 @pytest.fixture
@@ -58,12 +61,12 @@ async def test_golden_example_counts_as_it_stands(consumer_pool: postgres.Pool, 
         "daily": {(day, branch_id): (14_250, 3, 1, 0) for branch_id in (0, 1)},
         "monthly": {(branch_id, month): (14_250, 3, 1, 0) for branch_id in (0, 1)},
         "products": {(day, 1, 1001): (2, 1_780), (day, 1, 2007): (1, 12_470)},
-        "products_monthly": {(month, 1001): (2, 1_780), (month, 2007): (1, 12_470)},
-        "product_totals": {
-            (branch_id, product_id): sold
-            for branch_id in (0, 1)
+        "products_of_chain": {
+            (*period, product_id): sold
+            for period in (("day", day), ("month", month), ("all", date.min))
             for product_id, sold in ((1001, (2, 1_780)), (2007, (1, 12_470)))
         },
+        "product_totals": {(1, 1001): (2, 1_780), (1, 2007): (1, 12_470)},
         "loyalty": {},
         "totals": {0: (14_250, 3, 1, 0, 0), 1: (14_250, 3, 1, 0, 0)},
     }

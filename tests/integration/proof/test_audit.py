@@ -154,12 +154,16 @@ CORRUPTIONS = {
         "UPDATE {} SET qty_sum = qty_sum + CASE product_id WHEN 1001 THEN 1 ELSE -1 END"
         " WHERE (day, branch_id) = ('2026-03-02', 2) AND product_id IN (1001, 1002)",
     ],
-    "product_sales_monthly": [
-        "UPDATE {} SET qty_sum = qty_sum + 1 WHERE product_id = 1002",
-        "DELETE FROM {} WHERE product_id = 1003",
+    "product_sales_of_chain": [
+        "DELETE FROM {}_notes",  # before a repair sums them up
+        "UPDATE {}_sums SET qty_sum = qty_sum + 1 WHERE (period, product_id) = ('day', 1002)",
+        "UPDATE {}_sums SET revenue_sum = 0 WHERE (period, product_id) = ('month', 1001)",
+        "UPDATE {}_sums SET product_id = 77 WHERE (period, product_id) = ('all', 1003)",
+        "DELETE FROM {}_sums WHERE product_id = 1003",
+        "INSERT INTO {}_notes VALUES ('{{2026-03-02}}', '{{1002}}', '{{1}}', '{{100}}')",
     ],
     "product_sales_totals": [
-        "UPDATE {} SET qty_sum = qty_sum + 1 WHERE (branch_id, product_id) = (0, 1001)",
+        "UPDATE {} SET qty_sum = qty_sum + 1 WHERE (branch_id, product_id) = (2, 1001)",
         "UPDATE {} SET revenue_sum = revenue_sum + 1 WHERE (branch_id, product_id) = (1, 1002)",
         "DELETE FROM {} WHERE (branch_id, product_id) = (3, 1003)",
     ],
@@ -353,7 +357,7 @@ async def test_a_check_that_fails_is_a_finding(chain: Chain, monkeypatch: pytest
     """It is named with the reason, and everything else is proven; what was wrong stays wrong meanwhile."""
     await chain.sell(20, seed=13)
     await chain.apply(await chain.recorded())
-    query(chain.url, "ALTER TABLE product_sales_monthly RENAME qty_sum TO gone")
+    query(chain.url, "ALTER TABLE product_sales_totals RENAME qty_sum TO gone")
     found = await sweep(chain)
     assert found.verdict is Verdict.UNPROVEN
     assert [finding.table for finding in found.findings] == ["products"]
@@ -365,7 +369,7 @@ async def test_a_check_that_fails_is_a_finding(chain: Chain, monkeypatch: pytest
     query(chain.url, "ALTER TABLE sales_totals RENAME items_sum TO gone")
     assert (await sweep(chain)).verdict is Verdict.DIFFERENT
     query(chain.url, "ALTER TABLE sales_totals RENAME gone TO items_sum")
-    query(chain.url, "ALTER TABLE product_sales_monthly RENAME gone TO qty_sum")
+    query(chain.url, "ALTER TABLE product_sales_totals RENAME gone TO qty_sum")
     query(chain.url, "UPDATE sales_totals SET items_sum = items_sum - 1 WHERE branch_id = 0")
     assert (await sweep(chain)).verdict is Verdict.AGREED
 

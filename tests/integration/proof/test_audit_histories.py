@@ -41,7 +41,7 @@ CELLS = [
     "DELETE FROM daily_sales_by_branch WHERE (day, branch_id) = {}",
     "UPDATE product_sales_daily SET qty_sum = qty_sum + 1 WHERE (day, branch_id) = {}",
     "UPDATE product_sales_daily SET product_id = product_id + 7000 WHERE (day, branch_id) = {}",
-    "UPDATE product_sales_totals SET qty_sum = qty_sum + 1 WHERE branch_id = 0 AND {} IS NOT NULL",
+    "UPDATE product_sales_of_chain_sums SET qty_sum = qty_sum + 1 WHERE period = 'all' AND {} IS NOT NULL",
     "UPDATE daily_sales_of_chain SET items_sum = items_sum + 1 WHERE (day, 1) <> {}",
     "UPDATE analytics_event_log SET day = day - 1 WHERE (day, branch_id) = {}",
 ]

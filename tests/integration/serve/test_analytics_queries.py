@@ -19,6 +19,7 @@ from analytics_svc.commands.serve import serve
 from analytics_svc.ingest.apply import apply
 from analytics_svc.ingest.events import decode
 from analytics_svc.ingest.quarantine import QuarantinedEvent
+from analytics_svc.ingest.summing import sum_up
 from analytics_svc.settings import ServeSettings
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
@@ -29,9 +30,13 @@ from tests.integration.sales import refusal
 
 
 async def record(url: str, sales: Iterable[Sold], unfit: Iterable[QuarantinedEvent] = ()) -> None:
-    """Let the write half count the sales."""
+    """Let the write half count the sales; of some of them, the chain's products are summed up."""
+    events = [decode(sale.body(), ZoneInfo("UTC")) for sale in sales]
+    some = len(events) // 2
     async with pool(url, "analytics_consumer") as opened, opened.connection() as connection, connection.transaction():
-        await apply(connection, [decode(sale.body(), ZoneInfo("UTC")) for sale in sales], list(unfit))
+        await apply(connection, events[:some], [])
+        await sum_up(connection)
+        await apply(connection, events[some:], list(unfit))
 
 
 @pytest.fixture

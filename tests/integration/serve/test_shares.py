@@ -44,11 +44,11 @@ async def test_a_crowd_with_heavy_questions_leaves_room_for_light_ones(
     async with running(lambda stop: serve(config, stop), config.listen) as channel:
         reports: Any = AnalyticsServiceStub(channel)
         heavy = analytics_pb.ListTopProductsRequest(first_date=DAY, last_date=DAY)
-        with locked(analytics_db, "product_sales_daily"):  # as if reading it took for ever
+        with locked(analytics_db, "product_sales_of_chain_sums"):  # as if reading it took for ever
             crowd = [
                 asyncio.ensure_future(outcome(reports.ListTopProducts(heavy, timeout=WAIT_S))) for _ in range(CROWD)
             ]
-            await eventually(lambda: is_stuck(analytics_db, "product_sales_daily"), "heavy ones are being answered")
+            await eventually(lambda: is_stuck(analytics_db, "product_sales_of_chain"), "heavy ones are being answered")
             for _ in range(10):
                 await reports.GetSalesSummary(analytics_pb.GetSalesSummaryRequest(), timeout=WAIT_S)
             await eventually(_all_but(crowd, config.read_connections), "the others of the crowd are refused")
