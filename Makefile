@@ -52,7 +52,7 @@ dev-certs: ready ## a CA and certificates for trying out, in .local/certificates
 image-check: ## build the container image without Docker, and try its commands; for root on Debian; [OPTIONAL=1]
 	@OPTIONAL=$(OPTIONAL) bash deploy/image_check.sh
 
-bench: ready ## measure; [ONLY=write|pipeline|analytics|isolation] [REPORT=out.json]
+bench: ready ## measure; [ONLY=write|pipeline|analytics|isolation|size] [REPORT=out.json]
 	@exec $(PYTHON) -m tests.bench
 
 faults: ready ## break the running system and count every cent; [FAULTS=n] [SEED=n] [CLUSTER=1] [REPORT=out.json]

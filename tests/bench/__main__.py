@@ -18,6 +18,7 @@ from tests.bench.isolation import part as isolation
 from tests.bench.isolation.attacks import ATTACKS
 from tests.bench.pipeline import part as pipeline
 from tests.bench.show import Show
+from tests.bench.size import part as size
 from tests.bench.write import part as write
 
 # Each part by its name in ONLY, in the order in which they run.
@@ -26,6 +27,7 @@ PARTS: dict[str, Callable[[Plan, Show], Outcome]] = {
     "pipeline": pipeline.run,
     "analytics": analytics.run,
     "isolation": isolation.run,
+    "size": size.run,
 }
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

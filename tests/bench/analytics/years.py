@@ -64,7 +64,7 @@ _COPY_CUSTOMERS = """
 SELECT customer_id, branch_id, count(*), max(purchase_time) FROM purchases
 WHERE customer_id IS NOT NULL AND purchase_time >= %(first)s GROUP BY 1, 2 ORDER BY 1, 2
 """
-_SUMS = """
+SUMS = """
 INSERT INTO customer_loyalty_chain
 SELECT customer_id, sum(purchases_count), max(last_purchase_at) FROM customer_loyalty GROUP BY 1 ORDER BY 1;
 
@@ -78,7 +78,7 @@ UPDATE sales_totals SET unique_customers_count = CASE branch_id
 
 UPDATE freshness SET applied_at = now();
 """
-_ROLL_UPS = """  -- of what is there by day
+ROLL_UPS = """  -- of what is there by day
 INSERT INTO daily_sales_of_chain
 SELECT day, sum(revenue_sum), sum(items_sum), sum(purchases_count), sum(purchases_with_customer_count)
 FROM daily_sales_by_branch GROUP BY day ORDER BY day;
@@ -140,8 +140,8 @@ def load_read_models(
             start = end
         columns = "customer_loyalty (customer_id, branch_id, purchases_count, last_purchase_at)"
         _copy(source, target, columns, _COPY_CUSTOMERS, {"first": first})
-        target.execute(_SUMS)
-        target.execute(_ROLL_UPS)
+        target.execute(SUMS)
+        target.execute(ROLL_UPS)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("VACUUM (ANALYZE)")
 
