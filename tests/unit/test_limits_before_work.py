@@ -11,7 +11,12 @@ from chassis import wire
 from chassis.errors import InvalidRequest, Violation
 from purchases_svc.server import CUSTOMER_IDS_MAX, PurchasesServicer
 from relay_svc import server as relay
-from retail.purchases.v1.purchases_service_pb2 import ExportPurchasesRequest
+from retail.purchases.v1.purchases_service_pb2 import (
+    CreatePurchaseRequest,
+    ExportPurchasesRequest,
+    PurchaseUpload,
+    UploadPurchasesRequest,
+)
 from retail.relay.v1.outbox_service_pb2 import ListOutboxEventsRequest, RequeueEventsRequest
 
 MANY = 100_000
@@ -58,3 +63,13 @@ async def test_events_of_the_outbox(looked_at: Counter[str]) -> None:
         with pytest.raises(InvalidRequest):
             await call
     assert looked_at["parse_uuid"] <= relay.REQUEUE_MAX + relay.EVENTS_PER_PAGE[1]
+
+
+def test_uploads_of_a_message_are_opened_one_by_one() -> None:
+    """A megabyte of them may be half a million items: nobody reads them all in one go."""
+    message = UploadPurchasesRequest(
+        uploads=[PurchaseUpload(sequence_number=n, create_purchase=CreatePurchaseRequest()) for n in range(3)]
+    )
+    read: Any = PurchasesServicer.UploadPurchases
+    unopened = read.deserialize(message.SerializeToString())
+    assert [PurchaseUpload.FromString(each) for each in unopened.uploads] == list(message.uploads)
