@@ -4,8 +4,8 @@ While one flush is on its way to the database, the sales that arrive gather and 
 timer. A flush is one statement in one transaction for key, receipt, customer, purchase, items and event of all its
 sales, and each caller gets its own answer after the commit.
 
-What takes long holds up nobody else: a flush that is slow goes on beside the next one, and a sale that needs a row
-which somebody holds waits for it apart.
+What takes long holds up nobody else: a flush that is slow goes on beside the next one, sales that came many at once go
+in flushes of their own, and a sale that needs a row which somebody holds waits for it apart.
 """
 
 import asyncio
@@ -31,9 +31,9 @@ from purchases_svc.writing import Writing
 
 ATTEMPTS_MAX = 4  # of a flush that meets a conflict or a lost connection
 SLOW_FLUSH_S = 0.1  # after which the next one goes beside
-FLUSHES_MAX = 3  # at once; as a rule there is one
+FLUSHES_MAX = {"live": 3, "bulk": 2}  # at once; as a rule there is one
 # For flushes; to make partitions, to look up keys, to look after those aside, to ring the relay's bell.
-CONNECTIONS = FLUSHES_MAX + 3
+CONNECTIONS = sum(FLUSHES_MAX.values()) + 3
 # Whoever holds a row that a sale needs costs a flush so much, once; then that sale waits apart.
 LOCK_TIMEOUT = {"lock_timeout": "100ms"}
 
@@ -64,35 +64,38 @@ class Flushes:
         pool, patience_s = writing.pool, writing.patience_s
         self._aside = Aside(pool, self.add, self._flush_alone, self.waiting.settle, self.waiting.drop, patience_s)
         self._relay_bell = RelayBell(pool)
-        self._flusher: asyncio.Task[None] | None = None
+        self._flushing: set[str] = set()  # of FLUSHES_MAX
 
     def add(self, entry: Entry) -> None:
         """Have a sale go with the next flush, unless it needs what somebody holds."""
         if self._aside.takes(entry):
             return
         self.waiting.put(entry)
-        if self._flusher is None:
-            self._flusher = self._tasks.start(self._flush_all())
+        kind = "live" if entry.came_alone else "bulk"
+        if kind not in self._flushing:
+            self._flushing.add(kind)
+            self._tasks.start(self._flush_all(kind))
 
     async def close(self) -> None:
         """Give up those that wait aside."""
         await self._aside.close()
 
-    async def _flush_all(self) -> None:
+    async def _flush_all(self, kind: str) -> None:
         """One flush after the other, as long as anybody waits; one that is slow goes on beside the next."""
+        live = kind == "live"
         under_way: set[asyncio.Task[None]] = set()
         try:
-            while self.waiting:
+            while self.waiting.any(live=live):
                 await asyncio.sleep(0)  # who stands at the door comes along: a flush costs the same for some more
-                if not (batch := self.waiting.next_batch()):
+                if not (batch := self.waiting.next_batch(live=live)):
                     continue
                 flush = self._tasks.start(self._flush(batch, self._until()))
                 await asyncio.wait({flush}, timeout=SLOW_FLUSH_S)
                 under_way = {each for each in (*under_way, flush) if not each.done()}
-                if len(under_way) == FLUSHES_MAX:
+                if len(under_way) == FLUSHES_MAX[kind]:
                     _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._flusher = None
+            self._flushing.discard(kind)
 
     def _until(self) -> float:
         return asyncio.get_running_loop().time() + self._writing.patience_s

@@ -12,7 +12,7 @@ BATCH_ITEMS_MAX = 4_000  # of a flush: everybody waits for it, so the biggest sa
 EXPECTED_S = 1.0  # for so long after a sale, another one of its kind is expected at any moment
 # While several callers send sales one by one, a flush has one of each, or so many: a few milliseconds for all others.
 LIVE_BESIDE_OTHERS = 100
-# Beside such sales, of those that came many at once, so many go in a flush.
+# Meanwhile, of those that came many at once, so many: their flushes have other connections, and the same processors.
 BULK_BESIDE_LIVE, BULK_ITEMS_BESIDE_LIVE = 20, 400
 
 
@@ -25,8 +25,8 @@ class Waiting:
         self._last_caller: str | None = None  # of a live sale
         self._on_their_way: dict[str, Entry] = {}  # by key
 
-    def __bool__(self) -> bool:
-        return bool(self._live or self._bulk)
+    def any(self, *, live: bool) -> bool:
+        return bool(self._live if live else self._bulk)
 
     def put(self, entry: Entry) -> None:
         if not entry.came_alone:
@@ -39,21 +39,23 @@ class Waiting:
                 self._several_until = self._live_until
             self._last_caller = entry.caller
 
-    def next_batch(self) -> list[Entry]:
-        """The sales whose turn it is, each key once: what repeats a key that is on its way waits for its outcome."""
-        batch: list[Entry] = []
-        now = asyncio.get_running_loop().time()
-        several = now < self._several_until or self._live.callers > 1
-        live_max = max(self._live.callers, LIVE_BESIDE_OTHERS) if several else self._batch_max
-        self._fill(batch, self._live, min(live_max, self._batch_max), BATCH_ITEMS_MAX)
-        if batch or now < self._live_until:
-            self._fill(batch, self._bulk, len(batch) + BULK_BESIDE_LIVE, BULK_ITEMS_BESIDE_LIVE)
-        else:
-            self._fill(batch, self._bulk, self._batch_max, BATCH_ITEMS_MAX)
-        return batch
+    def next_batch(self, *, live: bool) -> list[Entry]:
+        """The sales whose turn it is, each key once: what repeats a key that is on its way waits for its outcome.
 
-    def _fill(self, batch: list[Entry], waiting: Turns, sales_max: int, items_max: int) -> None:
-        items = 0
+        Those that came alone, or those that came many at once: the former do not wait for flushes of the latter.
+        """
+        now = asyncio.get_running_loop().time()
+        if not live:
+            if now < self._live_until:
+                return self._batch(self._bulk, BULK_BESIDE_LIVE, BULK_ITEMS_BESIDE_LIVE)
+            return self._batch(self._bulk, self._batch_max, BATCH_ITEMS_MAX)
+        several = now < self._several_until or self._live.callers > 1
+        most = max(self._live.callers, LIVE_BESIDE_OTHERS) if several else self._batch_max
+        return self._batch(self._live, most, BATCH_ITEMS_MAX)
+
+    def _batch(self, waiting: Turns, sales_max: int, items_max: int) -> list[Entry]:
+        batch: list[Entry] = []
+        items, sales_max = 0, min(sales_max, self._batch_max)
         while waiting and len(batch) < sales_max and items < items_max:
             entry = waiting.take()
             first = self._on_their_way.setdefault(entry.sale.idempotency_key, entry)
@@ -64,6 +66,7 @@ class Waiting:
             else:
                 batch.append(entry)
                 items += len(entry.sale.items)
+        return batch
 
     def settle(self, entry: Entry, outcome: Outcome) -> None:
         """Answer a sale, and those that repeat its key: they share its outcome, unless they ask for something else and
