@@ -39,7 +39,8 @@ class Purchase(_message.Message):
     digits in a row, or in groups as on a card, that begin with 3 to 6 or with
     2221 to 2720 and pass Luhn's check, are refused with CARD_NUMBER. Digits within
     a hexadecimal word are not looked at, nor UUIDs, nor product_id, which is a
-    number and may be a GTIN. Amounts are plain decimals: one to
+    number and may be a GTIN. Of receipt numbers that are such numbers by chance,
+    one in ten passes: with a point between the digits they are none. Amounts are plain decimals: one to
     twelve ASCII digits, optionally a point and one or two more ("8.9", "142.50");
     they are printed with two fraction digits.
     """
