@@ -1,9 +1,12 @@
 """The whole path with TLS everywhere: tills, services, PostgreSQL and RabbitMQ, each checked by whoever calls it."""
 
+import itertools
 import json
 import socket
 import ssl
+import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -15,14 +18,20 @@ import pytest
 from chassis.tls import Credentials
 from deploy import certificates
 from deploy.healthcheck import is_serving
+from deploy.local.machine import wait_until
 from deploy.local.rabbitmq import RabbitMQ
 from pos.__main__ import commands
+from pos.backlog import Backlog
+from pos.lines import Identities
+from pos.simulator import simulate
+from pos.tills import SaleFailed
 from tests.integration.conftest import free_address
 from tests.integration.processes import COMMANDS, Processes, all_processes
 from tests.integration.tls_proxy import TlsProxy, tls_proxy
 
 SALES = 300
 TIMEOUT_S = 20.0
+PATIENCE_S = 120.0
 SERVERS = {f"server/{name}": certificates.LOOPBACK for name in ("postgres", "rabbitmq")}
 
 
@@ -111,6 +120,21 @@ def test_the_demo_with_tls_everywhere(
     assert counted.refused == 0
     for name in COMMANDS:
         assert "plaintext" not in processes.log(name)
+
+
+def test_a_backlog_of_many_tills_goes_up_till_by_till(processes: Processes, pki: Path) -> None:
+    """Each sends its own, as no other may; a till without a certificate is named."""
+    sales = list(itertools.islice(simulate(7), SALES))
+    target = processes.address["purchases"].replace("127.0.0.1", "localhost")
+    with Backlog(sales, target, seed=7, identities=Identities(tills=pki)) as backlog:
+        assert wait_until(lambda: backlog.wait(0), PATIENCE_S)
+        assert backlog.recorded == SALES
+    stranger = replace(sales[0], pos_id="POS-99", receipt_id="99", idempotency_key=str(uuid.uuid4()))
+    with (
+        pytest.raises(SaleFailed, match="POS-99"),
+        Backlog([stranger], target, seed=7, identities=Identities(tills=pki)) as backlog,
+    ):
+        wait_until(lambda: backlog.wait(0), PATIENCE_S)
 
 
 def test_nobody_without_a_certificate_of_ours_gets_an_answer(processes: Processes, pki: Path, tmp_path: Path) -> None:
