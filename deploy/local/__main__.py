@@ -14,10 +14,11 @@ from types import FrameType
 from urllib.parse import urlsplit
 
 from deploy.local import terminal
+from deploy.local.launch import how_it_ended
 from deploy.local.machine import Process, StackError
 from deploy.local.prometheus import Prometheus
 from deploy.local.services import TLS_SETTING
-from deploy.local.stack import Stack, how_it_ended
+from deploy.local.stack import Stack
 
 ROOT = Path(__file__).resolve().parents[2]
 WATCH_S = 0.5
@@ -191,7 +192,7 @@ def show_endpoints(stack: Stack) -> None:
     endpoints = stack.endpoints()
     rows = [(name, address, metrics, _log(stack, name)) for name, (address, metrics) in endpoints.items()]
     terminal.table([("", "address", "metrics", "log"), *rows])
-    certificates = stack.certificates if stack.settings.get(TLS_SETTING) == "1" else None
+    certificates = stack.launcher.certificates if stack.settings.get(TLS_SETTING) == "1" else None
     terminal.say(_example_calls(endpoints["purchases"][0], endpoints["analytics"][0], certificates))
     terminal.say("\nAnd then:\n")
     terminal.table([(f"  .venv/bin/{command}", what) for command, what in NEXT])

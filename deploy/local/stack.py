@@ -5,18 +5,12 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-import grpc
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
-
-from chassis import grpc_client
-from chassis.tls import Credentials
-from deploy import certificates
 from deploy.local import machine, programs, terminal
+from deploy.local.launch import OPERATOR, Launcher
 from deploy.local.machine import MARK, Notebook, Process, StackError
 from deploy.local.postgres import Postgres
 from deploy.local.rabbitmq import RabbitMQ
@@ -24,21 +18,14 @@ from deploy.local.services import (
     BROKER_SETTING,
     SERVICES,
     TLS_SETTING,
-    Database,
     Service,
     common_environ,
-    export_lines,
-    service_environ,
     settings_of,
     targets,
 )
 
-READY_TIMEOUT_S = 60.0
-MIGRATE_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0  # how long a service may take to finish what is in flight
-HEALTH_TIMEOUT_S = 1.0
 NO_SIGNAL = 0
-OPERATOR = "operator/kim"  # who asks and commands by hand
 
 # Unusual ones, below the range of outgoing connections. Where one is taken, another is picked and remembered.
 POSTGRES_PORT, RABBITMQ_PORT = 29_432, 29_672
@@ -52,9 +39,7 @@ class Stack:
     ) -> None:
         self.root = root.resolve()
         self.home = self.root / ".local"
-        self.certificates = self.home / "certificates"
         self.services = services
-        self._databases = tuple(dict.fromkeys(service.database for service in services))
         self._caller = environ
         self._make_home()
         run = self.home / "run"
@@ -62,6 +47,7 @@ class Stack:
         log, home = self.log_of, self.home
         self.postgres = Postgres(home / "postgres", log=log("postgres"), preferred_port=POSTGRES_PORT)
         self.rabbitmq = RabbitMQ(home / "rabbitmq", log=log("rabbitmq"), preferred_port=RABBITMQ_PORT)
+        self.launcher = Launcher(self.root, home, services, environ, self.postgres, self.rabbitmq, log)
 
     def _make_home(self) -> None:
         self.home.mkdir(mode=0o700, exist_ok=True)
@@ -80,7 +66,7 @@ class Stack:
         """The caller's settings, on top of those that the running services were started with."""
         caller = settings_of(self._caller)
         if self._caller.get(MARK) == str(self.home):  # a shell that has read one of our .env files
-            for name in (BROKER_SETTING, *(database.setting for database in self._databases)):
+            for name in (BROKER_SETTING, *(database.setting for database in self.launcher.databases)):
                 caller.pop(name, None)
         return (self._remembered.read() if any(self._instances().values()) else {}) | caller
 
@@ -88,7 +74,7 @@ class Stack:
         """All that belongs to the stack with the present settings, in the order of starting."""
         settings = self.settings
         servers: dict[str, Process | None] = {}
-        if self._local_databases(settings):
+        if self.launcher.local_databases(settings):
             servers["postgres"] = self.postgres.process
         if BROKER_SETTING not in settings:
             servers["rabbitmq"] = self.rabbitmq.process
@@ -112,9 +98,6 @@ class Stack:
         ours = machine.find(lambda process: process.environ.get(MARK) == str(self.home))
         ours.sort(key=lambda process: process.started)
         return {service.name: [it for it in ours if _runs(it, service)] for service in self.services}
-
-    def _local_databases(self, settings: Mapping[str, str]) -> list[Database]:
-        return [database for database in self._databases if database.setting not in settings]
 
     # --- start ---
 
@@ -157,7 +140,7 @@ class Stack:
 
     def _start_servers(self, settings: Mapping[str, str]) -> None:
         """RabbitMQ takes longest, so PostgreSQL is seen to while it starts."""
-        local_broker, local_databases = BROKER_SETTING not in settings, self._local_databases(settings)
+        local_broker, local_databases = BROKER_SETTING not in settings, self.launcher.local_databases(settings)
         if local_broker:
             self._ensure_rabbitmq_is_there()
             self.rabbitmq.launch()
@@ -186,84 +169,17 @@ class Stack:
     def _start_services(self, missing: Sequence[Service], settings: Mapping[str, str]) -> None:
         if settings.get(TLS_SETTING) == "1":
             with terminal.step("certificates"):
-                certificates.make(
-                    self.certificates, trust_domain=settings.get("TRUST_DOMAIN", certificates.TRUST_DOMAIN)
-                )
+                self.launcher.make_certificates(settings)
         if missing:
             with terminal.step("migrations"):
-                self._migrate(settings)
-                self._make_logins(settings)
+                self.launcher.migrate(settings)
+                self.launcher.make_logins(settings)
         with terminal.step("services"):
-            started = {service.name: self._spawn(service, settings) for service in missing}
+            started = {service.name: self.launcher.spawn(service, settings) for service in missing}
             running = {name: found[0] for name, found in self._instances().items() if found}
             for service in self.services:  # all: PostgreSQL may just have come back for those that ran
                 if process := (running | started).get(service.name):
-                    self._wait_ready(service, process, settings)
-
-    def _migrate(self, settings: Mapping[str, str]) -> None:
-        runs = {}
-        for database in self._databases:
-            url = settings.get(database.setting) or self.postgres.url(database.name, database.owner)
-            name = f"migrate-{database.name}"
-            runs[name] = self._spawn_module(name, database.migrate, {**settings, database.setting: url})
-        try:
-            for name, process in runs.items():
-                if not process.ended(MIGRATE_TIMEOUT_S) or process.exit_code() != 0:
-                    raise StackError(f"{self._failure(name, process)}{self._how_to_start_anew(settings)}")
-        finally:  # none is left behind, whatever happens
-            for process in runs.values():
-                process.end()
-
-    def _how_to_start_anew(self, settings: Mapping[str, str]) -> str:
-        if not self._local_databases(settings):
-            return ""  # they are not ours to remove
-        servers = f"{self.postgres.directory} and {self.rabbitmq.directory}"
-        return f"\n\nIf another version made the databases: remove {servers}, with all that they hold."
-
-    def _make_logins(self, settings: Mapping[str, str]) -> None:
-        local = self._local_databases(settings)
-        for service in self.services:
-            if service.database in local:
-                self.postgres.ensure_login(service.login, member_of=service.role)
-
-    def _urls(self, service: Service, settings: Mapping[str, str]) -> dict[str, str]:
-        """Where the service finds its servers, with a login of its own in each."""
-        database = service.database
-        urls = {database.setting: settings.get(database.setting) or self.postgres.url(database.name, service.login)}
-        if service.uses_broker:
-            urls[BROKER_SETTING] = settings.get(BROKER_SETTING) or self.rabbitmq.url_of(service.name)
-        return urls
-
-    def _spawn(self, service: Service, settings: Mapping[str, str]) -> Process:
-        environ = service_environ(service, self.services, settings, self._urls(service, settings))
-        environ |= self._identity(f"service/{service.name}", settings)
-        by_hand = export_lines(common_environ(self.home) | targets(self.services, settings) | environ)
-        machine.write_private(self.home / "run" / f"{service.name}.env", by_hand)
-        machine.write_private(self.home / "run" / "operator.env", export_lines(self._identity(OPERATOR, settings)))
-        return self._spawn_module(service.name, service.command, environ)
-
-    def _identity(self, path: str, settings: Mapping[str, str]) -> dict[str, str]:
-        """The certificates of whom the path names, where the stack has any."""
-        return certificates.environ(self.certificates, path) if settings.get(TLS_SETTING) == "1" else {}
-
-    def _spawn_module(self, name: str, command: Sequence[str], environ: dict[str, str]) -> Process:
-        passed_on = {key: self._caller[key] for key in self._caller.keys() - settings_of(self._caller).keys()}
-        whole = passed_on | common_environ(self.home) | environ
-        return machine.spawn([sys.executable, "-m", *command], whole, self.root, self.log_of(name))
-
-    def _wait_ready(self, service: Service, process: Process, settings: Mapping[str, str]) -> None:
-        target = service.target(settings)
-        files = self._identity(OPERATOR, settings).values()
-        credentials = Credentials(*files) if files else None
-        settled = machine.wait_until(lambda: not process.alive or _serves(target, credentials), READY_TIMEOUT_S)
-        if not settled or not process.alive:
-            raise self._failure(service.name, process)
-
-    def _failure(self, name: str, process: Process) -> StackError:
-        """Why a process did not do what it was started for."""
-        log = self.log_of(name)
-        how = "is not ready in time" if process.alive else how_it_ended(process)
-        return StackError(f"{name} {how}; the end of {log}:\n{machine.tail(log)}")
+                    self.launcher.wait_ready(service, process, settings)
 
     @contextmanager
     def _ports_reserved(self, services: Sequence[Service], settings: Mapping[str, str]) -> Iterator[None]:
@@ -354,16 +270,9 @@ class Stack:
         environ = {**self._caller, **common_environ(self.home)}
         del environ[MARK]
         settings = self.settings
-        identity = self._identity(OPERATOR, settings)
-        tills = {"TILL_CERTIFICATES": str(self.certificates)} if identity else {}
+        identity = self.launcher.identity(OPERATOR, settings)
+        tills = {"TILL_CERTIFICATES": str(self.launcher.certificates)} if identity else {}
         return environ | targets(self.services, settings) | identity | tills
-
-
-def how_it_ended(process: Process) -> str:
-    code = process.exit_code()
-    if code is None:
-        return "has ended"
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _runs(process: Process, service: Service) -> bool:
@@ -381,16 +290,3 @@ def is_call_of(command: Sequence[str], argv: Sequence[str]) -> bool:
 
 def _in(name: str, names: Collection[str] | None) -> bool:
     return names is None or name in names
-
-
-def _serves(target: str, credentials: Credentials | None) -> bool:
-    with grpc_client.connect_blocking(target, credentials) as channel:
-        check = channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=HealthCheckRequest.SerializeToString,
-            response_deserializer=HealthCheckResponse.FromString,
-        )
-        try:
-            return bool(check(HealthCheckRequest(), timeout=HEALTH_TIMEOUT_S).status == HealthCheckResponse.SERVING)
-        except grpc.RpcError:
-            return False

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from deploy.local import machine, services
+from deploy.local.launch import how_it_ended
 from deploy.local.machine import Notebook, Process, StackError
 from deploy.local.services import PURCHASES, SERVICES, Service
-from deploy.local.stack import Stack, how_it_ended, is_call_of
+from deploy.local.stack import Stack, is_call_of
 
 STAND_IN = """
 import os, signal, sys
@@ -194,7 +195,7 @@ def test_databases_of_another_version(
         refusing.start()
     assert "made by another version" in str(refused.value)
     assert "remove" not in str(refused.value)
-    advice = refusing._how_to_start_anew({})
+    advice = refusing.launcher._how_to_start_anew({})
     assert all(f"{tmp_path}/.local/{server}" in advice for server in ("postgres", "rabbitmq"))
 
 
