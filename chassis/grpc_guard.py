@@ -208,8 +208,12 @@ class _Guard:
         if inspect.isawaitable(replies):  # the health service writes to the context itself
             await replies
             return
+        begun = False
         async with aclosing(replies):  # what the handler holds is freed now, not at some collection
             async for reply in replies:
+                if not begun:  # apart: with a first message that nobody reads, gRPC could not end the call any more
+                    await context.send_initial_metadata(())
+                    begun = True
                 await _write(context, reply)
 
     async def _read(self, context: Any) -> bytes:

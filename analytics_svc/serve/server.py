@@ -204,6 +204,7 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
         _check_ids("branch_ids", request.branch_ids, violations)
         self._admit(request, violations)
         await self._included(request, context)
+        await context.send_initial_metadata(())  # apart: with a first message that nobody reads, the call could not end
         async with aclosing(self._watchers.watch(days, request.branch_ids)) as updates:
             async for rows, freshness in updates:
                 try:

@@ -81,12 +81,6 @@ async def test_no_call_notices_that_a_connection_ends(monkeypatch: pytest.Monkey
         await asyncio.wait_for(links[0], WAIT_S)
 
 
-async def ask_for_ever() -> AsyncIterator[ServerReflectionRequest]:
-    while True:
-        yield ServerReflectionRequest(list_services="")
-        await asyncio.sleep(0.05)
-
-
 async def watch(channel: grpc.aio.Channel) -> None:
     async for _ in health(channel).Watch(ASK):
         pass
@@ -94,7 +88,9 @@ async def watch(channel: grpc.aio.Channel) -> None:
 
 async def reflect(channel: grpc.aio.Channel) -> None:
     stub: Any = ServerReflectionStub(channel)  # type: ignore[arg-type]
-    async for _ in stub.ServerReflectionInfo(ask_for_ever()):
+    call = stub.ServerReflectionInfo()
+    await call.write(ServerReflectionRequest(list_services=""))
+    while await call.read() is not grpc.aio.EOF:
         pass
 
 
@@ -102,7 +98,7 @@ async def reflect(channel: grpc.aio.Channel) -> None:
 async def test_streams_beside_the_services_end(
     monkeypatch: pytest.MonkeyPatch, stream: Callable[[grpc.aio.Channel], Awaitable[None]]
 ) -> None:
-    """Also one that is fed all the time; its caller is told to come again."""
+    """However their callers keep them; these are told to come again."""
     monkeypatch.setattr(grpc_server, "SIDE_STREAM_TIMEOUT_S", 0.5)
     address = free_address()
     async with serving(address), connect(address) as channel:
