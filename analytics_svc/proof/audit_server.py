@@ -5,7 +5,7 @@ from typing import Any
 
 from google.protobuf import duration_pb2, message
 
-from analytics_svc.proof import audit, parts, rebuild
+from analytics_svc.proof import audit, audit_status, rebuild
 from analytics_svc.proof.verdicts import Finding, Row, Verdict
 from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX, Source, Totals
 from chassis import wire
@@ -68,7 +68,7 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
 
     async def GetAuditStatus(self, request: pb.GetAuditStatusRequest, context: Any) -> pb.GetAuditStatusResponse:
         async with self._pool.connection() as connection:
-            status = await parts.read_status(connection)
+            status = await audit_status.read(connection)
         response = pb.GetAuditStatusResponse(
             verdict=_verdict(status.verdict) if status.verdict else pb.AUDIT_VERDICT_UNSPECIFIED,
             different_rows=map(_row, status.rows),

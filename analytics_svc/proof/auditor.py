@@ -15,7 +15,7 @@ import psycopg
 import structlog
 
 from analytics_svc.errors import HistoryDropped, PurchasesUnavailable, TimeZonesDiffer
-from analytics_svc.proof import parts
+from analytics_svc.proof import audit_status, parts
 from analytics_svc.proof.audit import compare_since, windows
 from analytics_svc.proof.day import prove_day
 from analytics_svc.proof.parts import Part, Turn
@@ -181,5 +181,5 @@ async def _stay(connection: Connection) -> None:
 
 
 async def _try_lock(connection: Connection) -> bool:
-    cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", [parts.AUDIT_LOCK])
+    cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", [audit_status.AUDIT_LOCK])
     return await cursor.fetchone() == (True,)

@@ -5,7 +5,7 @@ import asyncio
 import structlog
 from prometheus_client import Gauge
 
-from analytics_svc.proof import parts
+from analytics_svc.proof import audit_status
 from chassis.postgres import Pool
 
 EVERY_S = 5.0
@@ -34,7 +34,7 @@ async def show(pool: Pool) -> None:
     while True:
         try:
             async with pool.connection() as connection:
-                _set(await parts.read_status(connection))
+                _set(await audit_status.read(connection))
         except Exception as error:
             log.warning("what the audit knows cannot be read", error=error)
             for gauge in ALL:
@@ -42,7 +42,7 @@ async def show(pool: Pool) -> None:
         await asyncio.sleep(EVERY_S)
 
 
-def _set(status: parts.Status) -> None:
+def _set(status: audit_status.Status) -> None:
     WRONG_ROWS.set(status.wrong)
     FOREIGN.set(status.foreign)
     PENDING.set(status.pending)

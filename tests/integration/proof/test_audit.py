@@ -17,7 +17,7 @@ import pytest
 
 from analytics_svc.commands import audit as audit_command
 from analytics_svc.ingest.apply import fold
-from analytics_svc.proof import audit, parts, rebuild
+from analytics_svc.proof import audit, audit_status, parts, rebuild
 from analytics_svc.proof import auditor as auditor_module
 from analytics_svc.proof.audit_server import AuditServicer
 from analytics_svc.proof.auditor import Auditor
@@ -192,7 +192,7 @@ def auditor(chain: Chain, source: Any = None) -> Auditor:
     return Auditor(chain.pool, source or chain.source, complete_wait_s=0.1)
 
 
-async def sweep(chain: Chain, worker: Auditor | None = None) -> parts.Status:
+async def sweep(chain: Chain, worker: Auditor | None = None) -> audit_status.Status:
     """Compare, then prove every part once at least; returns what the audit says."""
     worker = worker or auditor(chain)
     async with pool(chain.url, "analytics_consumer", size=1) as opened, opened.connection() as connection:
@@ -200,7 +200,7 @@ async def sweep(chain: Chain, worker: Auditor | None = None) -> parts.Status:
         began = await parts.begin(connection)
         while query(chain.url, f"SELECT 1 FROM audit_parts WHERE tried_at IS NULL OR tried_at < '{began}'"):
             await worker.prove(connection)
-        return await parts.read_status(connection)
+        return await audit_status.read(connection)
 
 
 REPAIRS_MAX = 3
@@ -236,9 +236,9 @@ async def test_any_cell_changed_by_hand_is_found_and_repaired_under_load(chain: 
     assert not (await rebuild.rebuild_all(chain.url, chain.source, FIRST)).repaired.total()
 
 
-async def status(chain: Chain) -> parts.Status:
+async def status(chain: Chain) -> audit_status.Status:
     async with chain.pool.connection() as connection:
-        return await parts.read_status(connection)
+        return await audit_status.read(connection)
 
 
 # Four cells that make up for each other in every sum that there is.
@@ -474,7 +474,7 @@ async def test_an_older_look_makes_nothing_good(chain: Chain) -> None:
     async with chain.pool.connection() as connection:
 
         async def says() -> Verdict | None:
-            return (await parts.read_status(connection)).verdict
+            return (await audit_status.read(connection)).verdict
 
         moments = [await parts.begin(connection) for _ in range(6)]
         await parts.store_sums(connection, FIRST, moments[1], waits)
@@ -505,7 +505,7 @@ async def test_what_is_not_named_is_counted(chain: Chain) -> None:
         await auditor(chain).compare(connection)
     known = await status(chain)
     days = len({row.day for row in known.rows})
-    assert (known.verdict, known.pending, days) == (Verdict.PENDING, 150, parts.NAMED_MAX)
+    assert (known.verdict, known.pending, days) == (Verdict.PENDING, 150, audit_status.PARTS_NAMED_MAX)
     recorded = await chain.recorded()
     foreign = [recorded[0]._replace(event_id=str(uuid.UUID(int=n))) for n in range(1, FOREIGN_IDS_MAX + 101)]
     for start in range(0, len(foreign), 500):
@@ -525,7 +525,7 @@ async def test_that_nobody_audits_is_told_soon(chain: Chain) -> None:
     query(chain.url, "UPDATE audit_status SET compared_at = now() - interval '2 minutes', compare_duration = '1 day'")
     assert (await status(chain)).stale
     async with pool(chain.url, "analytics_consumer", size=1) as opened, opened.connection() as connection:
-        await connection.execute("SELECT pg_advisory_lock(%s)", [parts.AUDIT_LOCK])
+        await connection.execute("SELECT pg_advisory_lock(%s)", [audit_status.AUDIT_LOCK])
         assert not (await status(chain)).stale
         await connection.close()
     assert (await status(chain)).stale
@@ -731,7 +731,8 @@ async def test_one_process_audits(chain: Chain) -> None:
     async def holders() -> int:
         ((count,),) = query(
             chain.url,
-            f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = {parts.AUDIT_LOCK & 0xFFFFFFFF}",
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+            f" AND objid = {audit_status.AUDIT_LOCK & 0xFFFFFFFF}",
         )
         return int(count)
 

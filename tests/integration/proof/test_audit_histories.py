@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from analytics_svc.ingest.events import decode
-from analytics_svc.proof import parts, rebuild
+from analytics_svc.proof import audit_status, rebuild
 from analytics_svc.proof.auditor import Auditor
 from analytics_svc.proof.verdicts import Verdict
 from analytics_svc.purchase import PurchaseCreated
@@ -179,9 +179,9 @@ class History:
             else:
                 await self._auditor.prove(self._lock)
 
-    async def _status(self) -> parts.Status:
+    async def _status(self) -> audit_status.Status:
         async with self._chain.pool.connection() as connection:
-            return await parts.read_status(connection)
+            return await audit_status.read(connection)
 
     async def _check_age(self) -> None:
         """Whatever was recorded before the time that AGREED gives itself is counted."""
