@@ -12,7 +12,7 @@ CAUGHT_AS = {"lost", "falsely_sent"}
 def plant() -> None:
     from relay_svc import outbox
 
-    async def mark_sent(connection: Any, event_ids: Sequence[str]) -> None:
+    async def mark_sent(connection: Any, event_ids: Sequence[str], among: Any) -> None:
         if event_ids:
             await connection.execute(
                 "UPDATE outbox_events SET status = 'SENT', sent_at = now() WHERE status = 'NEW' AND event_id <= %s",

@@ -20,7 +20,8 @@ def prepare(purchases: Any, analytics: Any) -> None:
         """
     )
     (body,) = purchases.execute("SELECT pg_get_functiondef('drop_purchases_month(date)'::regprocedure)").fetchone()
-    begin, end = body.index("    IF NOT EXISTS (SELECT FROM pg_constraint"), body.index("    FOREACH unsent_status")
+    begin = body.index("    IF NOT EXISTS (SELECT FROM pg_constraint")
+    end = body.index("    EXECUTE format('SELECT e.status FROM public.unsent_purchases()")
     late = (
         "    PERFORM pg_sleep(1);\n    UPDATE public.chain_settings"
         " SET dropped_before = (month + interval '1 month')::date"
@@ -36,13 +37,13 @@ def plant() -> None:
 
     slow_until = 0.0
 
-    async def claim(connection: Any, limit: int, position: Any) -> Any:
+    async def claim(connection: Any, limit: int, position: Any, found: Any) -> Any:
         nonlocal slow_until
         cursor = await connection.execute("SELECT FROM pg_locks WHERE relation = to_regclass('months_lock')")
         if await cursor.fetchall():
             slow_until = time.monotonic() + SLOW_S
         if time.monotonic() < slow_until:
             return outbox.Claim([], position)
-        return await original(connection, limit, position)
+        return await original(connection, limit, position, found)
 
     original = replace(outbox, "claim", claim)
