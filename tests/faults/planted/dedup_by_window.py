@@ -30,6 +30,6 @@ def plant() -> None:
                 "INSERT INTO analytics_event_log (event_id, day, event_type) VALUES (%s, %s, 'PurchaseCreated')",
                 [event.event_id, event.day],
             )
-        return new
+        return new, []
 
     replace(applying, "_remember", remember)
