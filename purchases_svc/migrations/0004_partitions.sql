@@ -31,6 +31,9 @@ BEGIN
         RAISE EXCEPTION 'no purchase can lie in the month %', month USING ERRCODE = 'datetime_field_overflow';
     END IF;
     IF to_regclass('public.' || purchases) IS NULL THEN
+        -- Whoever analyzes one of them is waited for here: later, this would hold what every sale needs (attaching locks the
+        -- customers against inserts, for the foreign key's triggers).
+        LOCK TABLE ONLY public.purchases, ONLY public.purchase_items, ONLY public.receipts IN SHARE UPDATE EXCLUSIVE MODE;
         EXECUTE format('CREATE TABLE public.%I (LIKE public.purchases INCLUDING DEFAULTS INCLUDING CONSTRAINTS)',
             purchases);
         EXECUTE format('ALTER TABLE public.purchases ATTACH PARTITION public.%I FOR VALUES FROM (%L) TO (%L)',

@@ -166,13 +166,14 @@ async def test_recorder_ends_though_its_connections_are_frozen(purchases_db: str
                 call.cancel()
 
 
-async def test_month_that_cannot_be_made_holds_up_only_its_sales(purchases_db: str) -> None:
+@pytest.mark.parametrize("table", ["purchases", "purchase_items", "receipts"])
+async def test_month_that_cannot_be_made_holds_up_only_its_sales(purchases_db: str, table: str) -> None:
     """ANALYZE, VACUUM or an index that is built hold such a lock on the table, for minutes if it is large."""
     old = datetime(2008, 2, 3, tzinfo=UTC)
     async with recording(purchases_db) as recorder:
-        with held(purchases_db, "LOCK TABLE purchases IN SHARE UPDATE EXCLUSIVE MODE"):
+        with held(purchases_db, f"LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE"):
             waiting = asyncio.create_task(recorder.record(stored_sale(purchase_time=old)))
-            await others_sell(recorder)
+            await others_sell(recorder, 100)
             assert not waiting.done()
         async with asyncio.timeout(WAIT_S):
             await waiting
