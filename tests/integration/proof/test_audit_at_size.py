@@ -33,7 +33,7 @@ BASE = [
 ]
 WRONG = {
     BRANCHES: f"UPDATE monthly_sales_by_branch SET items_sum = items_sum + 1 WHERE branch_id = {KEYS[BRANCHES]}",
-    PRODUCTS: f"DELETE FROM product_sales_totals WHERE branch_id = 0 AND product_id = {KEYS[PRODUCTS]}",
+    PRODUCTS: f"DELETE FROM product_sales_of_chain_sums WHERE period = 'all' AND product_id = {KEYS[PRODUCTS]}",
     CUSTOMERS: "UPDATE customer_loyalty_chain SET purchases_count = 9"
     " WHERE customer_id = (SELECT max(customer_id::text)::uuid FROM customer_loyalty_chain)",
 }
