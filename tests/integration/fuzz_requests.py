@@ -68,6 +68,7 @@ VALID: Mapping[str, st.SearchStrategy[Any]] = {  # by field name
     "day": st.integers(1, SALE_DAYS),
     "page_size": st.sampled_from([0, 1, 7, 50]),
     "page_token": st.just(""),
+    "after_position": st.just(""),
     "sequence_number": st.integers(0, 1_000),
     "register_customer": st.booleans(),
 }

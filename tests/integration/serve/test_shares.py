@@ -28,7 +28,7 @@ from tests.integration.purchase_events import query
 from tests.integration.purchases.test_limits import is_stuck, locked, outcome
 from tests.integration.sales import Refusal, refusal, sale
 
-CROWD = 100
+CROWD = 90  # fewer than one connection to the purchases service may have on their way: more wait at the client
 DAY = date_pb2.Date(year=2026, month=3, day=1)
 
 
@@ -65,7 +65,7 @@ def _all_but(calls: Sequence[asyncio.Future[Any]], most: int) -> Callable[[], Aw
 
 
 async def test_a_crowd_that_lists_leaves_room_for_others(purchases_db: str) -> None:
-    """A hundred ask for control totals; a purchase is read all the while, and purchases are listed."""
+    """A crowd asks for control totals; a purchase is read all the while, and purchases are listed."""
     config = ServeSettings(purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         tills: Any = PurchasesServiceStub(channel)
@@ -83,7 +83,7 @@ async def test_a_crowd_that_lists_leaves_room_for_others(purchases_db: str) -> N
 
 
 async def test_short_reads_go_side_by_side_and_leave_room(purchases_db: str) -> None:
-    """A hundred ask for a customer: as many are answered at once as there are connections, but for one."""
+    """A crowd asks for a customer: as many are answered at once as there are connections, but for one."""
     config = ServeSettings(purchases_db, listen=free_address(), metrics_listen="127.0.0.1:0")
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         customers: Any = CustomersServiceStub(channel)
