@@ -11,7 +11,6 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from itertools import count
 from random import Random
@@ -82,10 +81,8 @@ class Run:
                 client = self._paced_calls
                 self._turns, self._began = count(), time.perf_counter()
         async with asyncio.TaskGroup() as clients:
-            if stream:
-                clients.create_task(stream.run(lambda: self._stopped))
-            for _ in range(self._job.at_once):
-                clients.create_task(client())
+            reading = clients.create_task(stream.run()) if stream else None
+            selling = [clients.create_task(client()) for _ in range(self._job.at_once)]
             await asyncio.sleep(WARM_UP_S)
             probing = clients.create_task(self._probe.run()) if self._probe else None
             first, began = len(self._answers), time.perf_counter()
@@ -97,6 +94,9 @@ class Run:
             if self._probe and probing:
                 self._probe.stop()
                 await probing
+            if reading:
+                await asyncio.wait(selling)
+                reading.cancel()  # which waits for an answer, though nothing more is asked
         if next(self._requests, None) is None:
             raise RuntimeError("all requests were sent before the time was over: prepare more of them")
         measured = self._answers[first:last]
@@ -182,11 +182,11 @@ class OpenStream:
         self._sale_came = asyncio.Event()
         self._unanswered: dict[int, asyncio.Future[PurchaseUploadResult]] = {}
 
-    async def run(self, stopped: Callable[[], bool]) -> None:
-        """Until that says so, and everything is answered."""
+    async def run(self) -> None:
+        """Take in answers until cancelled."""
         sending = asyncio.ensure_future(self._send())
         try:
-            while self._unanswered or not stopped():
+            while True:
                 answer = await self._call.read()
                 if not isinstance(answer, bytes):
                     raise RuntimeError(f"the stream ended with {await self._call.code()}: {await self._call.details()}")
