@@ -31,16 +31,25 @@ METHOD_LENGTH_MAX = 200  # of a method that is not there, as it is repeated to t
 # A stream whose reader takes nothing for so long is cut. Shorter than PostgreSQL's patience with an idle transaction.
 READER_TIMEOUT_S = 20.0
 
-HANDLED = Counter("grpc_server_handled_total", "Calls answered.", ["grpc_service", "grpc_method", "grpc_code"])
+STARTED = Counter("grpc_server_started_total", "Calls that came.", ["grpc_type", "grpc_service", "grpc_method"])
+HANDLED = Counter(
+    "grpc_server_handled_total", "Calls answered.", ["grpc_type", "grpc_service", "grpc_method", "grpc_code"]
+)
 SECONDS = Histogram(
     "grpc_server_handling_seconds",
     "Time to answer a call.",
-    ["grpc_service", "grpc_method"],
+    ["grpc_type", "grpc_service", "grpc_method"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
 REFUSED = Counter("grpc_server_refused_total", "Refusals.", ["grpc_service", "grpc_method", "reason"])
 
 UNKNOWN = "/unknown/unknown"  # callers must not make up values of a metric's label
+_KINDS = {  # by whether requests, and whether answers, are streams
+    (False, False): "unary",
+    (True, False): "client_stream",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
+}
 
 T = TypeVar("T", bound=Callable[..., Any])
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -109,7 +118,7 @@ class UnknownMethods(grpc.GenericRpcHandler):
 
         async def refuse(_: object, context: Any) -> None:
             error = errors.UnknownMethod(f"this server has no method {method}", metadata={"method": method})
-            await _abort(context, UNKNOWN, error, self._domain)
+            await _abort(context, UNKNOWN, "bidi_stream", error, self._domain)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -128,13 +137,16 @@ class _Guard:
         self._takes_stream = handler.request_streaming
         self._whole = handler.request_deserializer
         self._deserialize = getattr(self._behavior, "deserialize", self._whole)
+        self._kind = _KINDS[handler.request_streaming, handler.response_streaming]
         _, service, name = method.split("/")
-        self._seconds = SECONDS.labels(service, name)
-        self._succeeded = HANDLED.labels(service, name, "OK")
-        HANDLED.labels(service, name, "INTERNAL")  # there before the first one, which alarms would not notice
+        self._started = STARTED.labels(self._kind, service, name)
+        self._seconds = SECONDS.labels(self._kind, service, name)
+        self._succeeded = HANDLED.labels(self._kind, service, name, "OK")
+        HANDLED.labels(self._kind, service, name, "INTERNAL")  # before the first one, which alarms would not notice
 
     async def unary(self, requests: AsyncIterator[bytes], context: Any) -> Any:
         started = time.perf_counter()
+        self._started.inc()
         try:
             remaining = context.time_remaining()
             cap = self._timeout_s
@@ -153,7 +165,7 @@ class _Guard:
             self._seconds.observe(elapsed)
             if elapsed > SLOW_CALL_S:
                 _slow(self._method, method=self._method, seconds=round(elapsed, 3))
-        await _abort(context, self._method, failure, self._domain)
+        await _abort(context, self._method, self._kind, failure, self._domain)
 
     async def _reply(self, requests: AsyncIterator[bytes], context: Any) -> Any:
         caller = self._gate.admit(self._rule, context)
@@ -168,6 +180,7 @@ class _Guard:
             self._in_flight.leave(caller.name, size)
 
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        self._started.inc()
         try:
             caller = self._gate.admit(self._rule, context)
             async with self._gate.while_accepted(self._rule, caller), self._in_time():
@@ -177,7 +190,7 @@ class _Guard:
         else:
             self._succeeded.inc()
             return
-        await _abort(context, self._method, failure, self._domain)
+        await _abort(context, self._method, self._kind, failure, self._domain)
 
     async def _stream(self, caller: Caller, requests: AsyncIterator[bytes], context: Any) -> None:
         raw = b""
@@ -267,10 +280,10 @@ class _Guard:
         raise error
 
 
-async def _abort(context: Any, method: str, error: ServiceError, domain: str) -> None:
+async def _abort(context: Any, method: str, kind: str, error: ServiceError, domain: str) -> None:
     """End the call; the handler has to return then."""
     _, service, name = method.split("/")
-    HANDLED.labels(service, name, error.code.name).inc()
+    HANDLED.labels(kind, service, name, error.code.name).inc()
     REFUSED.labels(service, name, error.reason).inc()
     if not isinstance(error, AccessRefused):  # that is on record already
         _refusals((method, error.reason), method=method, code=error.code.name, reason=error.reason)

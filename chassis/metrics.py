@@ -1,6 +1,7 @@
 """The page that Prometheus reads, from a thread of its own: over few connections, none of which can be held."""
 
 import asyncio
+import importlib.metadata
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,12 +9,14 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import make_wsgi_app
+from prometheus_client import Gauge, make_wsgi_app
 
 from chassis.errors import PortTaken
 
 CONNECTIONS_MAX = 8  # at once; more are closed unanswered, and Prometheus comes again
 TIMEOUT_S = 5.0  # for a request to come, and for its answer to be taken
+
+BUILD = Gauge("retail_build_info", "Always 1; the labels say what runs.", ["version"])
 
 
 class _Handler(WSGIRequestHandler):
@@ -61,6 +64,7 @@ async def serving_metrics(address: str) -> AsyncIterator[None]:
         server = make_server(host, int(port), make_wsgi_app(), _Server, _Handler)
     except OSError as error:
         raise PortTaken(f"cannot listen on {address} (metrics): {error.strerror}") from error
+    BUILD.labels(importlib.metadata.version("retail-backbone")).set(1)
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="metrics", daemon=True)
     thread.start()
     try:

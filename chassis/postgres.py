@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import psycopg
 import structlog
+from prometheus_client import Counter, Gauge, Histogram
 from psycopg import AsyncConnection, sql
 from psycopg.abc import PQGen
 from psycopg.errors import Diagnostic
@@ -53,6 +54,20 @@ SERVER_TCP = {  # the same for the server: a host of ours that vanished holds it
     "tcp_keepalives_count": "3",
     "tcp_user_timeout": "10000",
 }
+
+# The names are OpenTelemetry's for pools of any database.
+CONNECTIONS_MAX = Gauge("db_client_connection_max", "Connections of a pool, when all are there.", ["pool"])
+CONNECTIONS = Gauge(
+    "db_client_connection_count", "Connections of a pool that are there: idle or used.", ["pool", "state"]
+)
+PENDING = Gauge("db_client_connection_pending_requests", "Who waits for a connection of a pool.", ["pool"])
+WAIT_SECONDS = Histogram(
+    "db_client_connection_wait_time_seconds",
+    "Time to get a connection of a pool.",
+    ["pool"],
+    buckets=(0.001, 0.01, 0.1, 1, 5),
+)
+TIMEOUTS = Counter("db_client_connection_timeouts_total", "Who waited for a connection in vain.", ["pool"])
 
 Connection = AsyncConnection[TupleRow]
 T = TypeVar("T")
@@ -125,8 +140,28 @@ class Pool(AsyncConnectionPool[Connection]):
     """A pool that hands out no connection which the server has ended, say by a restart: only calls in flight fail."""
 
     _lent = 0
+    pending = 0  # who waits for a connection, or for a turn to ask for one
+
+    def measure(self) -> None:
+        """Have metrics of it, under its name."""
+        CONNECTIONS_MAX.labels(self.name).set(self.max_size)
+        CONNECTIONS.labels(self.name, "used").set_function(lambda: self._lent)
+        CONNECTIONS.labels(self.name, "idle").set_function(lambda: self.get_stats()["pool_available"])
+        PENDING.labels(self.name).set_function(lambda: self.pending)
+        self._wait_seconds, self._timeouts = WAIT_SECONDS.labels(self.name), TIMEOUTS.labels(self.name)
 
     async def getconn(self, timeout: float | None = None) -> Connection:
+        self.pending += 1
+        try:
+            with self._wait_seconds.time():
+                return await self._living(timeout)
+        except PoolTimeout:
+            self._timeouts.inc()
+            raise
+        finally:
+            self.pending -= 1
+
+    async def _living(self, timeout: float | None) -> Connection:
         connection = await self._getconn(timeout)
         while _has_ended(connection):
             try:
@@ -256,6 +291,7 @@ async def open_pool(
         name=application_name,
         open=False,
     )
+    pool.measure()
     await pool.open(wait=False)
     try:
         yield pool

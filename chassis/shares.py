@@ -33,6 +33,7 @@ class Shares:
         """
         turn, now = self._turns[kind], asyncio.get_running_loop().time
         until = now() + timeout_s
+        self._pool.pending += 1
         try:
             async with asyncio.timeout_at(until):
                 await turn.acquire()
@@ -40,6 +41,8 @@ class Shares:
             if self._pool.is_complete():
                 raise PoolBusy(f"many questions of this kind are being answered: {kind}") from error
             raise PoolTimeout("no connection came before it was this one's turn") from error
+        finally:
+            self._pool.pending -= 1
         try:
             async with self._pool.connection(max(until - now(), 0.001)) as connection:
                 yield connection

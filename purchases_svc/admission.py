@@ -3,6 +3,8 @@
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
+from prometheus_client import Gauge
+
 from chassis.errors import Overloaded
 from purchases_svc.entry import Entry
 from purchases_svc.sale import Sale
@@ -11,6 +13,9 @@ SHARE = 10  # one caller may have a tenth of all that may be on its way
 # …but always as much as two messages of an upload, which are in flight together: 500 sales each, or as many items as
 # fit into a message.
 SHARE_SALES_MIN, SHARE_ITEMS_MIN = 1_000, 200_000
+
+IN_HAND = Gauge("purchases_sales_in_hand", "Sales that were taken in and are not answered yet.")
+IN_HAND_MAX = Gauge("purchases_sales_in_hand_max", "So many at most; more are refused.")
 
 
 class _Load:
@@ -31,6 +36,8 @@ class Admission:
         self._share_items = max(items_max // SHARE, SHARE_ITEMS_MIN)
         self._all = _Load()
         self._callers: dict[str, _Load] = {}
+        IN_HAND.set_function(lambda: self._all.sales)
+        IN_HAND_MAX.set(sales_max)
 
     def enter(self, caller: str, sales: Sequence[Sale]) -> None:
         """Take in sales; each of them has to `leave` once.

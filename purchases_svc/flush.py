@@ -40,6 +40,7 @@ LOCK_TIMEOUT = {"lock_timeout": "100ms"}
 FLUSHES = Counter("purchases_flushes_total", "Group commits.")
 FLUSHED = Counter("purchases_flushed_sales_total", "Sales that went through a group commit.")
 FLUSH_SECONDS = Histogram("purchases_flush_seconds", "Time of a group commit.")
+FLUSH_SALES = Histogram("purchases_flush_sales", "Sales in a group commit.", buckets=(1, 3, 10, 30, 100, 300, 1_000))
 
 log = structlog.get_logger()
 _failed = Sampled("warning", "flush failed")
@@ -159,6 +160,7 @@ class Flushes:
             with FLUSH_SECONDS.time():
                 await self._store(batch)
             FLUSHES.inc()
+            FLUSH_SALES.observe(len(batch))
         except Exception as error:
             if isinstance(error, psycopg.errors.LockNotAvailable):  # somebody is a little slow: no trouble yet
                 log.info("flush failed", sales=len(batch), error=error)

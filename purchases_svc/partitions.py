@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import psycopg
 import structlog
+from prometheus_client import Gauge
 from psycopg_pool import PoolTimeout
 
 from chassis.lifecycle import Backoff
@@ -16,6 +17,10 @@ DAYS_AHEAD = 3
 CHECK_EVERY_S, TRY_AGAIN_S = 3600.0, 5.0
 # Creating one waits a second at most for its lock, so that nobody queues up behind it; then it tries again.
 ATTEMPTS_MAX = 10
+
+AHEAD_DAYS = Gauge(
+    "purchases_partitions_ahead_days", "For so long from now there are partitions; NaN while nobody knows.", ["table"]
+)
 
 log = structlog.get_logger()
 
@@ -28,6 +33,8 @@ class Partitions:
         self._months: set[datetime.date] = set()
         self._days: set[datetime.date] = set()
         self._making = asyncio.Lock()
+        for table in ("purchases", "outbox_events"):
+            AHEAD_DAYS.labels(table).set(float("nan"))
 
     def forget(self) -> None:
         """Somebody dropped a partition that we counted on."""
@@ -75,16 +82,29 @@ class Partitions:
 
     async def look_ahead(self) -> bool:
         """Create the months and days to come; False when that failed, which must not take the sales down with it."""
+        months, days = _upcoming(datetime.datetime.now(datetime.UTC).date())
         try:
-            await self.ensure(*_upcoming(datetime.datetime.now(datetime.UTC).date()))
+            await self.ensure(months, days)
         except (psycopg.Error, PoolTimeout) as error:
             log.warning("partitions are not taken care of", error=error)
             return False
+        _show_end("purchases", _next(months[-1]))
+        _show_end("outbox_events", days[-1] + datetime.timedelta(days=1))
         return True
+
+
+def _show_end(table: str, end: datetime.date) -> None:
+    at = datetime.datetime.combine(end, datetime.time(), datetime.UTC)
+    day = datetime.timedelta(days=1)
+    AHEAD_DAYS.labels(table).set_function(lambda: (at - datetime.datetime.now(datetime.UTC)) / day)
 
 
 def _upcoming(today: datetime.date) -> tuple[list[datetime.date], list[datetime.date]]:
     months = [today.replace(day=1)]
     for _ in range(MONTHS_AHEAD):
-        months.append((months[-1] + datetime.timedelta(days=32)).replace(day=1))
+        months.append(_next(months[-1]))
     return months, [today + datetime.timedelta(days=ahead) for ahead in range(DAYS_AHEAD + 1)]
+
+
+def _next(month: datetime.date) -> datetime.date:
+    return (month + datetime.timedelta(days=32)).replace(day=1)

@@ -6,11 +6,13 @@ import structlog
 from prometheus_client import Gauge
 
 from analytics_svc.proof import audit_status
+from analytics_svc.proof.verdicts import Verdict
 from chassis.postgres import Pool
 
 EVERY_S = 5.0
 
 WRONG_ROWS = Gauge("analytics_audit_wrong", "Days and branches whose sums are wrong, and wrong rows, by the audit.")
+VERDICT = Gauge("analytics_audit_verdict", "1 for what the audit says of the numbers.", ["verdict"])
 FOREIGN = Gauge("analytics_audit_foreign_events", "Events counted without having been recorded, by the audit.")
 PENDING = Gauge("analytics_audit_pending_purchases", "Purchases on their way, by the audit.")
 UNPROVEN_DAYS = Gauge("analytics_audit_unproven_days", "Business days that were never proven row by row.")
@@ -37,12 +39,15 @@ async def show(pool: Pool) -> None:
                 _set(await audit_status.read(connection))
         except Exception as error:
             log.warning("what the audit knows cannot be read", error=error)
+            VERDICT.clear()
             for gauge in ALL:
                 gauge.set(float("nan"))
         await asyncio.sleep(EVERY_S)
 
 
 def _set(status: audit_status.Status) -> None:
+    for verdict in Verdict:
+        VERDICT.labels(verdict.name).set(verdict == status.verdict)
     WRONG_ROWS.set(status.wrong)
     FOREIGN.set(status.foreign)
     PENDING.set(status.pending)

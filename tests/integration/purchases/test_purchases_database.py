@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+from prometheus_client import REGISTRY
 
 import purchases_svc.__main__ as purchases
 from chassis import migrate
@@ -24,6 +25,21 @@ SPECIFIED_INDEXES = [
     ("purchase_items", "(product_id, purchase_id)"),
     ("outbox_events", "(created_xid)"),
 ]
+
+
+async def test_metrics_tell_how_far_partitions_reach(purchases_db: str) -> None:
+    """As the database has them: the last partition that is there ends that many days from now."""
+    async with pool(purchases_db, "purchases_service") as opened:
+        assert await Partitions(opened).look_ahead()
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    with psycopg.connect(purchases_db) as connection:
+        rows = connection.execute("SELECT inhrelid::regclass::text FROM pg_inherits").fetchall()
+    there = {name for (name,) in rows}
+    for table, form in (("purchases", "purchases_%Y_%m"), ("outbox_events", "outbox_events_%Y_%m_%d")):
+        told = REGISTRY.get_sample_value("purchases_partitions_ahead_days", {"table": table})
+        assert told and told > 2.9
+        end = (now + told * day + datetime.timedelta(hours=1)).date()
+        assert f"{end - day:{form}}" in there and f"{end:{form}}" not in there
 
 
 def test_indexes_of_the_specification(purchases_db: str) -> None:

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import grpc
 import pytest
 
 from deploy.healthcheck import is_serving
-from deploy.local.machine import wait_until
+from deploy.local.machine import port_is_free, wait_until
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.conftest import ROOT
 from tests.integration.conftest import free_address
@@ -27,11 +28,12 @@ class Parent:
 
     def __init__(self, url: str, log: Path) -> None:
         self.address, self._log = free_address(), log
+        self.pages = free_pages()
         self._environ = {
             **os.environ,
             "PURCHASES_DATABASE_URL": url,
             "PURCHASES_LISTEN": self.address,
-            "PURCHASES_METRICS_LISTEN": "127.0.0.1:0",
+            "PURCHASES_METRICS_LISTEN": self.pages[0],
             "PURCHASES_WORKERS": "3",
         }
         self.process = self.launch()
@@ -52,6 +54,14 @@ class Parent:
 
     def serving(self) -> int:
         return self.log().count('"event": "serving"')
+
+
+def free_pages() -> list[str]:
+    """Addresses for the metrics of three workers: each 100 ports above the one before."""
+    while True:
+        port = int(free_address().rpartition(":")[2])
+        if all(map(port_is_free, (port + 100, port + 200))):
+            return [f"127.0.0.1:{port + above}" for above in (0, 100, 200)]
 
 
 @pytest.fixture
@@ -87,6 +97,16 @@ def test_workers_share_the_port_and_are_replaced(parent: Parent, purchases_db: s
     assert is_serving(parent.address)
     sell(parent.address, 30)
     assert_whole(purchases_db, 60)
+
+
+def test_each_worker_has_a_page_of_its_own_and_all_calls_are_in_their_sum(parent: Parent) -> None:
+    sell(parent.address, 30)
+    answered = r'^grpc_server_handled_total\{grpc_code="OK",grpc_method="CreatePurchase",.*\} (\S+)$'
+    pages = [
+        urllib.request.urlopen(f"http://{page}/metrics", timeout=PATIENCE_S).read().decode() for page in parent.pages
+    ]
+    assert sum(float(count) for page in pages for count in re.findall(answered, page, re.MULTILINE)) == 60
+    assert all("purchases_flush_sales_bucket" in page for page in pages)
 
 
 def test_all_drain_on_sigterm(parent: Parent) -> None:

@@ -1,12 +1,15 @@
-"""Connection pools when the server ends their connections."""
+"""Connection pools when the server ends their connections, and what metrics tell of them."""
 
 import asyncio
 
 import psycopg
 import pytest
+from prometheus_client import REGISTRY
+from psycopg_pool import PoolTimeout
 
 from chassis import postgres
 from chassis.postgres import Pool
+from chassis.shares import Shares
 from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.purchase_events import query
 
@@ -49,6 +52,35 @@ async def test_only_the_call_in_flight_fails(analytics_db: str) -> None:
             with pytest.raises(psycopg.OperationalError):
                 await connection.execute("SELECT 1")
         assert await ask(opened)
+
+
+def told(name: str, **labels: str) -> float:
+    """What the page for Prometheus says of the pool "test"."""
+    return REGISTRY.get_sample_value(f"db_client_connection_{name}", {"pool": "test", **labels}) or 0.0
+
+
+async def test_use_and_waiting_are_told(analytics_db: str) -> None:
+    """Who has connections, who waits for one (or for a turn to ask), and who waited in vain."""
+    waited, in_vain = told("wait_time_seconds_count"), told("timeouts_total")
+    async with pool(analytics_db, "analytics_consumer", 2) as opened:
+        shares = Shares(opened, 1)
+        assert (told("max"), told("count", state="idle"), told("count", state="used")) == (2, 2, 0)
+        async with opened.connection(), shares.connection("a", WAIT_S):
+            assert (told("count", state="idle"), told("count", state="used"), told("pending_requests")) == (0, 2, 0)
+            others = [
+                asyncio.create_task(each.__aenter__())
+                for each in (opened.connection(0.2), shares.connection("a", 0.2), shares.connection("b", 0.2))
+            ]
+
+            async def waiting() -> bool:
+                return told("pending_requests") == 3
+
+            await eventually(waiting, "three wait: for a connection, for a turn, and again for a connection")
+            results = await asyncio.gather(*others, return_exceptions=True)
+            assert all(isinstance(result, PoolTimeout) for result in results)
+        assert (told("count", state="idle"), told("count", state="used"), told("pending_requests")) == (2, 0, 0)
+    assert told("wait_time_seconds_count") - waited == 4
+    assert told("timeouts_total") - in_vain == 2
 
 
 async def test_who_is_frozen_in_a_pipeline_holds_no_lock_for_long(analytics_db: str) -> None:
