@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 LOCAL := exec $(PYTHON) -m deploy.local
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run start stop status demo watch test lint proto settings contract dev-certs image-check bench faults
+.PHONY: help ready run start stop status demo watch traces test lint proto settings contract dev-certs image-check bench faults
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -30,6 +30,9 @@ demo: ready ## two weeks of sales and the owner's numbers; [FILE=sales.csv.gz] [
 
 watch: ready ## Prometheus and its alarms, beside the stack; Ctrl-C stops it
 	@$(LOCAL) watch
+
+traces: ready ## a collector that prints traces as trees; see docs/traces.md; Ctrl-C stops it
+	@exec $(PYTHON) -m deploy.local.collector
 
 test: ready ## all tests, against real servers; [ARGS='-k name -x']
 	@$(LOCAL) test $(ARGS)

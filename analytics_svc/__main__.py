@@ -6,7 +6,7 @@ from psycopg_pool import PoolTimeout
 from analytics_svc import database
 from analytics_svc.commands import audit, quarantine, rebuild, report
 from analytics_svc.settings import ConsumeSettings, MigrateSettings, ProveSettings, ServeSettings
-from chassis import cli, lifecycle, logs, migrate, settings
+from chassis import cli, lifecycle, logs, migrate, settings, traces
 from chassis.errors import PortTaken
 
 commands = cli.Commands(
@@ -32,7 +32,8 @@ def _consume() -> None:
 
     config = settings.load(ConsumeSettings)
     logs.configure("analytics-consume", config.log_level)
-    lifecycle.run(lambda stop: consume(config, stop))
+    with traces.exported(config, "retail-analytics-consume"):
+        lifecycle.run(lambda stop: consume(config, stop))
 
 
 @commands.command("serve")
@@ -45,7 +46,8 @@ def _serve() -> None:
 
     config = settings.load(ServeSettings)
     logs.configure("analytics-serve", config.log_level)
-    lifecycle.run(lambda stop: serve(config, stop))
+    with traces.exported(config, "retail-analytics"):
+        lifecycle.run(lambda stop: serve(config, stop))
 
 
 @commands.command("prove", hidden=True)

@@ -17,6 +17,7 @@ from chassis.settings import (
     time_zone,
 )
 from chassis.tls import TlsSettings
+from chassis.traces import TraceSettings
 
 
 def _purchases_target() -> Any:
@@ -51,7 +52,7 @@ class ProveSettings(MigrateSettings, TlsSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsumeSettings(AccessSettings, ProveSettings):
+class ConsumeSettings(AccessSettings, ProveSettings, TraceSettings):
     amqp_url: str = setting("AMQP_URL", amqp_url, "URL", "the RabbitMQ that events come from")
     listen: str = setting(
         "CONSUMER_LISTEN", listen_address, "host:port", "where it is called", default="127.0.0.1:50054"
@@ -86,7 +87,7 @@ class ConsumeSettings(AccessSettings, ProveSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(AccessSettings, MigrateSettings, TlsSettings):
+class ServeSettings(AccessSettings, MigrateSettings, TlsSettings, TraceSettings):
     listen: str = setting(
         "ANALYTICS_LISTEN", listen_address, "host:port", "where it is called", default="127.0.0.1:50052"
     )

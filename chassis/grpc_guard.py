@@ -17,7 +17,7 @@ import structlog
 from google.protobuf import message
 from prometheus_client import Counter, Histogram
 
-from chassis import errors, postgres
+from chassis import errors, postgres, traces
 from chassis.access import Gate
 from chassis.errors import AccessRefused, ServiceError
 from chassis.identity import Caller
@@ -139,6 +139,8 @@ class _Guard:
         self._deserialize = getattr(self._behavior, "deserialize", self._whole)
         self._kind = _KINDS[handler.request_streaming, handler.response_streaming]
         _, service, name = method.split("/")
+        # What takes a stream makes a span for each thing that comes on it; health and reflection are of no interest.
+        self._traced = "" if self._takes_stream or service.startswith("grpc.") else f"{service}/{name}"
         self._started = STARTED.labels(self._kind, service, name)
         self._seconds = SECONDS.labels(self._kind, service, name)
         self._succeeded = HANDLED.labels(self._kind, service, name, "OK")
@@ -147,6 +149,7 @@ class _Guard:
     async def unary(self, requests: AsyncIterator[bytes], context: Any) -> Any:
         started = time.perf_counter()
         self._started.inc()
+        span = self._span(context) if traces.tracer else None
         try:
             remaining = context.time_remaining()
             cap = self._timeout_s
@@ -156,16 +159,26 @@ class _Guard:
                 async with asyncio.timeout(cap):
                     reply = await self._reply(requests, context)
         except BaseException as error:
-            failure = self._explain(error)
+            failure = self._explain(error, span)
         else:
             self._succeeded.inc()
+            if span:
+                span.answered("OK")
             return reply
         finally:
             elapsed = time.perf_counter() - started
-            self._seconds.observe(elapsed)
+            self._seconds.observe(elapsed, span.ids if span else None)
+            if span:
+                span.end()
             if elapsed > SLOW_CALL_S:
                 _slow(self._method, method=self._method, seconds=round(elapsed, 3))
         await _abort(context, self._method, self._kind, failure, self._domain)
+
+    def _span(self, context: Any) -> traces.Span | None:
+        span = traces.of_call(self._traced, context) if self._traced else None
+        if span:
+            traces.set_current(span)
+        return span
 
     async def _reply(self, requests: AsyncIterator[bytes], context: Any) -> Any:
         caller = self._gate.admit(self._rule, context)
@@ -181,15 +194,21 @@ class _Guard:
 
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
         self._started.inc()
+        span = self._span(context) if traces.tracer else None
         try:
             caller = self._gate.admit(self._rule, context)
             async with self._gate.while_accepted(self._rule, caller), self._in_time():
                 await self._stream(caller, requests, context)
         except BaseException as error:
-            failure = self._explain(error)
+            failure = self._explain(error, span)
         else:
             self._succeeded.inc()
+            if span:
+                span.answered("OK")
             return
+        finally:
+            if span:
+                span.end()
         await _abort(context, self._method, self._kind, failure, self._domain)
 
     async def _stream(self, caller: Caller, requests: AsyncIterator[bytes], context: Any) -> None:
@@ -268,7 +287,13 @@ class _Guard:
         except message.DecodeError:
             raise errors.MalformedMessage("the bytes are not a message of the expected type") from None
 
-    def _explain(self, error: BaseException) -> ServiceError:
+    def _explain(self, error: BaseException, span: traces.Span | None) -> ServiceError:
+        failure = self._meaning(error)
+        if span:
+            span.answered(failure.code.name, failure.reason)
+        return failure
+
+    def _meaning(self, error: BaseException) -> ServiceError:
         if isinstance(error, grpc.aio.AbortError):
             raise error  # gRPC's own services answer for themselves
         if isinstance(error, Exception):

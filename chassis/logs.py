@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import psycopg
 import structlog
 
+from chassis import traces
+
 FRAMES_MAX = 30  # of a traceback, the innermost
 ERRORS_MAX = 10  # of a chain or a group
 TEXT_MAX = 1_000  # characters of an error's text
@@ -33,6 +35,7 @@ def configure(process: str, level: str) -> None:
     person = sys.stderr.isatty()
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _with_trace,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.ExceptionRenderer(_traceback),
@@ -80,6 +83,12 @@ def text_of(error: BaseException) -> str:
     else:
         text = _SECRET.sub("…", str(error).strip()) or type(error).__name__
     return text if len(text) <= TEXT_MAX else text[:TEXT_MAX] + "…"
+
+
+def _with_trace(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """The ids of the span within which a line is written, if it is recorded."""
+    span = traces.current()
+    return {**span.ids, **event} if span else event
 
 
 def _without_secrets(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

@@ -87,15 +87,24 @@ def _brokers(url: str, _: bool) -> Iterator[str]:
             yield node.host
 
 
+def _collectors(url: str, _: bool) -> Iterator[str]:
+    scheme, authority, _rest = settings.pieces(url)
+    host = authority.rpartition(":")[0]
+    if scheme == "http" and not is_local(host):
+        yield host
+
+
 _REACHED: Mapping[Callable[[str], Any], Callable[[str, bool], Iterator[str]]] = {
     settings.listen_address: _called,
     settings.target: _called,
     settings.postgres_url: _databases,
     settings.amqp_url: _brokers,
+    settings.collector_url: _collectors,
 }
 _MISSING: Mapping[Callable[[str], Any], str] = {
     settings.listen_address: f"set {', '.join(TLS_FILES)}",
     settings.target: f"set {', '.join(TLS_FILES)}",
     settings.postgres_url: "the URL needs sslmode=verify-full, and no older TLS than 1.2",
+    settings.collector_url: "the URL must begin with https://",
     settings.amqp_url: "the URL must begin with amqps:// and leave the broker's name and certificate checked",
 }

@@ -144,17 +144,21 @@ def integer(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
-def seconds(least: float, most: float) -> Callable[[str], float]:
+def number(least: float, most: float, what: str = "a number") -> Callable[[str], float]:
     def parse(raw: str) -> float:
         try:
             value = float(raw)
         except ValueError:
             value = float("nan")
         if not least <= value <= most:
-            raise ValueError(f"must be a number of seconds from {least:g} to {most:g}")
+            raise ValueError(f"must be {what} from {least:g} to {most:g}")
         return value
 
     return parse
+
+
+def seconds(least: float, most: float) -> Callable[[str], float]:
+    return number(least, most, "a number of seconds")
 
 
 def choice(*allowed: str) -> Callable[[str], str]:
@@ -232,6 +236,15 @@ def amqp_url(raw: str) -> str:
 
     _url(raw, ("amqp", "amqps"), "amqp://user:password@host:5672,host:5672/%2F")
     amqp.nodes(raw)
+    return raw
+
+
+def collector_url(raw: str) -> str:
+    """Where traces are sent; in plaintext within this machine only, see `chassis.plaintext`."""
+    scheme, authority, rest = pieces(raw)
+    host, _, port = authority.rpartition(":")
+    if scheme not in ("http", "https") or not host or not port.isdigit() or "@" in host or rest not in ("", "/"):
+        raise ValueError("must be a URL such as http://127.0.0.1:4317, or https://collector.example:4317")
     return raw
 
 

@@ -31,6 +31,7 @@ def main() -> None:
         ("requirements.txt", run_time, server),
         ("requirements-dev.txt", [*run_time, *extras["dev"]], f"--extra dev {server}"),
         ("requirements-plots.txt", [*run_time, *extras["plots"]], f"-c requirements.txt --extra plots {server}"),
+        ("requirements-otlp.txt", [*run_time, *extras["otlp"]], f"-c requirements.txt --extra otlp {server}"),
         ("requirements-build.txt", declared["build-system"]["requires"], build),
     ):
         if missing := {name_of(entry) for entry in asked} - locked(ROOT / lock):

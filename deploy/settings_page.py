@@ -6,16 +6,19 @@ from pathlib import Path
 from analytics_svc import settings as analytics
 from chassis.settings import settings_of
 from chassis.tls import TlsSettings
+from chassis.traces import TraceSettings
 from pos import demo
 from purchases_svc import settings as purchases
 from relay_svc import settings as relay
 
+TRACES = "The four processes: their traces, see [traces.md](traces.md)"
 EVERYWHERE = "All processes and commands: who they are, and what may be in plaintext"
 PROCESSES: dict[str, tuple[type, ...]] = {
     "The purchases service: `retail-purchases serve`": (purchases.ServeSettings,),
     "The relay: `retail-relay serve`": (relay.ServeSettings,),
     "The consumer: `retail-analytics consume`": (analytics.ConsumeSettings,),
     "The query server: `retail-analytics serve`": (analytics.ServeSettings,),
+    TRACES: (TraceSettings,),
     EVERYWHERE: (TlsSettings,),
     "Where commands find the services": (
         demo.Settings,
@@ -42,13 +45,13 @@ URLs may name several servers of one cluster: `postgresql://user:password@host1:
 
 def page() -> str:
     parts = [HEAD]
-    of_all = {declared.name for declared in settings_of(TlsSettings)}
+    of_all = {declared.name for cls in (TlsSettings, TraceSettings) for declared in settings_of(cls)}
     for title, classes in PROCESSES.items():
         parts.append(f"\n## {title}\n\n| setting | default | unit | |\n|---|---|---|---|\n")
         every = {declared.name: declared for cls in classes for declared in settings_of(cls)}
         if len(classes) > 1:
             every = {name: declared for name, declared in every.items() if name.endswith("_TARGET")}
-        elif title != EVERYWHERE:
+        elif title not in (TRACES, EVERYWHERE):
             every = {name: declared for name, declared in every.items() if name not in of_all}
         for name, (_, _, unit, meaning, default) in every.items():
             shown = "must be set" if default is None else f"`{default}`" if default else ""

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from chassis import grpc_client
+from chassis import grpc_client, traces
 from chassis.tls import Credentials
 from pos import errors, service_config
 from pos.errors import PosError, Status
@@ -78,6 +78,7 @@ class Calls:
         self._attempt_timeout_s = attempt_timeout_s
         self._total_timeout_s = total_timeout_s
         self._pause = pause
+        traces.adopt()
 
     def __call__(
         self,
@@ -90,12 +91,31 @@ class Calls:
         Raises:
             PosError: as `meaning` translates the last status.
         """
+        if (span := traces.calling(request)) is None:
+            return self._patiently(method, request, meaning)
+        with span:
+            try:
+                reply = self._patiently(method, request, meaning, span)
+            except PosError as error:
+                span.note({"rpc.response.status_code": error.status.code.name})
+                raise
+            span.answered("OK")
+            return reply
+
+    def _patiently(
+        self,
+        method: Callable[..., Reply],
+        request: Request,
+        meaning: Callable[[Status], PosError],
+        span: traces.Span | None = None,
+    ) -> Reply:
+        traced = {"metadata": ((traces.TRACEPARENT, span.traceparent),)} if span else {}
         deadline = time.monotonic() + self._total_timeout_s
         timeout_s = self._total_timeout_s
         backoff_s = FIRST_BACKOFF_S
         while True:
             try:
-                return method(request, timeout=min(self._attempt_timeout_s, timeout_s))
+                return method(request, timeout=min(self._attempt_timeout_s, timeout_s), **traced)
             except grpc.RpcError as error:
                 status = errors.read_status(error)
             except PosError as error:
@@ -106,6 +126,8 @@ class Calls:
             pause_s = pause_before_retry(status, backoff_s, deadline - time.monotonic())
             if pause_s is None:
                 raise failure
+            if span:
+                span.tell("retry", {"rpc.response.status_code": status.code.name, "error.type": status.reason})
             self._pause(pause_s, failure)
             timeout_s = deadline - time.monotonic()
             if timeout_s <= 0:  # the pause took longer than asked for

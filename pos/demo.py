@@ -25,9 +25,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from chassis import cli, tls
+from chassis import cli, tls, traces
 from chassis.lifecycle import FORCED_EXIT_CODE
 from chassis.settings import setting, target, text
+from chassis.traces import TraceSettings
 from pos import report
 from pos.analytics import AnalyticsClient
 from pos.audit import AuditClient
@@ -47,7 +48,7 @@ SEED = 1
 
 
 @dataclass(frozen=True)
-class Settings(tls.TlsSettings):
+class Settings(tls.TlsSettings, TraceSettings):
     purchases_target: str = setting(
         "PURCHASES_TARGET", target, "host:port", "where the purchases service is found", default="127.0.0.1:50051"
     )
@@ -93,7 +94,8 @@ def demo(file: Path | None, limit: int | None, report: IO[str] | None, seed: int
     """
     try:
         settings = cli.of_environment_or_local_stack(Settings, "purchases")
-        return 0 if run(Asked(file, limit, report, seed, streams), settings, cli.console()) else 1
+        with traces.exported(settings, "retail-pos"):
+            return 0 if run(Asked(file, limit, report, seed, streams), settings, cli.console()) else 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not break what is left to do
         click.echo("stopped; what was acknowledged is stored, and sending it again changes nothing", err=True)

@@ -8,15 +8,16 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from itertools import count
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import grpc
 
+from chassis.traces import TRACEPARENT
 from pos import errors
 from pos.calls import Calls, pause_before_retry
 from pos.errors import OutcomeUnknown, PosError, Status
@@ -115,7 +116,9 @@ class OpenStream(Generic[A]):
                 if not self._in_hand:
                     self._all_answered.notify_all()
 
-    def _attempt(self, request: pb2.CreatePurchaseRequest, timeout: float) -> pb2.CreatePurchaseResponse:
+    def _attempt(
+        self, request: pb2.CreatePurchaseRequest, timeout: float, metadata: Sequence[tuple[str, str]] = ()
+    ) -> pb2.CreatePurchaseResponse:
         """What left the stream without an answer, by no fault of its own, goes on as a call, in the same attempt.
 
         Raises:
@@ -125,10 +128,10 @@ class OpenStream(Generic[A]):
         deadline = time.monotonic() + timeout
         with suppress(_Unanswered):
             if stream := self._current():
-                return stream.send(request, timeout)
+                return stream.send(request, timeout, dict(metadata).get(TRACEPARENT, ""))
         if self._ended:
             raise ValueError("the stream is closed")
-        return self._create(request, timeout=max(deadline - time.monotonic(), 0.0))
+        return self._create(request, timeout=max(deadline - time.monotonic(), 0.0), metadata=metadata)
 
     def _current(self) -> "_Stream | None":
         with self._lock:
@@ -163,6 +166,12 @@ class _Unanswered(Exception):
     """The stream has ended, or does not take the sale: nobody has said anything about it."""
 
 
+class _Waiting(NamedTuple):
+    number: int
+    request: pb2.CreatePurchaseRequest
+    traceparent: str
+
+
 class _Stream:
     """One stream. Sales that wait while a message is on its way out leave together in the next one."""
 
@@ -180,7 +189,7 @@ class _Stream:
         self._something_to_send, self._room = threading.Condition(self._lock), threading.Condition(self._lock)
         self._takes = True
         self._numbers = count(1)
-        self._waiting = deque[tuple[int, pb2.CreatePurchaseRequest]]()  # to be sent
+        self._waiting = deque[_Waiting]()  # to be sent
         self._unanswered: dict[int, Answer] = {}  # by sequence number
         self._last_answer = 0.0
         self._call = upload(iter(self._next_message, None), timeout=lasts_s + answer_timeout_s)
@@ -191,8 +200,10 @@ class _Stream:
     def has_answered(self) -> bool:
         return self._last_answer > 0
 
-    def send(self, request: pb2.CreatePurchaseRequest, timeout_s: float) -> pb2.CreatePurchaseResponse:
-        """Send a sale and wait for its answer.
+    def send(
+        self, request: pb2.CreatePurchaseRequest, timeout_s: float, traceparent: str = ""
+    ) -> pb2.CreatePurchaseResponse:
+        """Send a sale and wait for its answer; `traceparent` is of its trace, if it has one.
 
         Raises:
             PosError: it was refused, or there was no answer in time.
@@ -206,7 +217,7 @@ class _Stream:
                 raise _Unanswered
             number = next(self._numbers)
             self._unanswered[number] = answer
-            self._waiting.append((number, request))
+            self._waiting.append(_Waiting(number, request, traceparent))
             self._something_to_send.notify()
         try:
             return answer.result(began + timeout_s - time.monotonic())
@@ -252,12 +263,12 @@ class _Stream:
             sales = self._gathered()
             if not sales:
                 return None
-            for number, request in sales:
+            for number, request, trace in sales:
                 if number in self._unanswered:  # whoever gave up before it was sent sends it in another way
-                    message.uploads.add(sequence_number=number, create_purchase=request)
+                    message.uploads.add(sequence_number=number, create_purchase=request, traceparent=trace)
         return message
 
-    def _gathered(self) -> list[tuple[int, pb2.CreatePurchaseRequest]]:
+    def _gathered(self) -> list[_Waiting]:
         with self._lock:
             while not self._waiting:
                 left_s = self.takes_until - time.monotonic()
@@ -266,11 +277,11 @@ class _Stream:
                 if not self._takes:
                     return []
                 self._something_to_send.wait(left_s)
-            sales: list[tuple[int, pb2.CreatePurchaseRequest]] = []
+            sales: list[_Waiting] = []
             size = 0
             while self._waiting and len(sales) < SALES_PER_MESSAGE and size < MESSAGE_BYTES:
                 sales.append(self._waiting.popleft())
-                size += sales[-1][1].ByteSize()
+                size += sales[-1].request.ByteSize()
             return sales
 
     # In a thread for the answers.

@@ -10,7 +10,7 @@ import psycopg
 import structlog
 from psycopg_pool import PoolTimeout
 
-from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, tls, zones
+from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, tls, traces, zones
 from chassis.errors import PortTaken
 from chassis.shares import Shares
 from chassis.wire import PageTokens
@@ -166,7 +166,8 @@ def _serve() -> None:
     """
     config = settings.load(ServeSettings)
     logs.configure("purchases", config.log_level)
-    lifecycle.run(lambda stop: serve(config, stop))
+    with traces.exported(config, "retail-purchases"):
+        lifecycle.run(lambda stop: serve(config, stop))
 
 
 @commands.command("migrate")

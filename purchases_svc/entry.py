@@ -2,6 +2,7 @@
 
 import asyncio
 
+from chassis.traces import Span
 from purchases_svc.answers import Outcome
 from purchases_svc.sale import Purchase, Sale
 
@@ -35,10 +36,11 @@ class Call:
 class Entry:
     """A sale on its way, as the purchase it will be, and its place among the sales of its caller."""
 
-    __slots__ = ("_call", "_place", "had_partition", "purchase", "repeats")
+    __slots__ = ("_call", "_place", "had_partition", "purchase", "repeats", "span")
 
-    def __init__(self, purchase: Purchase, call: Call, place: int) -> None:
-        self.purchase, self._call, self._place = purchase, call, place
+    def __init__(self, purchase: Purchase, call: Call, place: int, span: Span | None = None) -> None:
+        """`span` is what brought the sale, if that is recorded."""
+        self.purchase, self._call, self._place, self.span = purchase, call, place, span
         self.had_partition = False  # it was made sure of, for this very sale
         self.repeats: list[Entry] = []  # came with the same key while this one was on its way
 

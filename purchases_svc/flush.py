@@ -9,13 +9,15 @@ in flushes of their own, and a sale that needs a row which somebody holds waits 
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import psycopg
 import structlog
 from prometheus_client import Counter, Histogram
 from psycopg_pool import PoolTimeout
 
+from chassis import traces
 from chassis.errors import TransactionConflict
 from chassis.logs import Sampled
 from purchases_svc import answers
@@ -23,7 +25,7 @@ from purchases_svc.admission import Admission
 from purchases_svc.answers import Recorded
 from purchases_svc.aside import Aside
 from purchases_svc.entry import Entry
-from purchases_svc.insert import insert
+from purchases_svc.insert import NO_TRACES, insert
 from purchases_svc.relay_bell import RelayBell
 from purchases_svc.tasks import Tasks
 from purchases_svc.waiting import Waiting
@@ -156,9 +158,11 @@ class Flushes:
 
     async def _try(self, batch: list[Entry]) -> Exception:
         """Store a batch, and answer all that can be answered; returns why some could not."""
+        began = time.perf_counter()
+        spans = traces.together("INSERT purchases", "CLIENT", (entry.span for entry in batch), _said_of(batch))
         try:
-            with FLUSH_SECONDS.time():
-                await self._store(batch)
+            with spans:
+                await self._store(batch, spans.traceparents)
             FLUSHES.inc()
             FLUSH_SALES.observe(len(batch))
         except Exception as error:
@@ -168,12 +172,13 @@ class Flushes:
                 _failed(type(error).__name__, sales=len(batch), error=error)
             return error
         finally:
+            FLUSH_SECONDS.observe(time.perf_counter() - began, spans.exemplar)
             FLUSHED.inc(sum(entry.settled for entry in batch))
         return TransactionConflict("other sales got in the way; try again")
 
-    async def _store(self, batch: list[Entry]) -> None:
+    async def _store(self, batch: list[Entry], traceparents: Mapping[int, str] = NO_TRACES) -> None:
         async with self._writing.connection() as connection:
-            inserted = await insert(connection, [entry.purchase for entry in batch])  # commits
+            inserted = await insert(connection, [entry.purchase for entry in batch], traceparents)  # commits
             await self._writing.confirm(connection)
             for index, entry in enumerate(batch):
                 if index not in inserted.refused:
@@ -187,3 +192,13 @@ class Flushes:
                 for entry, outcome in zip(refused, outcomes, strict=True):
                     if outcome is not None:
                         self.waiting.settle(entry, outcome)
+
+
+def _said_of(batch: Sequence[Entry]) -> traces.Attributes:
+    """Of the statement, in traces."""
+    return {
+        "db.system.name": "postgresql",
+        "db.operation.name": "INSERT",
+        "db.collection.name": "purchases",
+        "db.operation.batch.size": len(batch),
+    }

@@ -1,7 +1,8 @@
 """The one statement that records sales, and the text of the event that goes with each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii as json_text  # the C implementation
+from types import MappingProxyType
 from typing import LiteralString, NamedTuple
 
 from chassis.postgres import Connection
@@ -17,8 +18,8 @@ from purchases_svc.sale import Purchase, rfc3339
 # LIMIT 1 makes each look-up a probe of the index, whatever the statistics say; nothing looks into all partitions.
 _INSERT: LiteralString = """
 WITH input AS MATERIALIZED (
-    SELECT r.n, r.register_customer, r.event, e.event_id, e.occurred_at, p.*
-    FROM jsonb_to_recordset(%(rows)s::jsonb) AS r(n int, register_customer boolean, event jsonb)
+    SELECT r.n, r.register_customer, r.traceparent, r.event, e.event_id, e.occurred_at, p.*
+    FROM jsonb_to_recordset(%(rows)s::jsonb) AS r(n int, register_customer boolean, traceparent text, event jsonb)
     CROSS JOIN LATERAL jsonb_to_record(r.event) AS e(event_id uuid, occurred_at timestamptz, purchase jsonb)
     CROSS JOIN LATERAL jsonb_to_record(e.purchase) AS p(
         purchase_id uuid, receipt_id text, idempotency_key uuid, branch_id int, cashier_id int, pos_id text,
@@ -58,8 +59,8 @@ WITH input AS MATERIALIZED (
     FROM accepted
     CROSS JOIN LATERAL jsonb_to_recordset(items) AS item(product_id bigint, qty int, unit_price numeric)
 ), new_event AS (
-    INSERT INTO outbox_events (event_id, event_type, aggregate_id, occurred_at, payload_json)
-    SELECT event_id, 'PurchaseCreated', purchase_id, occurred_at, event FROM accepted
+    INSERT INTO outbox_events (event_id, event_type, aggregate_id, occurred_at, payload_json, traceparent)
+    SELECT event_id, 'PurchaseCreated', purchase_id, occurred_at, event, traceparent FROM accepted
 )
 SELECT n FROM input WHERE purchase_id NOT IN (SELECT purchase_id FROM accepted)
 UNION ALL
@@ -74,18 +75,24 @@ class Inserted(NamedTuple):
     relay_waits: bool  # a relay has nothing to do and wants to be told of new events
 
 
-async def insert(connection: Connection, purchases: Sequence[Purchase]) -> Inserted:
-    """Store purchases with their events."""
-    rows = f"[{','.join(_row(n, purchase) for n, purchase in enumerate(purchases))}]"
+NO_TRACES: Mapping[int, str] = MappingProxyType({})
+
+
+async def insert(
+    connection: Connection, purchases: Sequence[Purchase], traceparents: Mapping[int, str] = NO_TRACES
+) -> Inserted:
+    """Store purchases with their events; `traceparents` go with the events of those that are traced, by their place."""
+    rows = f"[{','.join(_row(n, purchase, traceparents.get(n)) for n, purchase in enumerate(purchases))}]"
     cursor = await connection.execute(_INSERT, {"rows": rows}, prepare=True)
     positions = {n for (n,) in await cursor.fetchall()}
     return Inserted(positions - {-1}, -1 in positions)
 
 
-def _row(n: int, purchase: Purchase) -> str:
+def _row(n: int, purchase: Purchase, traceparent: str | None) -> str:
     """The event, which is all there is to know of a purchase; what else the statement needs beside it."""
     register = "true" if purchase.sale.register_customer else "false"
-    return f'{{"n":{n},"register_customer":{register},"event":{event_json(purchase)}}}'
+    trace = f'"traceparent":"{traceparent}",' if traceparent else ""
+    return f'{{"n":{n},"register_customer":{register},{trace}"event":{event_json(purchase)}}}'
 
 
 def event_json(purchase: Purchase) -> str:

@@ -1,12 +1,15 @@
 """Recording sales: what is taken in, and the way that each sale takes."""
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from zoneinfo import ZoneInfo
 
 from uuid_utils import uuid7
 
+from chassis import traces
 from chassis.postgres import Pool
+from chassis.traces import Span
 from chassis.zones import business_day
 from purchases_svc.admission import Admission
 from purchases_svc.answers import Outcome, Recorded
@@ -19,6 +22,8 @@ from purchases_svc.partitions import Partitions
 from purchases_svc.sale import Purchase, Sale, nanoseconds
 from purchases_svc.tasks import Tasks
 from purchases_svc.writing import Writing
+
+NO_SPANS: Mapping[int, Span] = MappingProxyType({})
 
 
 class Recorder:
@@ -61,7 +66,10 @@ class Recorder:
 
     async def record(self, sale: Sale, caller: str = "") -> Recorded:
         """Store one sale, or find it stored; see `take_in`. Raises what becomes of it, if that is an error."""
-        (outcome,) = await self.record_all([sale], caller)
+        span = traces.current()
+        call = self.take_in([sale], caller, {0: span} if span else NO_SPANS)
+        await call.answered
+        (outcome,) = call.outcomes
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -72,12 +80,13 @@ class Recorder:
         await call.answered
         return call.outcomes
 
-    def take_in(self, sales: Sequence[Sale], caller: str = "") -> Call:
+    def take_in(self, sales: Sequence[Sale], caller: str = "", spans: Mapping[int, Span] = NO_SPANS) -> Call:
         """Have sales stored, or found stored: once the call is answered, each has what holds it, or why it was refused.
 
         IdempotencyKeyReused, ReceiptExists, CustomerUnknown and PurchaseTimeOutOfRange mean that nothing is stored.
         With any other error it is not known: send the sale again with its key. So it is for a caller that gives up:
-        what it sent is left out if it was still waiting, and goes its way if it was not.
+        what it sent is left out if it was still waiting, and goes its way if it was not. `spans` are of the sales that
+        are traced, by their place.
 
         Raises:
             Overloaded, OutboxFull: too many sales, or too many events, wait already; none of these was taken in.
@@ -92,11 +101,14 @@ class Recorder:
             in_range = limits.earliest <= sale.purchase_time <= limits.latest
             time = sale.purchase_time if in_range else now
             # The one place in which a business day is decided: whoever needs it later reads what is stored.
-            entry = Entry(Purchase(_id(time), _id(now), now, business_day(time, self._zone), sale), call, place)
+            purchase = Purchase(_id(time), _id(now), now, business_day(time, self._zone), sale)
+            entry = Entry(purchase, call, place, spans.get(place) if spans else None)
             if in_range and self._partitions.has(sale.purchase_time, now):
                 self._flushes.add(entry)
             else:
                 apart.append(entry)
+        for place, span in spans.items():
+            span.note({"retail.idempotency_key": sales[place].idempotency_key})
         if apart:
             self._months.send(apart, limits)
         return call

@@ -16,6 +16,7 @@ from chassis.settings import (
     time_zone,
 )
 from chassis.tls import TlsSettings
+from chassis.traces import TraceSettings
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class MigrateSettings(PlaintextSettings):
 
 
 @dataclass(frozen=True)
-class ServeSettings(AccessSettings, MigrateSettings, TlsSettings):
+class ServeSettings(AccessSettings, MigrateSettings, TlsSettings, TraceSettings):
     listen: str = setting(
         "PURCHASES_LISTEN", listen_address, "host:port", "where it is called", default="127.0.0.1:50051"
     )

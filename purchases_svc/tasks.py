@@ -1,6 +1,7 @@
 """Work that goes on beside the calls, and is waited for when the process stops."""
 
 import asyncio
+import contextvars
 from collections.abc import Coroutine
 from typing import Any
 
@@ -8,9 +9,11 @@ from typing import Any
 class Tasks:
     def __init__(self) -> None:
         self._under_way: set[asyncio.Task[None]] = set()
+        # That of the process: work is for many calls, and must not log as if it were for the one that set it off.
+        self._context = contextvars.copy_context()
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(work, context=self._context.copy())
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         return task

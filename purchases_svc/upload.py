@@ -1,16 +1,17 @@
 """UploadPurchases: the backlog of a till that was offline, message by message, and sales as they happen, one by one."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 from google.protobuf.message import DecodeError
 
-from chassis import grpc_guard, grpc_server
+from chassis import grpc_guard, grpc_server, traces
 from chassis.errors import (
     FieldReason,
+    Internal,
     InvalidRequest,
     MalformedMessage,
     ServiceError,
@@ -18,6 +19,7 @@ from chassis.errors import (
     Violation,
     to_status,
 )
+from chassis.traces import Span
 from purchases_svc import messages
 from purchases_svc.admission import SHARE_SALES_MIN
 from purchases_svc.answers import Outcome, Recorded
@@ -27,6 +29,7 @@ from purchases_svc.record import Recorder
 from purchases_svc.sale import Sale
 from retail.purchases.v1 import purchases_service_pb2 as pb2
 
+METHOD = "retail.purchases.v1.PurchasesService/UploadPurchases"
 UPLOADS_PER_MESSAGE_MAX = 500
 # Of so few sales in a message, each is answered by itself: they come from tills that sell right now, perhaps from
 # several on one stream, and who has to wait for something holds up nobody else. More are a backlog.
@@ -94,14 +97,17 @@ class Uploads:
 
     def _take_in(self, upload: pb2.PurchaseUpload, caller: str, hand: InHand) -> None:
         single = hand.take_single(upload, upload.ByteSize())
+        spans = _spans([upload])
         try:
             self._recorder.require_room(caller, 1)  # before anything is made of it
-            single.call = self._recorder.take_in([messages.parse_sale(upload.create_purchase)], caller)
+            single.call = self._recorder.take_in([messages.parse_sale(upload.create_purchase)], caller, spans)
         except ServiceError as error:
+            _end(spans.values(), error)
             single.refusal = error.with_traceback(None)  # which holds this frame, which holds the sale: a ring
             hand.settled(single)
         else:
             single.call.answered.add_done_callback(lambda _: hand.settled(single))
+            _end_when_answered(single.call, spans)
 
     async def _answer(self, singles: Sequence[Single]) -> pb2.UploadPurchasesResponse:
         """At once: tills wait for these, and not in the line of the backlogs."""
@@ -152,17 +158,23 @@ class Uploads:
             return UnderWay(dict.fromkeys(range(len(uploads)), error.with_traceback(None)))
         refused: dict[int, ServiceError] = {}
         sales: dict[int, Sale] = {}
+        spans = _spans(uploads)
         for place, upload in enumerate(uploads):
             try:
                 sales[place] = messages.parse_sale(upload.create_purchase)
             except ServiceError as error:
                 refused[place] = error.with_traceback(None)  # which would keep all that it was made of
+                _end(filter(None, [spans.pop(place, None)]), error)
         if not sales:
             return UnderWay(refused)
+        taken = {number: spans[place] for number, place in enumerate(sales) if place in spans}
         try:
-            return UnderWay(refused, list(sales), self._recorder.take_in(list(sales.values()), caller))
+            call = self._recorder.take_in(list(sales.values()), caller, taken)
         except ServiceError as error:  # none was taken in
+            _end(spans.values(), error)
             return UnderWay(refused | dict.fromkeys(sales, error.with_traceback(None)))
+        _end_when_answered(call, taken)
+        return UnderWay(refused, list(sales), call)
 
     def _add(self, response: pb2.UploadPurchasesResponse, upload: pb2.PurchaseUpload, outcome: Outcome) -> None:
         result = response.results.add(sequence_number=upload.sequence_number)
@@ -204,6 +216,34 @@ class UnderWay(NamedTuple):
         """Of each sale, once the call is answered."""
         outcomes = {**self.refused, **dict(zip(self.places, self.call.outcomes if self.call else (), strict=True))}
         return [outcomes[place] for place in sorted(outcomes)]
+
+
+def _spans(uploads: Sequence[pb2.PurchaseUpload]) -> dict[int, Span]:
+    """Of the sales that are traced, by their place: a stream is nobody's own, so each sale on it brings its own."""
+    if traces.tracer is None:
+        return {}
+    begun = ((place, traces.of_request(METHOD, upload.traceparent)) for place, upload in enumerate(uploads))
+    return {place: span for place, span in begun if span}
+
+
+def _end_when_answered(call: Call, spans: Mapping[int, Span]) -> None:
+    def end(answered: "asyncio.Future[None]") -> None:
+        for place, span in spans.items():
+            _end([span], None if answered.cancelled() else call.outcomes[place])
+
+    if spans:
+        call.answered.add_done_callback(end)
+
+
+def _end(spans: Iterable[Span], outcome: Outcome | None) -> None:
+    """None: the caller has left."""
+    for span in spans:
+        if isinstance(outcome, Exception):
+            error = outcome if isinstance(outcome, ServiceError) else Internal("")
+            span.answered(error.code.name, error.reason)
+        else:
+            span.answered("OK" if outcome else "CANCELLED")
+        span.end()
 
 
 def _opened(uploads: Sequence[bytes]) -> list[pb2.PurchaseUpload]:

@@ -8,7 +8,7 @@ import structlog
 from psycopg import sql
 from psycopg_pool import PoolTimeout
 
-from chassis import cli, grpc_server, lifecycle, logs, metrics, postgres, settings, tls, wire
+from chassis import cli, grpc_server, lifecycle, logs, metrics, postgres, settings, tls, traces, wire
 from chassis.errors import PortTaken
 from relay_svc import inspection, outbox, retention
 from relay_svc.commands import outbox as outbox_commands
@@ -94,7 +94,8 @@ def _serve() -> None:
     """Publish events until SIGTERM. Then the window in flight is finished."""
     config = settings.load(ServeSettings)
     logs.configure("relay", config.log_level)
-    lifecycle.run(lambda stop: serve(config, stop))
+    with traces.exported(config, "retail-relay"):
+        lifecycle.run(lambda stop: serve(config, stop))
 
 
 commands.add_command(outbox_commands.status)

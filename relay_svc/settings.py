@@ -17,6 +17,7 @@ from chassis.settings import (
     target,
 )
 from chassis.tls import TlsSettings
+from chassis.traces import TraceSettings
 
 
 def _database_url() -> Any:
@@ -24,7 +25,7 @@ def _database_url() -> Any:
 
 
 @dataclass(frozen=True)
-class ServeSettings(AccessSettings, TlsSettings):
+class ServeSettings(AccessSettings, TlsSettings, TraceSettings):
     database_url: str = _database_url()
     amqp_url: str = setting("AMQP_URL", amqp_url, "URL", "the RabbitMQ that events are published to")
     listen: str = setting("RELAY_LISTEN", listen_address, "host:port", "where it is called", default="127.0.0.1:50053")

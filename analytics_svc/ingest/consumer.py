@@ -7,7 +7,7 @@ that knows the broker.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pika.spec
@@ -22,9 +22,10 @@ from analytics_svc.ingest.events import uuid7_time
 from analytics_svc.ingest.health import Health
 from analytics_svc.ingest.messages import Message
 from analytics_svc.ingest.settling import Case, Settler
-from chassis import amqp, postgres
+from chassis import amqp, postgres, traces
 from chassis.amqp import BrokerUnavailable
 from chassis.lifecycle import Backoff, wait_set
+from chassis.traces import Span
 
 EXCHANGE = "purchases"
 QUEUE = ROUTING_KEY = "purchases.created"
@@ -267,17 +268,22 @@ class Consumer:
             if looks == 2:
                 inbox.close(f"the broker delivers nothing, though {waiting} messages wait")
 
+    def _cases(self, batch: Sequence[Delivery], spans: Mapping[int, Span]) -> list[Case]:
+        cases = [delivery.case or self._settler.read(delivery.message) for delivery in batch]
+        for place, span in spans.items():
+            cases[place] = cases[place]._replace(span=span)
+        return cases
+
     async def _settle(self, batch: Sequence[Delivery], inbox: Inbox) -> bool:
         """Settle the batch, however often the database has to be asked; False when the inbox closed before it was."""
-        backoff, trouble = Backoff(0.05, 2.0), False
-        with BATCH_SECONDS.time():
+        backoff, trouble, began = Backoff(0.05, 2.0), False, time.perf_counter()
+        with _traced(batch) as spans:
             while True:
                 try:
                     if batch[0].redelivered:
                         await self._settler.settle_again([delivery.message for delivery in batch])
                     else:
-                        read = self._settler.read
-                        await self._settler.settle([delivery.case or read(delivery.message) for delivery in batch])
+                        await self._settler.settle(self._cases(batch, spans.spans))
                 except postgres.CONFLICT as error:
                     log.info("batch conflicts with another; trying again", error=error)
                 except Exception as error:
@@ -290,6 +296,9 @@ class Consumer:
                     break
                 if await wait_set(inbox.closed, backoff.next_s()):
                     return False
+            for place, span in spans.spans.items():
+                log.debug("traced sale settled", event_id=batch[place].message.properties.get("message_id"), **span.ids)
+        BATCH_SECONDS.observe(time.perf_counter() - began, spans.exemplar)
         BATCH_EVENTS.observe(len(batch))
         if (recorded_at := uuid7_time(batch[0].message.properties.get("message_id"))) is not None:
             AGE_SECONDS.observe(max(time.time() - recorded_at, 0.0))
@@ -298,3 +307,21 @@ class Consumer:
             log.info("batches are applied again")
             await self._health.report("batches", True)
         return True
+
+
+def _traced(batch: Sequence[Delivery]) -> traces.Together:
+    """From the taking of a batch to its being settled, in the trace of each of its sales that has one."""
+    destination = f"{EXCHANGE}:{ROUTING_KEY}"  # and the queue, which has the same name
+    return traces.together(
+        f"process {destination}",
+        "CONSUMER",
+        (delivery.message.traceparent for delivery in batch),
+        {
+            "messaging.system": "rabbitmq",
+            "messaging.operation.name": "process",
+            "messaging.operation.type": "process",
+            "messaging.destination.name": destination,
+            "messaging.batch.message_count": len(batch),
+        },
+        lambda place: {"messaging.message.id": str(batch[place].message.properties.get("message_id"))},
+    )

@@ -11,6 +11,7 @@ from analytics_svc.errors import Rejected, quoted
 from analytics_svc.ingest import events
 from analytics_svc.ingest.quarantine import QuarantinedEvent
 from analytics_svc.purchase import PurchaseCreated
+from chassis.traces import TRACEPARENT
 
 READ_FAILED = "READ_FAILED"  # a reason, see `events`: a bug of ours
 HEADER_LEVELS_MAX = 8  # of tables in tables; those of dead-lettering have three
@@ -21,6 +22,12 @@ log = structlog.get_logger()
 class Message(NamedTuple):
     body: bytes
     properties: Mapping[str, Any]  # AMQP's, by name; None or missing when not set
+
+    @property
+    def traceparent(self) -> str | None:
+        """What the publisher's span says of itself, if the sale is traced."""
+        said = (self.properties.get("headers") or {}).get(TRACEPARENT)
+        return said if isinstance(said, str) else None
 
     def digest(self) -> bytes:
         """Tells one message from another without a look into it."""

@@ -11,6 +11,7 @@ import asyncio
 import uuid
 from collections import Counter as Tally
 from collections.abc import Awaitable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
@@ -28,6 +29,7 @@ from analytics_svc.ingest.events import ID_MAX
 from analytics_svc.ingest.messages import Event, Message
 from analytics_svc.ingest.quarantine import QuarantinedEvent
 from analytics_svc.purchase import PRODUCT_ID_MAX, Item, PurchaseCreated
+from chassis import traces
 from chassis.postgres import Connection, Pool
 from chassis.standby import make_durable
 
@@ -63,6 +65,7 @@ log = structlog.get_logger()
 class Case(NamedTuple):
     message: Message
     event: Event
+    span: traces.Span | None = None  # if it is traced
 
 
 class Settler:
@@ -163,32 +166,38 @@ class Settler:
     async def _apply(self, cases: Sequence[Case], tried: bool) -> tuple[Applied, Sequence[Case]]:
         """The one transaction; of many messages, for those of some branches. Returns also those that are left."""
         left: Sequence[Case] = []
-        async with (
-            self._pool.connection(CONNECTION_WAIT_S) as connection,
-            connection.pipeline(),  # statements do not wait for each other's answers, where nobody reads them
-            connection.transaction(),
-        ):
-            if len(cases) >= LANED_MIN and not tried:
-                cases, left = await _in_free_lane(connection, cases)
-            applied = await apply(
-                connection,
-                [case.event for case in cases if isinstance(case.event, PurchaseCreated)],
-                [case.event for case in cases if isinstance(case.event, QuarantinedEvent)],
-            )
-            if refused := _refused(applied):
-                unfit = [
-                    messages.unfit(case.message, case.event.event_id, *refused[id(case.event)])
-                    for case in cases
-                    if id(case.event) in refused
-                ]
-                if quarantined := await quarantine.keep(connection, unfit):
-                    await announce(connection, (), counted=False)
-                applied = applied._replace(quarantined=applied.quarantined + quarantined)
-            if tried:
-                await trials.end(connection, [case.message.digest() for case in cases])
-            if not (applied.counted or applied.quarantined):
-                await make_durable(connection)  # all is known here, but a standby may not know it yet
+        with ExitStack() as until_committed:
+            async with (
+                self._pool.connection(CONNECTION_WAIT_S) as connection,
+                connection.pipeline(),  # statements do not wait for each other's answers, where nobody reads them
+                connection.transaction(),
+            ):
+                if len(cases) >= LANED_MIN and not tried:
+                    cases, left = await _in_free_lane(connection, cases)
+                until_committed.enter_context(_traced(cases))
+                applied = await self._apply_now(connection, cases)
+                if tried:
+                    await trials.end(connection, [case.message.digest() for case in cases])
+                if not (applied.counted or applied.quarantined):
+                    await make_durable(connection)  # all is known here, but a standby may not know it yet
         return applied, left
+
+    async def _apply_now(self, connection: Connection, cases: Sequence[Case]) -> Applied:
+        applied = await apply(
+            connection,
+            [case.event for case in cases if isinstance(case.event, PurchaseCreated)],
+            [case.event for case in cases if isinstance(case.event, QuarantinedEvent)],
+        )
+        if refused := _refused(applied):
+            unfit = [
+                messages.unfit(case.message, case.event.event_id, *refused[id(case.event)])
+                for case in cases
+                if id(case.event) in refused
+            ]
+            if quarantined := await quarantine.keep(connection, unfit):
+                await announce(connection, (), counted=False)
+            applied = applied._replace(quarantined=applied.quarantined + quarantined)
+        return applied
 
     async def redrive(self, quarantine_id: str) -> bool | None:
         """Try a quarantined message again: whether it is counted now; None when it is not in quarantine."""
@@ -245,6 +254,16 @@ class Settler:
         log.error("event refused by the database", message=_name(case.message), error=error)
         unfit = messages.unfit(case.message, case.event.event_id, APPLY_FAILED, detail)
         await self.settle([Case(case.message, unfit)], tried=True)
+
+
+def _traced(cases: Sequence[Case]) -> traces.Together:
+    """The transaction, in the trace of each of them that has one."""
+    return traces.together(
+        "apply sales",
+        "CLIENT",
+        (case.span for case in cases),
+        {"db.system.name": "postgresql", "db.operation.name": "apply", "db.operation.batch.size": len(cases)},
+    )
 
 
 async def _in_free_lane(connection: Connection, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:

@@ -22,6 +22,7 @@ SETTING_PREFIXES = (
     "TLS",
     "TRUST_DOMAIN",
     "ALLOW_PLAINTEXT",
+    "OTEL_",
 )
 
 # Here, where no till has a flat battery: the demo replays sales of any year.

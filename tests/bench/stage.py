@@ -77,11 +77,13 @@ class Service(NamedTuple):
 
 
 @contextmanager
-def service(name: str, command: tuple[str, ...], settings: Mapping[str, str], directory: Path) -> Iterator[Service]:
+def service(
+    name: str, command: tuple[str, ...], settings: Mapping[str, str], directory: Path, metrics: str = "127.0.0.1:0"
+) -> Iterator[Service]:
     """One of our processes from when it is healthy until it has ended; the caller's settings hold, but for these."""
     address = f"127.0.0.1:{pick_port()}"
     log = directory / f"{name}.log"
-    listens = {f"{name.upper()}_LISTEN": address, f"{name.upper()}_METRICS_LISTEN": "127.0.0.1:0"}
+    listens = {f"{name.upper()}_LISTEN": address, f"{name.upper()}_METRICS_LISTEN": metrics}
     environ = {**os.environ, **settings, **listens}
     process = spawn([sys.executable, "-m", *command], environ, ROOT, log)
     credentials = tls.credentials(load(tls.TlsSettings, environ))

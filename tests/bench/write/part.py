@@ -26,6 +26,7 @@ from tests.bench.figures import (
 )
 from tests.bench.load import Job, LoadClient, load_client
 from tests.bench.show import Show
+from tests.bench.write import telemetry
 from tests.bench.write.plot import plot
 
 DATABASE = "purchases"
@@ -40,6 +41,9 @@ GOALS = {
     "stream_vs_pgbench": Goal("open stream, purchases/s", 2.0, more_is_better=True),
     "stream_cpu_vs_pgbench": Goal("open stream, CPU a purchase", 0.45, more_is_better=False),
     "create_latency_vs_pgbench": Goal("CreatePurchase, latency alone", 3.0, more_is_better=False),
+    "telemetry_cost": Goal(
+        "CPU a purchase with logs, metrics and traces at 1 %, beside none", 1.05, more_is_better=False
+    ),
     "identity_cost": Goal("CPU a purchase with certificates and rules, beside without", 1.15, more_is_better=False),
 }
 
@@ -58,12 +62,16 @@ def run(plan: Plan, show: Show) -> Outcome:
 
         families = contenders(server, service, client, plan.measure_s, directory)
         certified = stack.enter_context(with_certificates(server, settings, plan.measure_s, directory))
+        telling = telemetry.telemetry(server, settings, plan.measure_s, measured_load, directory)
         (plain,) = (contender for contender in families[1] if contender.at_once == certified.at_once)
         # What is compared is measured shortly after one another: the machine may be another one a minute later.
         order = [contender for contender in chain(*zip_longest(*families)) if contender]
         order.insert(order.index(plain) + 1, certified)
         empty = measure(order, plan.rounds, show, "no purchases there", before=lambda: stage.empty_purchases(url))
         finalists = [best(empty, family) for family in families]
+        with telling as told:
+            pairs = max(plan.rounds, telemetry.PAIRS)
+            telemetry_rounds = measure(told, pairs, show, "logs, metrics, traces", lambda: stage.empty_purchases(url))
 
         stage.empty_purchases(url)
         grown: dict[int, Rounds] = {}
@@ -86,6 +94,7 @@ def run(plan: Plan, show: Show) -> Outcome:
         "upload_vs_pgbench": versus(empty, upload, pgbench_best, speed),
         "create_latency_vs_pgbench": versus(empty, create_alone, pgbench_alone, latency),
         "identity_cost": versus(empty, certified, plain, cpu),
+        "telemetry_cost": versus(telemetry_rounds, told.on, told.off, cpu),
     }
     for rows, figures in grown.items():
         # How it slowed down, beside how pgbench did: the speed of the disk and of the hour cancels out.
@@ -101,6 +110,7 @@ def run(plan: Plan, show: Show) -> Outcome:
         "postgresql": version,
         "compared": [contender.name for contender in finalists],
         "no_purchases": raw(empty),
+        "telemetry": raw(telemetry_rounds),
         **{f"{rows}_purchases": raw(figures) for rows, figures in grown.items()},
     }
     return Outcome({**ratios}, details, plot(families, empty, finalists))

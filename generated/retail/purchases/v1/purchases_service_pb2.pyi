@@ -251,8 +251,13 @@ class PurchaseUpload(_message.Message):
 
     SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
     CREATE_PURCHASE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """Number by which the client recognises the result; not interpreted."""
+    traceparent: _builtins.str
+    """W3C trace context of the sale, if the till traces it: on a stream of many sales, what the metadata `traceparent` is
+    to a call.
+    """
     @_builtins.property
     def create_purchase(self) -> Global___CreatePurchaseRequest:
         """The sale."""
@@ -262,10 +267,11 @@ class PurchaseUpload(_message.Message):
         *,
         sequence_number: _builtins.int = ...,
         create_purchase: Global___CreatePurchaseRequest | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_purchase", b"create_purchase"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_purchase", b"create_purchase", "sequence_number", b"sequence_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_purchase", b"create_purchase", "sequence_number", b"sequence_number", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
