@@ -3,7 +3,8 @@
 #
 #   deploy/bootstrap.sh                       .venv: exactly what requirements-dev.txt locks, and the project, editable
 #   deploy/bootstrap.sh rabbitmq [DIRECTORY]  RabbitMQ and its Erlang, unpacked there; else in .local/rabbitmq-server
-#   deploy/bootstrap.sh package DIRECTORY P   any package of Debian, unpacked there
+#   deploy/bootstrap.sh chromium              for tests of the pages: a Chromium without windows, in .local/chromium
+#   deploy/bootstrap.sh package DIRECTORY P…  any packages of Debian, unpacked there
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 cd "$root"
@@ -93,15 +94,22 @@ rabbitmq() {
   fi
 }
 
-package() {
-  one_at_a_time
-  [ -d "$1" ] || { unpack "$1" "$2" && finish "$1"; } || fail "$2 could not be fetched." "$(tail -n 20 "$new/log")"
+chromium() {
+  command -v apt-get >/dev/null || fail "Chromium comes from Debian's packages, and there is no apt-get here." \
+    "Install chromium in another way: what is found as chromium, chromium-headless-shell or google-chrome is used."
+  package .local/chromium chromium-headless-shell fonts-inter
 }
 
-# unpack DIRECTORY PACKAGE: into DIRECTORY.new/root, with all that it needs and the machine lacks. If it fails,
+package() {
+  one_at_a_time
+  [ -d "$1" ] || { unpack "$@" && finish "$1"; } || fail "$* could not be fetched." "$(tail -n 20 "$new/log")"
+}
+
+# unpack DIRECTORY PACKAGE…: into DIRECTORY.new/root, with all that it needs and the machine lacks. If it fails,
 # DIRECTORY.new/log says why. `finish` moves it to its place. What was fetched before an interruption is not fetched again.
 unpack() {
   new=$(mkdir -p "$1.new" && cd "$1.new" && pwd -P)
+  shift
   rm -rf "$new/root"
   mkdir -p "$new/root" "$new/lists/partial" "$new/archives/partial"
   # An Erlang of the machine's own is left out of account: it may be another one tomorrow.
@@ -119,7 +127,7 @@ END
   # Lists that could not be brought up to date may still do: only the download decides.
   own_apt update >"$new/log" 2>&1 || true
   own_apt autoclean >>"$new/log" 2>&1 || true # versions of before an interruption
-  own_apt --download-only install "$2" >>"$new/log" 2>&1 || return 1
+  own_apt --download-only install "$@" >>"$new/log" 2>&1 || return 1
   for package in "$new"/archives/*.deb; do
     dpkg -x "$package" "$new/root" || return 1
   done
@@ -158,6 +166,7 @@ END
 case ${1:-venv} in
 venv) venv ;;
 rabbitmq) rabbitmq "${2:-}" ;;
-package) package "$2" "$3" ;;
-*) fail "usage: $0 [rabbitmq [DIRECTORY] | package DIRECTORY PACKAGE]" ;;
+chromium) chromium ;;
+package) shift && package "$@" ;;
+*) fail "usage: $0 [rabbitmq [DIRECTORY] | chromium | package DIRECTORY PACKAGE…]" ;;
 esac

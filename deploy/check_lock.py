@@ -25,8 +25,8 @@ def locked(path: Path) -> set[str]:
 def main() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project, extras = declared["project"], declared["project"]["optional-dependencies"]
-    run_time = [*project["dependencies"], *extras["server"]]
-    build, server = "--group build", "--extra server pyproject.toml"
+    run_time = [*project["dependencies"], *extras["server"], *extras["pages"]]
+    build, server = "--group build", "--extra server --extra pages pyproject.toml"
     for lock, asked, what in (
         ("requirements.txt", run_time, server),
         ("requirements-dev.txt", [*run_time, *extras["dev"]], f"--extra dev {server}"),

@@ -7,6 +7,7 @@ from analytics_svc import settings as analytics
 from chassis.settings import settings_of
 from chassis.tls import TlsSettings
 from chassis.traces import TraceSettings
+from pages_svc import settings as pages
 from pos import demo
 from purchases_svc import settings as purchases
 from relay_svc import settings as relay
@@ -18,6 +19,7 @@ PROCESSES: dict[str, tuple[type, ...]] = {
     "The relay: `retail-relay serve`": (relay.ServeSettings,),
     "The consumer: `retail-analytics consume`": (analytics.ConsumeSettings,),
     "The query server: `retail-analytics serve`": (analytics.ServeSettings,),
+    "The pages: `retail-pages serve`": (pages.ServeSettings,),
     TRACES: (TraceSettings,),
     EVERYWHERE: (TlsSettings,),
     "Where commands find the services": (
@@ -35,8 +37,9 @@ HEAD = """\
 Made of the settings' declarations by `make settings`; do not edit.
 
 Settings are environment variables. An empty one counts as not set. A wrong one stops the start, and all wrong ones are
-named. `retail-purchases settings`, `retail-relay settings`, `retail-analytics settings` and `retail-pos settings` print
-the same with the present values. `migrate` reads the database's URL (of its owner), BUSINESS_TIME_ZONE and LOG_LEVEL.
+named. `retail-purchases settings`, `retail-relay settings`, `retail-analytics settings`, `retail-pages settings` and
+`retail-pos settings` print the same with the present values. `migrate` reads the database's URL (of its owner),
+BUSINESS_TIME_ZONE and LOG_LEVEL.
 
 URLs may name several servers of one cluster: `postgresql://user:password@host1:5432,host2:5432/database`,
 `amqp://user:password@host1:5672,host2:5672/%2F`.

@@ -264,9 +264,10 @@ class PosClient:
         with errors.reading(errors.CallFailed):
             return _customer(reply.customer)
 
-    def list_customers(self) -> Iterator[Customer]:
-        """All customers by id; fetched page by page."""
-        request = customers_service_pb2.ListCustomersRequest()
+    def list_customers(self, beginning_with: str = "") -> Iterator[Customer]:
+        """All customers by id, or those whose id begins so; fetched page by page."""
+        with errors.sending():
+            request = customers_service_pb2.ListCustomersRequest(customer_id_prefix=beginning_with)
         for page in self._call.pages(self._customers.ListCustomers, request):
             with errors.reading(errors.CallFailed):
                 customers = [_customer(each) for each in page.customers]

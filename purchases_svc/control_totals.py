@@ -32,9 +32,13 @@ async def control_totals(
     branch_ids: Sequence[int],
     after: tuple[datetime.date, int] | None,
     limit: int,
+    end: datetime.datetime | None = None,
 ) -> list[ControlTotals]:
-    """Sums per business day and branch, from the purchases' own counts."""
+    """Sums per business day and branch, from the purchases' own counts; with `end`, of those before it."""
     start = max(first, after[0]) if after else first
+    window = windows.around(start, last)
+    if end is not None:
+        window = {**window, "to": min(window["to"], end)}
     cursor = await connection.execute(
         """
         SELECT business_day, branch_id, count(*), count(customer_id), sum(item_count), sum(total_amount)::text
@@ -48,7 +52,7 @@ async def control_totals(
         {
             "start": start,
             "last": last,
-            **windows.around(start, last),
+            **window,
             "all_branches": not branch_ids,
             "branch_ids": list(branch_ids),
             "after_day": after[0] if after else datetime.date.min,

@@ -124,6 +124,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         else:
             for index, branch_id in enumerate(request.branch_ids):
                 wire.check_id(f"branch_ids[{index}]", branch_id, violations)
+        end = _optional_time(request, "end_time", violations)
         _raise_if(violations)
         assert first and last
         position = self._tokens.read(request)
@@ -137,6 +138,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
                 branch_ids=request.branch_ids,
                 after=after,
                 limit=limit + 1,
+                end=end,
             )
             stored_range = await control_totals.stored_range(connection)
             read_at, complete_from = await control_totals.read_marks(connection, self._zone)
@@ -261,10 +263,16 @@ class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):
     ) -> customers_pb2.ListCustomersResponse:
         violations: list[Violation] = []
         limit = wire.page_size(request.page_size, *CUSTOMERS_PER_PAGE, violations)
+        prefix = request.customer_id_prefix
+        between = customers.beginning_with(prefix) if prefix else None
+        if prefix and not between:
+            rule = "must be the beginning of a UUID, such as 7b0d3a52-5"
+            violations.append(Violation("customer_id_prefix", rule, FieldReason.NOT_A_UUID))
         _raise_if(violations)
         position = self._tokens.read(request)
+        after = position[0] if position else None
         async with _reading(self._shares, context, "customers") as connection:
-            rows = await customers.page(connection, limit=limit + 1, after=position[0] if position else None)
+            rows = await customers.page(connection, limit=limit + 1, after=after, between=between)
         page = rows[:limit]
         token = self._tokens.issue(request, [page[-1][0]]) if len(rows) > limit else ""
         return customers_pb2.ListCustomersResponse(customers=(_customer(*row) for row in page), next_page_token=token)
@@ -322,10 +330,8 @@ def _required_date(request: message.Message, field: str, violations: list[Violat
     return wire.parse_date(request, field, violations)
 
 
-def _optional_time(
-    request: purchases_service_pb2.ListPurchasesRequest, field: str, violations: list[Violation]
-) -> datetime.datetime | None:
-    if not request.HasField(field):  # type: ignore[arg-type]
+def _optional_time(request: message.Message, field: str, violations: list[Violation]) -> datetime.datetime | None:
+    if not request.HasField(field):
         return None
     moment = wire.parse_timestamp(getattr(request, field))
     if moment is None:

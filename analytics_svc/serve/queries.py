@@ -17,6 +17,7 @@ from chassis.postgres import Connection
 DAY = timedelta(days=1)
 COUNT_MAX = 2**62  # above every count of purchases
 TOP_PRODUCTS_MAX = 1_000  # ties included: with many products that sold once, ties may be all of them
+LOYAL_COUNT_MAX = 100_000  # of a chain with more, it is enough to know that there are more
 
 
 class Days(NamedTuple):
@@ -257,8 +258,10 @@ async def loyal_customers(
     *,
     after: tuple[int, str] | None,
     limit: int,
+    with_total: bool = False,
 ) -> Answer:
-    """Rows of (customer, purchases, time of the latest), most purchases first, then by customer.
+    """Rows of (customer, purchases, time of the latest), most purchases first, then by customer; `with_total`, each
+    has the number of all that match, up to LOYAL_COUNT_MAX, in a fourth column.
 
     `after` is the last row's (purchases, customer). Counts are negative in the comparison as they are in the index:
     that makes the order one ascending pair, in which a page starts where the previous one ended.
@@ -269,10 +272,14 @@ async def loyal_customers(
         if branch_id is None
         else "customer_loyalty AS loyal WHERE branch_id = %(branch_id)s AND"
     )
+    total: LiteralString = f"""
+        , (SELECT count(*) FROM
+            (SELECT FROM {source} -purchases_count <= -%(purchases_min)s LIMIT {LOYAL_COUNT_MAX}) AS matching)
+        """
     return await _ask(
         connection,
         f"""
-        SELECT customer_id::text, purchases_count, last_purchase_at
+        SELECT customer_id::text, purchases_count, last_purchase_at {total if with_total else ""}
         FROM {source} -purchases_count <= -%(purchases_min)s
             AND (-purchases_count, customer_id) > (-%(after_count)s, %(after_customer_id)s::uuid)
         ORDER BY -purchases_count, loyal.customer_id -- not the text of that name above

@@ -137,16 +137,19 @@ class AnalyticsServicer(analytics_service_pb2_grpc.AnalyticsServiceServicer):
                 branch_id,
                 after=(position[0], position[1]) if position else None,
                 limit=limit + 1,
+                with_total=request.include_total_size,
             )
         page = rows[:limit]
+        total = (rows[0][3] if rows else 0) if request.include_total_size else None
         return pb.ListLoyalCustomersResponse(
             loyal_customers=[
                 pb.LoyalCustomer(
                     customer_id=customer_id, purchase_count=purchases, last_purchase_time=wire.timestamp(last_at)
                 )
-                for customer_id, purchases, last_at in page
+                for customer_id, purchases, last_at, *_ in page
             ],
             next_page_token=tokens.issue(request, [page[-1][1], page[-1][0]]) if len(rows) > limit else "",
+            total_size=total,
             **_marks(freshness),
         )
 

@@ -25,7 +25,7 @@ WATCH_S = 0.5
 PATIENCE_S = 20.0  # for the demo or the tests to wind up after Ctrl-C
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NEXT = (
-    ("retail-analytics report", "the owner's page"),
+    ("retail-analytics report", "the owner's page, in a terminal"),
     ("retail-analytics audit", "are the numbers right, and complete?"),
     ("retail-relay status", "what is on its way, and why"),
 )
@@ -190,6 +190,9 @@ def _report_end(stack: Stack, name: str, process: Process) -> int:
 
 def show_endpoints(stack: Stack) -> None:
     endpoints = stack.endpoints()
+    people = [service for service in stack.services if service.for_people]
+    for service in people:
+        terminal.say(f"For people: http://{endpoints[service.name][0]}/\n")
     rows = [(name, address, metrics, _log(stack, name)) for name, (address, metrics) in endpoints.items()]
     terminal.table([("", "address", "metrics", "log"), *rows])
     certificates = stack.launcher.certificates if stack.settings.get(TLS_SETTING) == "1" else None

@@ -2,8 +2,10 @@
 
 import signal
 import sys
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 import grpc
@@ -31,7 +33,7 @@ from deploy.local.services import (
 READY_TIMEOUT_S = 60.0
 MIGRATE_TIMEOUT_S = 300.0
 HEALTH_TIMEOUT_S = 1.0
-OPERATOR = "operator/kim"  # who asks and commands by hand
+OPERATOR = "operator/kim"  # who asks and commands by hand, or by the pages
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Launcher:
 
     @property
     def databases(self) -> Sequence[Database]:
-        return tuple(dict.fromkeys(service.database for service in self.services))
+        return tuple(dict.fromkeys(service.database for service in self.services if service.database))
 
     def local_databases(self, settings: Mapping[str, str]) -> list[Database]:
         """Those that are on the stack's own server."""
@@ -89,15 +91,19 @@ class Launcher:
 
     def _urls(self, service: Service, settings: Mapping[str, str]) -> dict[str, str]:
         """Where the service finds its servers, with a login of its own in each."""
-        database = service.database
-        urls = {database.setting: settings.get(database.setting) or self.postgres.url(database.name, service.login)}
+        urls = {}
+        if database := service.database:
+            own = self.postgres.url(database.name, service.login)
+            urls[database.setting] = settings.get(database.setting) or own
         if service.uses_broker:
             urls[BROKER_SETTING] = settings.get(BROKER_SETTING) or self.rabbitmq.url_of(service.name)
         return urls
 
     def spawn(self, service: Service, settings: Mapping[str, str]) -> Process:
         environ = service_environ(service, self.services, settings, self._urls(service, settings))
-        environ |= self.identity(f"service/{service.name}", settings)
+        environ |= self.identity(OPERATOR if service.for_people else f"service/{service.name}", settings)
+        if service.for_people and settings.get(TLS_SETTING) == "1":
+            environ["TILL_CERTIFICATES"] = str(self.certificates)
         by_hand = export_lines(common_environ(self.home) | targets(self.services, settings) | environ)
         machine.write_private(self.home / "run" / f"{service.name}.env", by_hand)
         machine.write_private(self.home / "run" / "operator.env", export_lines(self.identity(OPERATOR, settings)))
@@ -116,7 +122,11 @@ class Launcher:
         target = service.target(settings)
         files = self.identity(OPERATOR, settings).values()
         credentials = Credentials(*files) if files else None
-        settled = machine.wait_until(lambda: not process.alive or _serves(target, credentials), READY_TIMEOUT_S)
+
+        def serves() -> bool:
+            return _serves_people(target) if service.for_people else _serves(target, credentials)
+
+        settled = machine.wait_until(lambda: not process.alive or serves(), READY_TIMEOUT_S)
         if not settled or not process.alive:
             raise self._failure(service.name, process)
 
@@ -145,3 +155,11 @@ def _serves(target: str, credentials: Credentials | None) -> bool:
             return bool(check(HealthCheckRequest(), timeout=HEALTH_TIMEOUT_S).status == HealthCheckResponse.SERVING)
         except grpc.RpcError:
             return False
+
+
+def _serves_people(target: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{target}/health", timeout=HEALTH_TIMEOUT_S) as reply:
+            return bool(reply.status == HTTPStatus.OK)
+    except OSError:
+        return False

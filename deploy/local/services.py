@@ -16,6 +16,7 @@ SETTING_PREFIXES = (
     "RELAY_",
     "CONSUMER_",
     "ANALYTICS_",
+    "PAGES_",
     "AMQP_",
     "BUSINESS_",
     "LOG_",
@@ -67,16 +68,20 @@ class Database:
 
 @dataclass(frozen=True)
 class Service:
-    """A process that answers gRPC health checks; `command` follows `python -m`, `calls` names other services."""
+    """A process that tells whether it serves; `command` follows `python -m`, `calls` names other services.
+
+    It is asked by gRPC, or, where it is `for_people`, by HTTP; that one acts with the rights of who runs the stack.
+    """
 
     name: str
     command: tuple[str, ...]
     port: int
     metrics_port: int
-    database: Database
-    role: str  # made by the migrations; the process logs in as a member of it
+    database: Database | None = None
+    role: str = ""  # made by the migrations; the process logs in as a member of it
     uses_broker: bool = False
     calls: tuple[str, ...] = ()
+    for_people: bool = False
 
     @property
     def login(self) -> str:
@@ -109,6 +114,14 @@ SERVICES = (
         calls=("purchases", "relay"),
     ),
     Service("analytics", ("analytics_svc", "serve"), 50052, 9465, ANALYTICS, "analytics_server"),
+    Service(
+        "pages",
+        ("pages_svc", "serve"),
+        8080,
+        9468,
+        calls=("purchases", "analytics", "relay", "consumer"),
+        for_people=True,
+    ),
 )
 
 
@@ -119,7 +132,8 @@ def settings_of(environ: Mapping[str, str]) -> dict[str, str]:
 
 def targets(services: Sequence[Service], settings: Mapping[str, str]) -> dict[str, str]:
     """The settings that say where each service is found."""
-    found = {f"{service.name.upper()}_TARGET": service.target(settings) for service in services}
+    called = (service for service in services if not service.for_people)
+    found = {f"{service.name.upper()}_TARGET": service.target(settings) for service in called}
     return {name: settings.get(name, target) for name, target in found.items()}
 
 
@@ -136,7 +150,7 @@ def service_environ(
     needed = dict(urls)
     needed |= {name: found[name] for name in (f"{called.upper()}_TARGET" for called in service.calls)}
     needed |= {name: str(address) for name, address in service.addresses(settings).items()}
-    secrets = {BROKER_SETTING, *(other.database.setting for other in services)}
+    secrets = {BROKER_SETTING, *(other.database.setting for other in services if other.database)}
     return LOCAL_SETTINGS | {name: value for name, value in settings.items() if name not in secrets} | needed
 
 

@@ -151,7 +151,7 @@ class Stack:
                     self.postgres.ensure_login(database.owner, creates_roles=True)
                     self.postgres.ensure_database(database.name, database.owner)
                 for service in self.services:
-                    if service.database in local_databases:
+                    if service.database and service.database in local_databases:
                         self.postgres.ensure_group(service.role, service.database.owner, service.database.name)
         if local_broker:
             with terminal.step("RabbitMQ"):

@@ -103,14 +103,18 @@ def test_a_service_gets_what_it_needs_and_no_more() -> None:
         "ANALYTICS_DATABASE_URL": "a",
         "AMQP_URL": "b",
     }
-    urls = {service.name: {service.database.setting: f"of {service.name}"} for service in SERVICES}
-    purchases, relay, consumer, _ = (services.service_environ(it, SERVICES, settings, urls[it.name]) for it in SERVICES)
+    urls = {it.name: {it.database.setting: f"of {it.name}"} if it.database else {} for it in SERVICES}
+    purchases, relay, consumer, _, pages = (
+        services.service_environ(it, SERVICES, settings, urls[it.name]) for it in SERVICES
+    )
     assert purchases["PURCHASES_DATABASE_URL"] == "of purchases"
     assert not {"AMQP_URL", "ANALYTICS_DATABASE_URL", "RELAY_TARGET"} & purchases.keys()
     assert relay["RELAY_LISTEN"] == "0.0.0.0:7000"
     assert consumer["RELAY_TARGET"] == "127.0.0.1:7000"
     assert consumer["CONSUMER_METRICS_LISTEN"] == "127.0.0.1:9467"
     assert {it["BUSINESS_TIME_ZONE"] for it in (purchases, relay, consumer)} == {"UTC"}
+    assert not any(name.endswith("_URL") for name in pages)
+    assert pages["RELAY_TARGET"] == "127.0.0.1:7000"
 
 
 def test_an_empty_setting_is_no_setting() -> None:

@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 import grpc
 import psycopg
 import pytest
+from google.protobuf import timestamp_pb2
 from google.type import date_pb2
 
 import purchases_svc.__main__ as purchases
@@ -136,8 +137,9 @@ async def test_bad_listings_name_every_violation(tills: Any) -> None:
     refused = await refusal(tills.ListPurchases(request))
     assert refused.fields == ["page_size", "branch_id", "customer_id", "start_time"]
     totals = messages.ListControlTotalsRequest(page_size=-1, last_date=date_pb2.Date(year=2026, month=2, day=30))
+    totals.end_time.nanos = -1
     refused = await refusal(tills.ListControlTotals(totals))
-    assert refused.fields == ["page_size", "first_date", "last_date"]
+    assert refused.fields == ["page_size", "first_date", "last_date", "end_time"]
     for first, last in (("2026-01-01", "2026-02-01"), ("2026-01-02", "2026-01-01")):
         totals = messages.ListControlTotalsRequest(first_date=date(first), last_date=date(last))
         assert (await refusal(tills.ListControlTotals(totals))).fields == ["last_date"]
@@ -153,6 +155,7 @@ async def test_control_totals_equal_what_was_sold(purchases_db: str) -> None:
         tills: Any = PurchasesServiceStub(channel)
         chance = random.Random(9)
         expected: defaultdict[tuple[str, int], list[Any]] = defaultdict(lambda: [0, 0, 0, Decimal(0)])
+        sold: list[tuple[int, Decimal]] = []  # when, and the total
         start = int(datetime.datetime(2026, 3, 28, 21, tzinfo=datetime.UTC).timestamp())
         for _ in range(80):
             prices = tuple(f"{chance.randrange(10_000) / 100:.2f}" for _ in range(chance.randint(1, 4)))
@@ -166,6 +169,7 @@ async def test_control_totals_equal_what_was_sold(purchases_db: str) -> None:
             row[1] += request.purchase.HasField("customer_id")
             row[2] += len(prices)
             row[3] += sum(map(Decimal, prices))
+            sold.append((request.purchase.purchase_time.seconds, sum(map(Decimal, prices), Decimal(0))))
 
         def totals(**changes: Any) -> messages.ListControlTotalsRequest:
             known = {"first_date": date("2026-03-20"), "last_date": date("2026-04-05"), "page_size": 4}
@@ -185,6 +189,11 @@ async def test_control_totals_equal_what_was_sold(purchases_db: str) -> None:
             "control_totals",
         )
         assert [r.branch_id for r in some] == [2]
+        for end, _ in (*sold[:5], max(sold), min(sold)):  # what a day had sold by then: not what was sold just then
+            so_far = totals(page_size=500, end_time=timestamp_pb2.Timestamp(seconds=end))
+            by_then = (await tills.ListControlTotals(so_far)).control_totals
+            assert sum(row.purchase_count for row in by_then) == sum(at < end for at, _ in sold)
+            assert sum(Decimal(row.revenue.value) for row in by_then) == sum(it for at, it in sold if at < end)
         reply = await tills.ListControlTotals(totals())
         days = sorted(day for day, _ in expected)
         assert reply.time_zone == zone
@@ -208,6 +217,13 @@ async def test_customers(purchases_channel: grpc.aio.Channel) -> None:
     assert (await desk.GetCustomer(customers.GetCustomerRequest(customer_id=made.customer_id))).customer == made
     listed = await pages(desk.ListCustomers, customers.ListCustomersRequest(page_size=1), "customers")
     assert listed == sorted([first, made], key=lambda c: c.customer_id)
+    for length in range(1, 37):
+        request = customers.ListCustomersRequest(page_size=1, customer_id_prefix=given[:length].upper())
+        found = await pages(desk.ListCustomers, request, "customers")
+        assert found == [it for it in listed if it.customer_id.startswith(given[:length])]
+    for broken in ("x", given + "0", given[:8] + "_", "%"):
+        refused = await refusal(desk.ListCustomers(customers.ListCustomersRequest(customer_id_prefix=broken)))
+        assert refused.fields == ["customer_id_prefix"]
     refused = await refusal(desk.GetCustomer(customers.GetCustomerRequest(customer_id=str(uuid.uuid4()))))
     assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "CUSTOMER_NOT_FOUND")
     assert (await refusal(desk.CreateCustomer(customers.CreateCustomerRequest(customer_id="x")))).fields == [

@@ -258,6 +258,10 @@ async def test_loyal_customers(reports: Any, analytics_db: str, branch_id: int |
                 for customer_id in ranking
                 if len(visits[customer_id]) >= (least or 3)
             ]
+            request = pb.ListLoyalCustomersRequest(min_purchase_count=least, branch_id=branch_id)
+            assert not (await reports.ListLoyalCustomers(request)).HasField("total_size")
+            request.include_total_size = True
+            assert (await reports.ListLoyalCustomers(request)).total_size == len(rows)
 
 
 async def test_unknown_customer(reports: Any, analytics_db: str) -> None:

@@ -541,6 +541,7 @@ class ListLoyalCustomersRequest(_message.Message):
     MIN_PURCHASE_COUNT_FIELD_NUMBER: _builtins.int
     BRANCH_ID_FIELD_NUMBER: _builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    INCLUDE_TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Rows per page: 50 when 0, at most 500 (more is read as 500)."""
     page_token: _builtins.str
@@ -553,6 +554,8 @@ class ListLoyalCustomersRequest(_message.Message):
     """consistency_token of a recorded purchase: the call waits until that
     purchase is included, until just before the deadline, 10 seconds at most.
     """
+    include_total_size: _builtins.bool
+    """Tells total_size, too, which costs more the more customers there are."""
     def __init__(
         self,
         *,
@@ -561,10 +564,11 @@ class ListLoyalCustomersRequest(_message.Message):
         min_purchase_count: _builtins.int = ...,
         branch_id: _builtins.int | None = ...,
         consistency_token: _builtins.str = ...,
+        include_total_size: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_branch_id", b"_branch_id", "branch_id", b"branch_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branch_id", b"_branch_id", "branch_id", b"branch_id", "consistency_token", b"consistency_token", "min_purchase_count", b"min_purchase_count", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branch_id", b"_branch_id", "branch_id", b"branch_id", "consistency_token", b"consistency_token", "include_total_size", b"include_total_size", "min_purchase_count", b"min_purchase_count", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__branch_id: _TypeAlias = _typing.Literal["branch_id"]  # noqa: Y015
     _WhichOneofArgType__branch_id: _TypeAlias = _typing.Literal["_branch_id", b"_branch_id"]  # noqa: Y015
@@ -583,10 +587,15 @@ class ListLoyalCustomersResponse(_message.Message):
     DATA_AS_OF_TIME_FIELD_NUMBER: _builtins.int
     COMPLETE_THROUGH_TIME_FIELD_NUMBER: _builtins.int
     QUARANTINED_COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty on the last page."""
     quarantined_count: _builtins.int
     """Events that wait in quarantine and so are missing from this answer."""
+    total_size: _builtins.int
+    """All customers that match, on all pages, when they were asked for; counting
+    stops at 100,000.
+    """
     @_builtins.property
     def loyal_customers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoyalCustomer]:
         """One page of customers: most purchases first, equal ones by customer_id."""
@@ -609,12 +618,15 @@ class ListLoyalCustomersResponse(_message.Message):
         data_as_of_time: _timestamp_pb2.Timestamp | None = ...,
         complete_through_time: _timestamp_pb2.Timestamp | None = ...,
         quarantined_count: _builtins.int = ...,
+        total_size: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_total_size", b"_total_size", "complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "total_size", b"total_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "loyal_customers", b"loyal_customers", "next_page_token", b"next_page_token", "quarantined_count", b"quarantined_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_size", b"_total_size", "complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "loyal_customers", b"loyal_customers", "next_page_token", b"next_page_token", "quarantined_count", b"quarantined_count", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__total_size: _TypeAlias = _typing.Literal["total_size"]  # noqa: Y015
+    _WhichOneofArgType__total_size: _TypeAlias = _typing.Literal["_total_size", b"_total_size"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__total_size) -> _WhichOneofReturnType__total_size | None: ...
 
 Global___ListLoyalCustomersResponse: _TypeAlias = ListLoyalCustomersResponse  # noqa: Y015
 

@@ -151,19 +151,25 @@ class ListCustomersRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CUSTOMER_ID_PREFIX_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Customers per page: 50 when 0, at most 500 (more is read as 500)."""
     page_token: _builtins.str
-    """next_page_token of the previous page."""
+    """next_page_token of the previous page; the other fields must stay the same."""
+    customer_id_prefix: _builtins.str
+    """Only customers whose id begins like this: a UUID as far as it is known, such
+    as "7b0d3a52-5"; all when empty.
+    """
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        customer_id_prefix: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer_id_prefix", b"customer_id_prefix", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

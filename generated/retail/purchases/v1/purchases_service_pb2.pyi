@@ -348,6 +348,7 @@ class ListControlTotalsRequest(_message.Message):
     FIRST_DATE_FIELD_NUMBER: _builtins.int
     LAST_DATE_FIELD_NUMBER: _builtins.int
     BRANCH_IDS_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Rows per page: 500 when 0, at most 1,000 (more is read as 1,000)."""
     page_token: _builtins.str
@@ -364,6 +365,12 @@ class ListControlTotalsRequest(_message.Message):
     def branch_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Only these branches, 1,000 at most; all when empty."""
 
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Only purchases before this time: what a day had sold by then. Microseconds;
+        all purchases of the days when absent.
+        """
+
     def __init__(
         self,
         *,
@@ -372,10 +379,11 @@ class ListControlTotalsRequest(_message.Message):
         first_date: _date_pb2.Date | None = ...,
         last_date: _date_pb2.Date | None = ...,
         branch_ids: _abc.Iterable[_builtins.int] | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["first_date", b"first_date", "last_date", b"last_date"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "first_date", b"first_date", "last_date", b"last_date"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch_ids", b"branch_ids", "first_date", b"first_date", "last_date", b"last_date", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch_ids", b"branch_ids", "end_time", b"end_time", "first_date", b"first_date", "last_date", b"last_date", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,1 @@
+"""`/operations`: where sales are on their way, what is stuck and why, and what an operator does about it."""

@@ -1,0 +1,179 @@
+"""The figures of the owner's page, asked for side by side; what many want is asked once."""
+
+import asyncio
+import datetime
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+from zoneinfo import ZoneInfo
+
+from pages_svc.owner import period
+from pages_svc.owner.period import DAY, Period, Selection
+from pages_svc.upstream.remembered import Remembered
+from pages_svc.upstream.sales import Audit, Calendar, Customers, Products, Rows, Sales, Totals
+from pages_svc.upstream.services import Problem
+from pages_svc.upstream.watch import Watch
+
+PRODUCTS, CUSTOMERS = 10, 10
+LISTS_LAST_S = 1.5  # products and customers change slower than sums, and cost more
+AUDIT_LASTS_S = 2.0
+CALENDAR_LASTS_S = 30.0
+BY_THEN_LASTS_S = 60.0  # what other days had sold by this time
+
+
+class Today(NamedTuple):
+    """The day so far, and what others had sold by this time; None when that cannot be asked."""
+
+    day: datetime.date
+    now: datetime.datetime
+    totals: Totals
+    yesterday: Totals | None
+    last_week: Totals | None
+
+
+class Figures(NamedTuple):
+    """What the page shows."""
+
+    selection: Selection
+    period: Period
+    zone: ZoneInfo
+    today: Today
+    rows: Rows  # of the period, and of what it is compared with
+    totals: Totals
+    before: Totals
+    branches: dict[int, Totals]  # of the period; the best first
+    all_branches: list[int]  # to choose from
+    products: Products | Problem
+    customers: Customers | Problem
+    audit: Audit | Problem
+    calendar: Calendar
+
+
+class Reader:
+    """Reads figures."""
+
+    def __init__(self, sales: Sales, watch: Watch) -> None:
+        self._sales, self._watch = sales, watch
+        self._remembered = Remembered()
+        self._calendar: Calendar | None = None  # the last that was known: it outlives an outage
+
+    async def figures(self, selection: Selection, now: datetime.datetime | None = None) -> Figures:
+        """All of it.
+
+        Raises:
+            Problem: there are no sums. What else is missing is told in its place.
+        """
+        now = now or datetime.datetime.now(datetime.UTC)
+        calendar = await self.calendar()
+        today = now.astimezone(calendar.zone).date()
+        chosen = period.resolve(selection, today, calendar.last)
+        branch_id = selection.branch_id
+        (rows, of_today, yesterday, last_week), (products, customers, audit) = await asyncio.gather(
+            asyncio.gather(
+                self._daily(min(chosen.before_first, chosen.first), chosen.last, branch_id),
+                self._daily(today, today, branch_id),
+                self._by_then(now, calendar.zone, 1, branch_id),
+                self._by_then(now, calendar.zone, 7, branch_id),
+            ),
+            asyncio.gather(self._products(chosen, selection), self._customers(branch_id), self._audit()),
+        )
+        branches: dict[int, Totals] = defaultdict(Totals)
+        before = Totals()
+        for (day, branch), totals in rows.items():
+            if chosen.first <= day:
+                branches[branch] += totals
+            elif day <= chosen.before_last:
+                before += totals
+        return Figures(
+            selection=selection,
+            period=chosen,
+            zone=calendar.zone,
+            today=Today(today, now, sum_of(of_today), yesterday, last_week),
+            rows=rows,
+            totals=sum_up(branches.values()),
+            before=before,
+            branches=dict(sorted(branches.items(), key=lambda it: (-it[1].revenue_cents, it[0]))),
+            all_branches=self._known_branches(branches.keys() | ({branch_id} if branch_id else set())),
+            products=products,
+            customers=customers,
+            audit=audit,
+            calendar=calendar,
+        )
+
+    async def calendar(self) -> Calendar:
+        """Raises Problem only while it was never known."""
+        try:
+            self._calendar = await self._remembered.get("calendar", CALENDAR_LASTS_S, self._sales.calendar)
+        except Problem:
+            if self._calendar is None:
+                raise
+        return self._calendar
+
+    async def zone(self) -> datetime.tzinfo:
+        """That of the chain; UTC while it was never known."""
+        try:
+            return (await self.calendar()).zone
+        except Problem:
+            return datetime.UTC
+
+    async def _daily(self, first: datetime.date, last: datetime.date, branch_id: int | None) -> Rows:
+        known = self._watch.between(first, last, branch_id)
+        if known is not None:
+            return known
+        return await self._remembered.get(
+            ("daily", first, last, branch_id), LISTS_LAST_S, lambda: self._sales.daily(first, last, branch_id)
+        )
+
+    async def _by_then(self, now: datetime.datetime, zone: ZoneInfo, days: int, branch_id: int | None) -> Totals | None:
+        """By the clock on the wall, which may have been set meanwhile; by whole minutes, so that many ask the same."""
+        local = now.astimezone(zone).replace(second=0, microsecond=0, tzinfo=None)
+        end = (local - days * DAY).replace(tzinfo=zone)
+        try:
+            return await self._remembered.get(
+                ("by then", end, branch_id),
+                BY_THEN_LASTS_S,
+                lambda: self._sales.recorded_until(end.astimezone(datetime.UTC), end.date(), branch_id),
+            )
+        except Problem:
+            return None
+
+    async def _products(self, chosen: Period, selection: Selection) -> Products | Problem:
+        key = ("products", chosen.first, chosen.last, selection.branch_id, selection.by_units)
+        try:
+            return await self._remembered.get(
+                key,
+                LISTS_LAST_S,
+                lambda: self._sales.products(
+                    chosen.first, chosen.last, selection.branch_id, limit=PRODUCTS, by_units=selection.by_units
+                ),
+            )
+        except Problem as problem:
+            return problem
+
+    async def _customers(self, branch_id: int | None) -> Customers | Problem:
+        try:
+            return await self._remembered.get(
+                ("customers", branch_id), LISTS_LAST_S, lambda: self._sales.customers(branch_id, limit=CUSTOMERS)
+            )
+        except Problem as problem:
+            return problem
+
+    async def _audit(self) -> Audit | Problem:
+        try:
+            return await self._remembered.get("audit", AUDIT_LASTS_S, self._sales.audit)
+        except Problem as problem:
+            return problem
+
+    def _known_branches(self, named: set[int]) -> list[int]:
+        return sorted(named | {branch for _, branch in self._watch.rows or {}})
+
+
+def sum_of(rows: Rows) -> Totals:
+    return sum_up(rows.values())
+
+
+def sum_up(parts: Iterable[Totals]) -> Totals:
+    total = Totals()
+    for part in parts:
+        total += part
+    return total

@@ -1,0 +1,1 @@
+"""The services, as the pages see them."""

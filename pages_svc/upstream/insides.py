@@ -1,0 +1,209 @@
+"""What is on its way through the system, what is stuck, what the audit has found; what an operator can do about it."""
+
+import datetime
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from chassis import wire
+from pages_svc.upstream.sales import Totals, date_of, moment_of, totals_of
+from pages_svc.upstream.services import CALL_TIMEOUT_S, Services
+from retail.analytics.v1 import audit_service_pb2 as audit_pb
+from retail.analytics.v1 import quarantine_service_pb2 as quarantine_pb
+from retail.relay.v1 import outbox_service_pb2 as outbox_pb
+
+LISTED_MAX = 500  # events that are looked at; the counts beside them are of all
+ACT_TIMEOUT_S = 600.0
+BODY_SHOWN = 4_000  # bytes of an event's body
+
+
+class Outbox(NamedTuple):
+    """Events on their way to the broker."""
+
+    waiting: int
+    failed: int
+    oldest_s: float | None
+    publishing: bool
+    reason: str  # why it does not
+    per_second: float  # over the last minute
+    blocker: str  # what keeps PostgreSQL from cleaning up; empty: nothing
+
+
+class Failed(NamedTuple):
+    """An event that was given up."""
+
+    event_id: str
+    purchase_id: str
+    time: datetime.datetime
+    attempts: int
+    reason: str
+
+
+class Quarantined(NamedTuple):
+    """An event that could not be counted."""
+
+    quarantine_id: str
+    event_id: str
+    reason: str
+    detail: str
+    body: str
+    body_size: int
+    time: datetime.datetime
+
+
+class Difference(NamedTuple):
+    """A day and branch whose sums are not the same."""
+
+    day: datetime.date
+    branch_id: int
+    recorded: Totals
+    counted: Totals
+    verdict: str
+    detail: str
+
+
+class Finding(NamedTuple):
+    """A row of a read model that is wrong."""
+
+    table: str
+    key: str
+    detail: str
+    day: datetime.date | None  # whose rebuild repairs it; None: any day's
+
+
+class Proof(NamedTuple):
+    """What the audit knows."""
+
+    verdict: str
+    stale: bool
+    wrong_count: int
+    foreign_count: int
+    pending_count: int
+    pending_since: datetime.datetime | None
+    compared_through: datetime.datetime | None
+    last_cycle: datetime.datetime | None
+    last_sweep: datetime.datetime | None
+    proven_days: int
+    unproven_days: int
+    differences: list[Difference]
+    findings: list[Finding]
+
+
+class Insides:
+    """Asks, and acts. Every method may raise `Problem`."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def outbox(self) -> Outbox:
+        reply = await self._relay(self._services.outbox.GetOutboxStatus, outbox_pb.GetOutboxStatusRequest())
+        age = reply.oldest_pending_age
+        return Outbox(
+            reply.new_count,
+            reply.failed_count,
+            age.ToTimedelta().total_seconds() if reply.HasField("oldest_pending_age") else None,
+            reply.breaker_state == outbox_pb.BREAKER_STATE_CLOSED,
+            reply.breaker_reason,
+            reply.events_per_second,
+            _blocker(reply.blocking_session) if reply.HasField("blocking_session") else "",
+        )
+
+    async def failed(self) -> list[Failed]:
+        request = outbox_pb.ListOutboxEventsRequest(page_size=LISTED_MAX, status=outbox_pb.OUTBOX_STATUS_FAILED)
+        reply = await self._relay(self._services.outbox.ListOutboxEvents, request)
+        return [
+            Failed(it.event_id, it.aggregate_id, moment_of(it.occur_time), it.attempt_count, it.last_error or "unknown")
+            for it in reply.outbox_events
+        ]
+
+    async def quarantined(self, reason: str = "") -> list[Quarantined]:
+        """The oldest first; up to LISTED_MAX."""
+        request = quarantine_pb.ListQuarantinedEventsRequest(page_size=LISTED_MAX, reason=reason)
+        listed: list[Quarantined] = []
+        while True:
+            reply = await self._consumer(self._services.quarantine.ListQuarantinedEvents, request)
+            listed += map(_quarantined, reply.quarantined_events)
+            if not reply.next_page_token or len(listed) >= LISTED_MAX:
+                return listed[:LISTED_MAX]
+            request.page_token = reply.next_page_token
+
+    async def proof(self) -> Proof:
+        reply = await self._consumer(self._services.audit.GetAuditStatus, audit_pb.GetAuditStatusRequest())
+        return Proof(
+            _verdict(reply.verdict),
+            reply.stale,
+            reply.wrong_count,
+            reply.foreign_event_count,
+            reply.pending_count,
+            _moment(reply, "pending_since_time"),
+            _moment(reply, "compared_through_time"),
+            _moment(reply, "last_cycle_time"),
+            _moment(reply, "last_sweep_time"),
+            reply.proven_day_count,
+            reply.unproven_day_count,
+            [
+                Difference(
+                    date_of(row.sales_date),
+                    row.branch_id,
+                    totals_of(row.recorded),
+                    totals_of(row.counted),
+                    _verdict(row.verdict),
+                    row.detail,
+                )
+                for row in reply.different_rows
+                if row.verdict != audit_pb.AUDIT_VERDICT_PENDING
+            ],
+            [
+                Finding(it.table, it.key, it.detail, date_of(it.sales_date) if it.HasField("sales_date") else None)
+                for it in reply.findings
+            ],
+        )
+
+    async def requeue(self, event_ids: Sequence[str]) -> int:
+        """Publish events once more; how many are NEW now."""
+        request = outbox_pb.RequeueEventsRequest(event_ids=event_ids)
+        reply = await self._relay(self._services.outbox.RequeueEvents, request, ACT_TIMEOUT_S)
+        return int(reply.requeued_count)
+
+    async def redrive(self, quarantine_ids: Sequence[str]) -> tuple[int, int, int]:
+        """Try to count events again; how many are counted now, stay, and are not there any more."""
+        request = quarantine_pb.RedriveEventsRequest(quarantine_ids=quarantine_ids)
+        reply = await self._consumer(self._services.quarantine.RedriveEvents, request, ACT_TIMEOUT_S)
+        return reply.redriven_count, reply.remaining_count, len(reply.unknown_quarantine_ids)
+
+    async def discard(self, quarantine_ids: Sequence[str]) -> tuple[int, int]:
+        """Remove events for good; how many, and how many are not there any more."""
+        request = quarantine_pb.DiscardEventsRequest(quarantine_ids=quarantine_ids)
+        reply = await self._consumer(self._services.quarantine.DiscardEvents, request, ACT_TIMEOUT_S)
+        return reply.discarded_count, len(reply.unknown_quarantine_ids)
+
+    async def rebuild(self, day: datetime.date) -> Any:
+        """Repair a day; the answer as it is."""
+        request = audit_pb.RebuildDayRequest(sales_date=wire.date(day))
+        return await self._consumer(self._services.audit.RebuildDay, request, ACT_TIMEOUT_S)
+
+    async def _relay(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        return await self._services.ask("relay", method(request, timeout=timeout_s))
+
+    async def _consumer(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        return await self._services.ask("consumer", method(request, timeout=timeout_s))
+
+
+def _quarantined(it: Any) -> Quarantined:
+    body = it.body[:BODY_SHOWN].decode(errors="replace")
+    return Quarantined(
+        it.quarantine_id, it.event_id, it.reason, it.detail, body, it.body_size, moment_of(it.quarantine_time)
+    )
+
+
+def _blocker(it: Any) -> str:
+    kind = outbox_pb.BlockerKind.Name(it.kind).removeprefix("BLOCKER_KIND_").lower().replace("_", " ")
+    return f"{kind} {it.pid or ''} “{it.application_name}”, {it.transactions_behind:,} transactions behind"
+
+
+def _verdict(number: int) -> str:
+    name = audit_pb.AuditVerdict.Name(number).removeprefix("AUDIT_VERDICT_")  # type: ignore[arg-type]
+    return "" if name == "UNSPECIFIED" else name
+
+
+def _moment(reply: Any, field: str) -> datetime.datetime | None:
+    return moment_of(getattr(reply, field)) if reply.HasField(field) else None

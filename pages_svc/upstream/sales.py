@@ -1,0 +1,200 @@
+"""The chain's numbers, as the query server and the purchases service tell them. Amounts are whole cents."""
+
+import datetime
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
+
+from chassis import wire, zones
+from pages_svc.upstream.services import CALL_TIMEOUT_S, Services
+from pos.client import cents
+from retail.analytics.v1 import analytics_service_pb2 as pb
+from retail.analytics.v1 import audit_service_pb2 as audit_pb
+from retail.purchases.v1 import purchases_service_pb2 as purchases_pb
+
+ROWS_PER_PAGE = 1_000
+LOYAL_COUNT_MAX = 100_000  # where the query server stops counting
+
+
+class Totals(NamedTuple):
+    """Of some sales."""
+
+    revenue_cents: int = 0
+    item_count: int = 0
+    purchase_count: int = 0
+    with_customer_count: int = 0
+
+    def __add__(self, other: "Totals") -> "Totals":  # type: ignore[override]
+        return Totals(*(mine + yours for mine, yours in zip(self, other, strict=True)))
+
+
+Rows = dict[tuple[datetime.date, int], Totals]  # by business day and branch
+
+
+class Marks(NamedTuple):
+    """How far the numbers go."""
+
+    data_as_of: datetime.datetime | None = None
+    complete_through: datetime.datetime | None = None
+    quarantined_count: int = 0
+
+
+class Product(NamedTuple):
+    product_id: int
+    quantity: int
+    revenue_cents: int
+
+
+class Products(NamedTuple):
+    best: list[Product]
+    truncated: bool  # there are more that sold as much as the last
+
+
+class Customer(NamedTuple):
+    customer_id: str
+    purchase_count: int
+    last_purchase: datetime.datetime
+
+
+class Customers(NamedTuple):
+    """Over all time."""
+
+    most_loyal: list[Customer]
+    loyal_count: int
+    unique_count: int
+
+
+class Audit(NamedTuple):
+    """What the continuous audit knows."""
+
+    verdict: str  # AGREED, PENDING, DIFFERENT, FOREIGN, UNPROVEN, or empty: nothing yet
+    stale: bool
+    wrong_count: int
+    compared_through: datetime.datetime | None
+
+
+class Calendar(NamedTuple):
+    """Which business days have sales, and what cuts them."""
+
+    zone: ZoneInfo
+    first: datetime.date | None
+    last: datetime.date | None
+
+
+class Sales:
+    """Asks. Every method may raise `Problem`."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def calendar(self) -> Calendar:
+        any_day = wire.date(datetime.date(2000, 1, 1))  # the range is told whatever day is asked for
+        request = purchases_pb.ListControlTotalsRequest(first_date=any_day, last_date=any_day)
+        reply = await self._purchases(self._services.purchases.ListControlTotals, request)
+        return Calendar(
+            zones.load(reply.time_zone),
+            date_of(reply.earliest_sales_date) if reply.HasField("earliest_sales_date") else None,
+            date_of(reply.latest_sales_date) if reply.HasField("latest_sales_date") else None,
+        )
+
+    async def recorded_until(self, end: datetime.datetime, day: datetime.date, branch_id: int | None) -> Totals:
+        """What was recorded of that business day with a time before `end`."""
+        request = purchases_pb.ListControlTotalsRequest(
+            page_size=ROWS_PER_PAGE,
+            first_date=wire.date(day),
+            last_date=wire.date(day),
+            branch_ids=[branch_id] if branch_id else [],
+            end_time=wire.timestamp(end),
+        )
+        totals = Totals()
+        while True:
+            reply = await self._purchases(self._services.purchases.ListControlTotals, request)
+            for row in reply.control_totals:
+                totals += totals_of(row)
+            if not reply.next_page_token:
+                return totals
+            request.page_token = reply.next_page_token
+
+    async def daily(self, first: datetime.date, last: datetime.date, branch_id: int | None) -> Rows:
+        rows: Rows = {}
+        request = pb.ListDailySalesRequest(
+            page_size=ROWS_PER_PAGE,
+            first_date=wire.date(first),
+            last_date=wire.date(last),
+            branch_ids=[branch_id] if branch_id else [],
+        )
+        while True:
+            reply = await self._analytics(self._services.analytics.ListDailySales, request)
+            rows |= {(date_of(row.sales_date), row.branch_id): totals_of(row) for row in reply.daily_sales}
+            if not reply.next_page_token:
+                return rows
+            request.page_token = reply.next_page_token
+
+    async def products(
+        self, first: datetime.date, last: datetime.date, branch_id: int | None, *, limit: int, by_units: bool
+    ) -> Products:
+        """The best of these days, ties included."""
+        request = pb.ListTopProductsRequest(
+            limit=limit,
+            branch_id=branch_id,
+            first_date=wire.date(first),
+            last_date=wire.date(last),
+            order=pb.TOP_PRODUCTS_ORDER_QUANTITY if by_units else pb.TOP_PRODUCTS_ORDER_REVENUE,
+            include_ties=True,
+        )
+        reply = await self._analytics(self._services.analytics.ListTopProducts, request)
+        best = [Product(it.product_id, it.quantity, cents(it.revenue.value)) for it in reply.top_products]
+        return Products(best, reply.truncated)
+
+    async def customers(self, branch_id: int | None, *, limit: int) -> Customers:
+        loyal = await self._analytics(
+            self._services.analytics.ListLoyalCustomers,
+            pb.ListLoyalCustomersRequest(page_size=limit, branch_id=branch_id, include_total_size=True),
+        )
+        ever = await self._analytics(
+            self._services.analytics.GetSalesSummary, pb.GetSalesSummaryRequest(branch_id=branch_id)
+        )
+        listed = [
+            Customer(it.customer_id, it.purchase_count, moment_of(it.last_purchase_time))
+            for it in loyal.loyal_customers
+        ]
+        return Customers(listed, loyal.total_size, ever.unique_customer_count)
+
+    async def audit(self) -> Audit:
+        reply = await self._services.ask(
+            "consumer",
+            self._services.audit.GetAuditStatus(audit_pb.GetAuditStatusRequest(), timeout=CALL_TIMEOUT_S),
+        )
+        verdict = audit_pb.AuditVerdict.Name(reply.verdict).removeprefix("AUDIT_VERDICT_")
+        return Audit(
+            "" if verdict == "UNSPECIFIED" else verdict,
+            reply.stale,
+            reply.wrong_count + reply.foreign_event_count,
+            moment_of(reply.compared_through_time) if reply.HasField("compared_through_time") else None,
+        )
+
+    async def _analytics(self, method: Any, request: Any) -> Any:
+        return await self._services.ask("analytics", method(request, timeout=CALL_TIMEOUT_S))
+
+    async def _purchases(self, method: Any, request: Any) -> Any:
+        return await self._services.ask("purchases", method(request, timeout=CALL_TIMEOUT_S))
+
+
+def totals_of(row: Any) -> Totals:
+    return Totals(cents(row.revenue.value), row.item_count, row.purchase_count, row.purchase_with_customer_count)
+
+
+def marks_of(reply: Any) -> Marks:
+    return Marks(
+        moment_of(reply.data_as_of_time) if reply.HasField("data_as_of_time") else None,
+        moment_of(reply.complete_through_time) if reply.HasField("complete_through_time") else None,
+        reply.quarantined_count,
+    )
+
+
+def date_of(value: Any) -> datetime.date:
+    return datetime.date(value.year, value.month, value.day)
+
+
+def moment_of(value: Any) -> datetime.datetime:
+    moment: datetime.datetime = value.ToDatetime(datetime.UTC)
+    return moment
