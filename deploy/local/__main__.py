@@ -17,7 +17,7 @@ from deploy.local import terminal
 from deploy.local.launch import how_it_ended
 from deploy.local.machine import Process, StackError
 from deploy.local.prometheus import Prometheus
-from deploy.local.services import TLS_SETTING
+from deploy.local.services import PAGES, TLS_SETTING
 from deploy.local.stack import Stack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,9 +190,7 @@ def _report_end(stack: Stack, name: str, process: Process) -> int:
 
 def show_endpoints(stack: Stack) -> None:
     endpoints = stack.endpoints()
-    people = [service for service in stack.services if service.for_people]
-    for service in people:
-        terminal.say(f"For people: http://{endpoints[service.name][0]}/\n")
+    terminal.say(f"For people: http://{endpoints[PAGES.name][0]}/\n")
     rows = [(name, address, metrics, _log(stack, name)) for name, (address, metrics) in endpoints.items()]
     terminal.table([("", "address", "metrics", "log"), *rows])
     certificates = stack.launcher.certificates if stack.settings.get(TLS_SETTING) == "1" else None

@@ -22,6 +22,8 @@ from deploy.local.services import (
     BROKER_SETTING,
     TLS_SETTING,
     Database,
+    Pages,
+    Program,
     Service,
     common_environ,
     export_lines,
@@ -42,7 +44,7 @@ class Launcher:
 
     root: Path
     home: Path
-    services: Sequence[Service]
+    programs: Sequence[Program]
     caller: Mapping[str, str]
     postgres: Postgres
     rabbitmq: RabbitMQ
@@ -54,7 +56,11 @@ class Launcher:
 
     @property
     def databases(self) -> Sequence[Database]:
-        return tuple(dict.fromkeys(service.database for service in self.services if service.database))
+        return tuple(dict.fromkeys(service.database for service in self.services))
+
+    @property
+    def services(self) -> Sequence[Service]:
+        return [program for program in self.programs if isinstance(program, Service)]
 
     def local_databases(self, settings: Mapping[str, str]) -> list[Database]:
         """Those that are on the stack's own server."""
@@ -89,25 +95,26 @@ class Launcher:
             if service.database in local:
                 self.postgres.ensure_login(service.login, member_of=service.role)
 
-    def _urls(self, service: Service, settings: Mapping[str, str]) -> dict[str, str]:
-        """Where the service finds its servers, with a login of its own in each."""
-        urls = {}
-        if database := service.database:
-            own = self.postgres.url(database.name, service.login)
-            urls[database.setting] = settings.get(database.setting) or own
-        if service.uses_broker:
-            urls[BROKER_SETTING] = settings.get(BROKER_SETTING) or self.rabbitmq.url_of(service.name)
+    def _urls(self, program: Program, settings: Mapping[str, str]) -> dict[str, str]:
+        """Where a service finds its servers, with a login of its own in each."""
+        if not isinstance(program, Service):
+            return {}
+        database = program.database
+        urls = {database.setting: settings.get(database.setting) or self.postgres.url(database.name, program.login)}
+        if program.uses_broker:
+            urls[BROKER_SETTING] = settings.get(BROKER_SETTING) or self.rabbitmq.url_of(program.name)
         return urls
 
-    def spawn(self, service: Service, settings: Mapping[str, str]) -> Process:
-        environ = service_environ(service, self.services, settings, self._urls(service, settings))
-        environ |= self.identity(OPERATOR if service.for_people else f"service/{service.name}", settings)
-        if service.for_people and settings.get(TLS_SETTING) == "1":
+    def spawn(self, program: Program, settings: Mapping[str, str]) -> Process:
+        environ = service_environ(program, self.programs, settings, self._urls(program, settings))
+        for_people = isinstance(program, Pages)
+        environ |= self.identity(OPERATOR if for_people else f"service/{program.name}", settings)
+        if for_people and settings.get(TLS_SETTING) == "1":
             environ["TILL_CERTIFICATES"] = str(self.certificates)
-        by_hand = export_lines(common_environ(self.home) | targets(self.services, settings) | environ)
-        machine.write_private(self.home / "run" / f"{service.name}.env", by_hand)
+        by_hand = export_lines(common_environ(self.home) | targets(self.programs, settings) | environ)
+        machine.write_private(self.home / "run" / f"{program.name}.env", by_hand)
         machine.write_private(self.home / "run" / "operator.env", export_lines(self.identity(OPERATOR, settings)))
-        return self._spawn_module(service.name, service.command, environ)
+        return self._spawn_module(program.name, program.command, environ)
 
     def identity(self, path: str, settings: Mapping[str, str]) -> dict[str, str]:
         """The certificates of whom the path names, where the stack has any."""
@@ -118,17 +125,17 @@ class Launcher:
         whole = passed_on | common_environ(self.home) | environ
         return machine.spawn([sys.executable, "-m", *command], whole, self.root, self.log_of(name))
 
-    def wait_ready(self, service: Service, process: Process, settings: Mapping[str, str]) -> None:
-        target = service.target(settings)
+    def wait_ready(self, program: Program, process: Process, settings: Mapping[str, str]) -> None:
+        target = program.target(settings)
         files = self.identity(OPERATOR, settings).values()
         credentials = Credentials(*files) if files else None
 
         def serves() -> bool:
-            return _serves_people(target) if service.for_people else _serves(target, credentials)
+            return _serves_people(target) if isinstance(program, Pages) else _serves(target, credentials)
 
         settled = machine.wait_until(lambda: not process.alive or serves(), READY_TIMEOUT_S)
         if not settled or not process.alive:
-            raise self._failure(service.name, process)
+            raise self._failure(program.name, process)
 
     def _failure(self, name: str, process: Process) -> StackError:
         """Why a process did not do what it was started for."""

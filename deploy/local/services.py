@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.local.machine import MARK, StackError
@@ -67,34 +67,41 @@ class Database:
 
 
 @dataclass(frozen=True)
-class Service:
-    """A process that tells whether it serves; `command` follows `python -m`, `calls` names other services.
-
-    It is asked by gRPC, or, where it is `for_people`, by HTTP; that one acts with the rights of who runs the stack.
-    """
+class Program:
+    """A process of the stack; `command` follows `python -m`, `calls` names services."""
 
     name: str
     command: tuple[str, ...]
     port: int
     metrics_port: int
-    database: Database | None = None
-    role: str = ""  # made by the migrations; the process logs in as a member of it
-    uses_broker: bool = False
-    calls: tuple[str, ...] = ()
-    for_people: bool = False
-
-    @property
-    def login(self) -> str:
-        return f"local_{self.name}"
+    calls: tuple[str, ...] = field(default=(), kw_only=True)
 
     def addresses(self, settings: Mapping[str, str]) -> dict[str, Address]:
-        """The settings that name an address to listen on, and their values: gRPC first, then metrics."""
+        """The settings that name an address to listen on, and their values: its own first, then metrics."""
         name = self.name.upper()
         ports = {f"{name}_LISTEN": self.port, f"{name}_METRICS_LISTEN": self.metrics_port}
         return {key: Address.parse(key, settings.get(key) or f"127.0.0.1:{ports[key]}") for key in ports}
 
     def target(self, settings: Mapping[str, str]) -> str:
         return self.addresses(settings)[f"{self.name.upper()}_LISTEN"].target
+
+
+@dataclass(frozen=True)
+class Service(Program):
+    """One that answers by gRPC, also whether it serves."""
+
+    database: Database
+    role: str  # made by the migrations; the process logs in as a member of it
+    uses_broker: bool = False
+
+    @property
+    def login(self) -> str:
+        return f"local_{self.name}"
+
+
+@dataclass(frozen=True)
+class Pages(Program):
+    """One that answers browsers. It asks the services with the rights of whoever runs the stack."""
 
 
 PURCHASES = Database("purchases", "purchases_owner", ("purchases_svc", "migrate"))
@@ -114,15 +121,9 @@ SERVICES = (
         calls=("purchases", "relay"),
     ),
     Service("analytics", ("analytics_svc", "serve"), 50052, 9465, ANALYTICS, "analytics_server"),
-    Service(
-        "pages",
-        ("pages_svc", "serve"),
-        8080,
-        9468,
-        calls=("purchases", "analytics", "relay", "consumer"),
-        for_people=True,
-    ),
 )
+PAGES = Pages("pages", ("pages_svc", "serve"), 8080, 9468, calls=("purchases", "analytics", "relay", "consumer"))
+STACK: tuple[Program, ...] = (*SERVICES, PAGES)
 
 
 def settings_of(environ: Mapping[str, str]) -> dict[str, str]:
@@ -130,10 +131,9 @@ def settings_of(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith(SETTING_PREFIXES) and value}
 
 
-def targets(services: Sequence[Service], settings: Mapping[str, str]) -> dict[str, str]:
+def targets(programs: Sequence[Program], settings: Mapping[str, str]) -> dict[str, str]:
     """The settings that say where each service is found."""
-    called = (service for service in services if not service.for_people)
-    found = {f"{service.name.upper()}_TARGET": service.target(settings) for service in called}
+    found = {f"{it.name.upper()}_TARGET": it.target(settings) for it in programs if isinstance(it, Service)}
     return {name: settings.get(name, target) for name, target in found.items()}
 
 
@@ -143,14 +143,14 @@ def common_environ(home: Path) -> dict[str, str]:
 
 
 def service_environ(
-    service: Service, services: Sequence[Service], settings: Mapping[str, str], urls: Mapping[str, str]
+    program: Program, programs: Sequence[Program], settings: Mapping[str, str], urls: Mapping[str, str]
 ) -> dict[str, str]:
-    """The settings of one service: the caller's, its own URLs, and the targets that it needs."""
-    found = targets(services, settings)
+    """The settings of one program: the caller's, its own URLs, and the targets that it needs."""
+    found = targets(programs, settings)
     needed = dict(urls)
-    needed |= {name: found[name] for name in (f"{called.upper()}_TARGET" for called in service.calls)}
-    needed |= {name: str(address) for name, address in service.addresses(settings).items()}
-    secrets = {BROKER_SETTING, *(other.database.setting for other in services if other.database)}
+    needed |= {name: found[name] for name in (f"{called.upper()}_TARGET" for called in program.calls)}
+    needed |= {name: str(address) for name, address in program.addresses(settings).items()}
+    secrets = {BROKER_SETTING, *(other.database.setting for other in programs if isinstance(other, Service))}
     return LOCAL_SETTINGS | {name: value for name, value in settings.items() if name not in secrets} | needed
 
 

@@ -16,9 +16,9 @@ from deploy.local.postgres import Postgres
 from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.services import (
     BROKER_SETTING,
-    SERVICES,
+    STACK,
     TLS_SETTING,
-    Service,
+    Program,
     common_environ,
     settings_of,
     targets,
@@ -35,11 +35,11 @@ class Stack:
     """The stack that keeps its state in `root`/.local. Wrap what changes it in `changing` or `used`."""
 
     def __init__(
-        self, root: Path, services: Sequence[Service] = SERVICES, environ: Mapping[str, str] = os.environ
+        self, root: Path, programs: Sequence[Program] = STACK, environ: Mapping[str, str] = os.environ
     ) -> None:
         self.root = root.resolve()
         self.home = self.root / ".local"
-        self.services = services
+        self.programs = programs
         self._caller = environ
         self._make_home()
         run = self.home / "run"
@@ -47,7 +47,7 @@ class Stack:
         log, home = self.log_of, self.home
         self.postgres = Postgres(home / "postgres", log=log("postgres"), preferred_port=POSTGRES_PORT)
         self.rabbitmq = RabbitMQ(home / "rabbitmq", log=log("rabbitmq"), preferred_port=RABBITMQ_PORT)
-        self.launcher = Launcher(self.root, home, services, environ, self.postgres, self.rabbitmq, log)
+        self.launcher = Launcher(self.root, home, programs, environ, self.postgres, self.rabbitmq, log)
 
     def _make_home(self) -> None:
         self.home.mkdir(mode=0o700, exist_ok=True)
@@ -84,9 +84,9 @@ class Stack:
         """Where each is found, and where its metrics are."""
         settings, running = self.settings, self.processes()
         found = {}
-        for service in self.services:
-            own, metrics = service.addresses(settings).values()
-            found[service.name] = (own.target, f"http://{metrics.target}/metrics")
+        for program in self.programs:
+            own, metrics = program.addresses(settings).values()
+            found[program.name] = (own.target, f"http://{metrics.target}/metrics")
         if "postgres" in running:
             found["postgres"] = (self.postgres.address, "")
         if "rabbitmq" in running:
@@ -97,7 +97,7 @@ class Stack:
         """Each service's processes, oldest first. Found by what they are: one started by hand counts too."""
         ours = machine.find(lambda process: process.environ.get(MARK) == str(self.home))
         ours.sort(key=lambda process: process.started)
-        return {service.name: [it for it in ours if _runs(it, service)] for service in self.services}
+        return {program.name: [it for it in ours if _runs(it, program)] for program in self.programs}
 
     # --- start ---
 
@@ -105,7 +105,7 @@ class Stack:
         """Start what does not run, and wait until all of it serves; the names of what was started."""
         settings, running = self.settings, self.processes()
         self._require_same_transport(settings)
-        missing = [service for service in self.services if not running[service.name]]
+        missing = [program for program in self.programs if not running[program.name]]
         started = [name for name, process in running.items() if not process]
         if started:
             with self._ports_reserved(missing, settings), self._undone_on_failure(started):
@@ -150,8 +150,8 @@ class Stack:
                 for database in local_databases:
                     self.postgres.ensure_login(database.owner, creates_roles=True)
                     self.postgres.ensure_database(database.name, database.owner)
-                for service in self.services:
-                    if service.database and service.database in local_databases:
+                for service in self.launcher.services:
+                    if service.database in local_databases:
                         self.postgres.ensure_group(service.role, service.database.owner, service.database.name)
         if local_broker:
             with terminal.step("RabbitMQ"):
@@ -166,7 +166,7 @@ class Stack:
             if done.returncode:
                 raise StackError(done.stderr.strip())
 
-    def _start_services(self, missing: Sequence[Service], settings: Mapping[str, str]) -> None:
+    def _start_services(self, missing: Sequence[Program], settings: Mapping[str, str]) -> None:
         if settings.get(TLS_SETTING) == "1":
             with terminal.step("certificates"):
                 self.launcher.make_certificates(settings)
@@ -175,14 +175,14 @@ class Stack:
                 self.launcher.migrate(settings)
                 self.launcher.make_logins(settings)
         with terminal.step("services"):
-            started = {service.name: self.launcher.spawn(service, settings) for service in missing}
+            started = {program.name: self.launcher.spawn(program, settings) for program in missing}
             running = {name: found[0] for name, found in self._instances().items() if found}
-            for service in self.services:  # all: PostgreSQL may just have come back for those that ran
-                if process := (running | started).get(service.name):
-                    self.launcher.wait_ready(service, process, settings)
+            for program in self.programs:  # all: PostgreSQL may just have come back for those that ran
+                if process := (running | started).get(program.name):
+                    self.launcher.wait_ready(program, process, settings)
 
     @contextmanager
-    def _ports_reserved(self, services: Sequence[Service], settings: Mapping[str, str]) -> Iterator[None]:
+    def _ports_reserved(self, programs: Sequence[Program], settings: Mapping[str, str]) -> Iterator[None]:
         """Keep the ports for the services until they have them: outgoing connections might get them meanwhile.
 
         All taken ports are named at once, with the settings that move them.
@@ -190,9 +190,9 @@ class Stack:
         problems: list[str] = []
         claimed: dict[int, str] = {}
         with ExitStack() as reserved:
-            for service in services:
-                for setting, address in service.addresses(settings).items():
-                    port, what = address.port, f"port {address.port} ({service.name}, {setting})"
+            for program in programs:
+                for setting, address in program.addresses(settings).items():
+                    port, what = address.port, f"port {address.port} ({program.name}, {setting})"
                     if port in claimed:
                         problems.append(f"{what} is also given to {claimed[port]}")
                     elif held := machine.reserve_port(port, address.host):
@@ -272,11 +272,11 @@ class Stack:
         settings = self.settings
         identity = self.launcher.identity(OPERATOR, settings)
         tills = {"TILL_CERTIFICATES": str(self.launcher.certificates)} if identity else {}
-        return environ | targets(self.services, settings) | identity | tills
+        return environ | targets(self.programs, settings) | identity | tills
 
 
-def _runs(process: Process, service: Service) -> bool:
-    return is_call_of(service.command, process.argv)
+def _runs(process: Process, program: Program) -> bool:
+    return is_call_of(program.command, process.argv)
 
 
 def is_call_of(command: Sequence[str], argv: Sequence[str]) -> bool:

@@ -16,7 +16,7 @@ import pytest
 from deploy.local import machine, services
 from deploy.local.launch import how_it_ended
 from deploy.local.machine import Notebook, Process, StackError
-from deploy.local.services import PURCHASES, SERVICES, Service
+from deploy.local.services import PURCHASES, SERVICES, STACK, Service
 from deploy.local.stack import Stack, is_call_of
 
 STAND_IN = """
@@ -103,9 +103,9 @@ def test_a_service_gets_what_it_needs_and_no_more() -> None:
         "ANALYTICS_DATABASE_URL": "a",
         "AMQP_URL": "b",
     }
-    urls = {it.name: {it.database.setting: f"of {it.name}"} if it.database else {} for it in SERVICES}
+    urls = {it.name: {it.database.setting: f"of {it.name}"} for it in SERVICES}
     purchases, relay, consumer, _, pages = (
-        services.service_environ(it, SERVICES, settings, urls[it.name]) for it in SERVICES
+        services.service_environ(it, STACK, settings, urls.get(it.name, {})) for it in STACK
     )
     assert purchases["PURCHASES_DATABASE_URL"] == "of purchases"
     assert not {"AMQP_URL", "ANALYTICS_DATABASE_URL", "RELAY_TARGET"} & purchases.keys()
