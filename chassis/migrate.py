@@ -2,8 +2,8 @@
 
 Sales go on meanwhile. Whatever waits for a table's lock makes all who come after it wait, too: so a file waits a second
 at most, and is tried again. It has to be written so that it needs its locks for a moment only: columns without a
-computed default, constraints NOT VALID and validated by a later file; expand first, contract when no process of the old
-form is left.
+computed default, constraints NOT VALID and validated by a later file. And processes of the release before, which
+`deploy/previous` names, go on: expand first, contract when none of them is left (CONTRIBUTING.md has a table).
 
 An index of a table that is full is made by a file of its own, which has that one statement and no other:
 
