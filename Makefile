@@ -28,7 +28,7 @@ status: ready ## what is running
 demo: ready ## two weeks of sales and the owner's numbers; [FILE=sales.csv.gz] [LIMIT=n] [REPORT=out.json]
 	@$(LOCAL) demo $(if $(FILE),--file "$$FILE") $(if $(LIMIT),--limit "$$LIMIT") $(if $(REPORT),--report "$$REPORT")
 
-watch: ready ## Prometheus and its alarms, beside the stack; Ctrl-C stops it
+watch: ready ## Prometheus, its alarms and the dashboard, beside the stack; Ctrl-C stops it
 	@$(LOCAL) watch
 
 traces: ready ## a collector that prints traces as trees; see docs/traces.md; Ctrl-C stops it

@@ -32,7 +32,11 @@ def main() -> None:
         ("requirements-dev.txt", [*run_time, *extras["dev"]], f"--extra dev {server}"),
         ("requirements-plots.txt", [*run_time, *extras["plots"]], f"-c requirements.txt --extra plots {server}"),
         ("requirements-otlp.txt", [*run_time, *extras["otlp"]], f"-c requirements.txt --extra otlp {server}"),
-        ("requirements-build.txt", declared["build-system"]["requires"], build),
+        (
+            "requirements-build.txt",
+            [*declared["build-system"]["requires"], *declared["dependency-groups"]["build"]],
+            build,
+        ),
     ):
         if missing := {name_of(entry) for entry in asked} - locked(ROOT / lock):
             sys.exit(f"{lock} lacks {', '.join(sorted(missing))}; run: {COMMAND} {what} -o {lock}")

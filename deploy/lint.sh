@@ -28,8 +28,12 @@ step 'docs/settings.md is what the processes declare'
 "$python" -m deploy.settings_page build/fresh/docs/settings.md
 diff docs/settings.md build/fresh/docs/settings.md
 
-# Compared with the contract that was accepted last. Nothing is released yet, so that a breaking change may be meant:
-# `make contract` accepts what proto/ says now. From the first release on it is for a new major version only.
+step 'deploy/grafana is what deploy/dashboard.py makes'
+"$python" -m deploy.dashboard build/fresh/retail-backbone.json
+diff deploy/grafana/dashboards/retail-backbone.json build/fresh/retail-backbone.json
+
+# Compared with the contract that was accepted last; `make contract` accepts what proto/ says now. With the contract of the
+# release before, a test compares it.
 step 'buf: style of the contracts, and no breaking change since they were accepted'
 buf lint proto
 buf breaking proto --against proto/accepted.binpb

@@ -23,6 +23,7 @@ PASSWORDS = (
     "CONSUMER_PASSWORD",
     "ANALYTICS_PASSWORD",
     *map(broker.setting, broker.PROCESSES),
+    "GRAFANA_PASSWORD",  # of its administrator
 )
 
 

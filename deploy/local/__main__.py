@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from urllib.parse import urlsplit
 
-from deploy.local import terminal
+from deploy.local import grafana, terminal
+from deploy.local.grafana import Grafana
 from deploy.local.launch import how_it_ended
 from deploy.local.machine import Process, StackError
 from deploy.local.prometheus import Prometheus
@@ -21,6 +22,7 @@ from deploy.local.services import PAGES, TLS_SETTING
 from deploy.local.stack import Stack
 
 ROOT = Path(__file__).resolve().parents[2]
+DASHBOARD = grafana.FILES / "dashboards" / "retail-backbone.json"
 WATCH_S = 0.5
 PATIENCE_S = 20.0  # for the demo or the tests to wind up after Ctrl-C
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -111,18 +113,28 @@ def demo(stack: Stack, arguments: Sequence[str]) -> int:
 
 
 def watch(stack: Stack, _: Sequence[str]) -> int:
-    """Prometheus beside the stack, until Ctrl-C; it keeps what it has seen for the next time."""
+    """Prometheus beside the stack, and Grafana where it is installed, until Ctrl-C; they keep what they have seen."""
     prometheus = Prometheus(stack.home / "prometheus", log=stack.log_of("prometheus"))
+    installed = grafana.home()
+    dashboard = installed and Grafana(installed, stack.home / "grafana", stack.log_of("grafana"))
     with stack.used(temporary=True):
         pages = {name: metrics for name, (_, metrics) in stack.endpoints().items() if metrics}
         watching = prometheus.start({name: urlsplit(metrics).netloc for name, metrics in pages.items()})
         try:
-            terminal.say(f"\nAlarms: http://{prometheus.address}/alerts\nCtrl-C stops it.")
+            terminal.say(f"\nAlarms: http://{prometheus.address}/alerts")
+            if dashboard:
+                dashboard.start(prometheus.address)
+                terminal.say(f"Dashboard: {dashboard.url}")
+            else:
+                terminal.say(f"Grafana is not installed; its dashboard: {os.path.relpath(DASHBOARD)}")
+            terminal.say("Ctrl-C stops it.")
             while watching.alive:
                 time.sleep(WATCH_S)
         except Interrupted:
             return 0
         finally:
+            if dashboard:
+                dashboard.stop()
             prometheus.stop()
     terminal.fail(f"Prometheus {how_it_ended(watching)} (log: {_log(stack, 'prometheus')})")
     return 1

@@ -11,16 +11,18 @@ import yaml
 
 from chassis.tls import Credentials
 from deploy import broker, certificates, passwords
+from deploy.local.grafana import Grafana
 from tests.conftest import ROOT
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 CONTAINERS: dict[str, dict[str, Any]] = COMPOSE["services"]
 PROCESSES = ("purchases", "relay", "consumer", "analytics")
+WATCHING = ("prometheus", "grafana")  # started with `--profile watch` only
 
 REQUIRED = re.compile(r"\$\{(\w+):\?[^}]+\}")  # compose refuses to start without it
 
 # PostgreSQL's versions have two numbers, the others' three.
-EXACT = re.compile(r"postgres:\d+\.\d+(-\w+)?|\w+:\d+\.\d+\.\d+(-[\w-]+)?|[\w.:-]+@sha256:[0-9a-f]{64}")
+EXACT = re.compile(r"postgres:\d+\.\d+(-\w+)?|[\w/]+:v?\d+\.\d+\.\d+(-[\w-]+)?|[\w.:-]+@sha256:[0-9a-f]{64}")
 
 every_container = pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
 
@@ -82,11 +84,14 @@ def test_each_process_has_its_own_logins_and_no_others() -> None:
 def test_who_reaches_whom() -> None:
     """The two servers know nothing of each other; the broker is reached by relay and consumer only, and from inside."""
     assert reached_from("rabbitmq") == {"relay", "consumer"}
-    assert reached_from("postgres") == CONTAINERS.keys() - {"certificates", "postgres", "rabbitmq"}
+    assert reached_from("postgres") == CONTAINERS.keys() - {"certificates", "postgres", "rabbitmq", *WATCHING}
     assert not reached_from("certificates")
+    assert reached_from("prometheus") == {*PROCESSES, "grafana"}
     assert [name for name, network in COMPOSE["networks"].items() if not (network or {}).get("internal")] == [
-        "services"
+        "services",
+        "watching",
     ]
+    assert [name for name, container in CONTAINERS.items() if "watching" in container["networks"]] == ["grafana"]
     assert {name for name, container in CONTAINERS.items() if "services" in container["networks"]} == {*PROCESSES}
     assert not any("ports" in CONTAINERS[server] for server in ("postgres", "rabbitmq"))
 
@@ -143,3 +148,28 @@ def test_passwords_are_made_once(tmp_path: Path) -> None:
     assert again.startswith("# mine\nLOG_LEVEL=DEBUG\n" + "".join(others))
     assert again.splitlines()[-1].split("=")[0] == first.split("=")[0]
     assert {user["name"] for user in json.loads(definitions.read_text())["users"]} == {*broker.PROCESSES}
+
+
+def test_who_watches_is_told_of_all() -> None:
+    """Prometheus reads the four pages and has the alarms; Grafana finds it and the dashboard. None starts unasked."""
+    read = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yaml").read_text())
+    targets = {it["job_name"]: it["static_configs"][0]["targets"] for it in read["scrape_configs"]}
+    for name in PROCESSES:
+        _, _, port = CONTAINERS[name]["environment"][f"{name.upper()}_METRICS_LISTEN"].rpartition(":")
+        assert targets.pop(name) == [f"{name}:{port}"]
+    assert not targets
+    assert [(ROOT / "deploy" / "prometheus" / rules).exists() for rules in read["rule_files"]] == [True]
+    assert {name for name, container in CONTAINERS.items() if "profiles" in container} == {*WATCHING}
+    provisioning = ROOT / "deploy" / "grafana" / "provisioning"
+    told = Grafana(Path("/nowhere"), Path("/nowhere"), Path("/nowhere")).environ("prometheus:9090")
+    environment = CONTAINERS["grafana"]["environment"]
+    assert environment["PROMETHEUS"] == told["PROMETHEUS"]
+    for file in provisioning.rglob("*.yaml"):
+        variables = set(re.findall(r"\$(\w+)", re.sub(r"(?m)^#.*", "", file.read_text())))
+        assert variables
+        assert variables <= environment.keys() & told.keys()
+    mounted = dict(volume.split(":")[:2] for volume in CONTAINERS["grafana"]["volumes"])
+    assert mounted["./grafana/dashboards"] == environment["DASHBOARDS"]
+    assert Path(told["DASHBOARDS"], "retail-backbone.json").exists()
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
+    assert (source["type"], source["isDefault"]) == ("prometheus", True)
