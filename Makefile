@@ -4,11 +4,11 @@ PYTHON := .venv/bin/python
 LOCAL := exec $(PYTHON) -m deploy.local
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run start stop status demo watch traces test lint proto settings contract dev-certs image-check bench faults
+.PHONY: help ready run start stop status demo watch traces test lint proto settings contract dev-certs image-check kubernetes-check bench faults
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
-	  printf '  make %-11s %s\n' "$$name" "$$text"; done
+	  printf '  make %-16s %s\n' "$$name" "$$text"; done
 
 ready: # the virtual environment, as requirements-dev.txt has it; quick when nothing changed
 	@sh deploy/bootstrap.sh
@@ -54,6 +54,9 @@ dev-certs: ready ## a CA and certificates for trying out, in .local/certificates
 
 image-check: ## build the container image without Docker, and try its commands; for root on Debian; [OPTIONAL=1]
 	@OPTIONAL=$(OPTIONAL) bash deploy/image_check.sh
+
+kubernetes-check: ready ## render deploy/kubernetes and validate it, without a cluster; needs kustomize or Go
+	@bash deploy/kubernetes_check.sh
 
 bench: ready ## measure; [ONLY=write|pipeline|analytics|isolation|size] [REPORT=out.json]
 	@exec $(PYTHON) -m tests.bench

@@ -277,6 +277,25 @@ ROWS: Sequence[tuple[str, Sequence[Lines]]] = [
                 ],
             ),
             Lines(
+                "Connections to the databases, by pool",
+                "used now and then; nobody waits for long",
+                [
+                    Query('sum by (job, pool) (db_client_connection_count{state="used"})', "{{job}} {{pool}} used"),
+                    Query("sum by (job) (db_client_connection_pending_requests)", "{{job}} waiting"),
+                ],
+            ),
+            Lines(
+                "Time to get a connection, p99 by process",
+                "below a millisecond; above a second, calls are refused soon",
+                quantiles("db_client_connection_wait_time_seconds", "job", of=(0.99,)),
+                "s",
+            ),
+            Lines(
+                "Partitions to come, days",
+                "purchases above 58, the outbox above 2.9",
+                [Query("min by (table) (purchases_partitions_ahead_days)", "{{table}}")],
+            ),
+            Lines(
                 "Processor, cores",
                 "below one for each process",
                 [Query(rate("process_cpu_seconds_total", "job", f"{{{OURS}}}"), "{{job}}")],
@@ -286,13 +305,16 @@ ROWS: Sequence[tuple[str, Sequence[Lines]]] = [
                 "level",
                 [Query(f"sum by (job) (process_resident_memory_bytes{{{OURS}}})", "{{job}}")],
                 "bytes",
-                12,
             ),
             Lines(
                 "Open files and connections",
                 "level; far below the limit",
                 [Query(f"sum by (job) (process_open_fds{{{OURS}}})", "{{job}}")],
-                width=12,
+            ),
+            Lines(
+                "Versions that run",
+                "one, but while a release is rolled out",
+                [Query("count by (version) (retail_build_info)", "{{version}}")],
             ),
         ],
     ),

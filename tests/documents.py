@@ -21,6 +21,7 @@ PAGES = (
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "deploy" / "RUNBOOK.md",
     ROOT / "deploy" / "SECURITY.md",
+    ROOT / "deploy" / "kubernetes" / "README.md",
     ROOT / "tests" / "bench" / "README.md",
     ROOT / "tests" / "faults" / "README.md",
 )
