@@ -12,7 +12,7 @@ if [ -z "$kustomize" ]; then
   kustomize=$home/bin/kustomize
   if [ ! -x "$kustomize" ]; then
     command -v go >/dev/null || { echo "The manifests are not rendered: there is neither kustomize nor go."; exit 1; }
-    GOBIN=$home/bin go install sigs.k8s.io/kustomize/kustomize/v5@latest
+    GOBIN=$home/bin go install sigs.k8s.io/kustomize/kustomize/v5@v5.7.1
   fi
 fi
 for overlay in single-node production; do

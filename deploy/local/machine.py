@@ -63,7 +63,10 @@ class Process:
 
     @property
     def argv(self) -> list[str]:
-        return _read(self.pid, "cmdline").decode(errors="replace").split("\0")[:-1]
+        """Empty when it has ended meanwhile."""
+        with suppress(FileNotFoundError, ProcessLookupError):
+            return _read(self.pid, "cmdline").decode(errors="replace").split("\0")[:-1]
+        return []
 
     @property
     def program(self) -> str:
