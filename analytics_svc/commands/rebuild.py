@@ -12,6 +12,8 @@ from analytics_svc.upstream.outbox import Outbox
 from chassis import cli, grpc_client, logs, tls, zones
 from chassis.errors import ServiceError
 
+FOREIGN_SHOWN = 1_000
+
 
 @click.command("rebuild")
 def command() -> int:
@@ -69,11 +71,11 @@ async def run(config: RebuildSettings, *, console: Console) -> int:
         console.print(f"  {table}: {rows:,}")
     if rebuilt.complete_from:
         console.print(f"Days before {rebuilt.complete_from} stay as they are: their purchases are past the retention.")
-    if rebuilt.foreign.total:
+    if rebuilt.foreign:
         console.print(
-            f"{rebuilt.foreign.total:,} events had been counted that nobody recorded; they count no more:",
+            f"{len(rebuilt.foreign):,} events had been counted that nobody recorded; they count no more:",
             style="yellow",
         )
-        for event_id in rebuilt.foreign.event_ids:
+        for event_id in rebuilt.foreign[:FOREIGN_SHOWN]:
             console.print(f"  {event_id}")
     return 0

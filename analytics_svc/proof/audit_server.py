@@ -6,6 +6,7 @@ from typing import Any
 from google.protobuf import duration_pb2, message
 
 from analytics_svc.proof import audit, audit_status, rebuild
+from analytics_svc.proof.day import FOREIGN_IDS_MAX
 from analytics_svc.proof.verdicts import Finding, Row, Verdict
 from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX, Source, Totals
 from chassis import wire
@@ -61,8 +62,8 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
             purchase_count=rebuilt.purchases,
             repaired_row_count=rebuilt.repaired.total(),
             added_purchase_count=rebuilt.added,
-            foreign_event_ids=rebuilt.foreign.event_ids,
-            foreign_event_count=rebuilt.foreign.total,
+            foreign_event_ids=rebuilt.foreign[:FOREIGN_IDS_MAX],
+            foreign_event_count=len(rebuilt.foreign),
             agreed=rebuilt.right,
         )
 

@@ -79,12 +79,9 @@ async def prove_day(
     before = await source.control_totals(day, day)
     if (purchases := sum(row.purchases for row in before.totals.values())) > PURCHASES_MAX:
         raise DayTooLarge(f"{purchases:,} purchases, more than {PURCHASES_MAX:,}")
-    snapshot = await _read_day(pool, day)
     if before.complete_from and day < before.complete_from:
-        torn = _torn(day, snapshot)
-        named = torn[: read_models.NAMED_MAX]
-        found = Comparison([], named, [], more_findings=len(torn) - len(named))
-        return Proof(day, 0, found, Difference({}, {}), [], [], None)
+        return Proof(day, 0, await _contradictions(pool, day), Difference({}, {}), [], [], None)
+    snapshot = await _read_day(pool, day)
     truth = _Truth(snapshot)
     async with aclosing(source.export(day, day)) as chunks:  # type: ignore[type-var]
         async for chunk in chunks:
@@ -329,21 +326,15 @@ def _findings(
     return findings, more + max(len(found.products) - read_models.NAMED_MAX, 0)
 
 
-def _torn(day: date, snapshot: _Day) -> list[Finding]:
-    """Where a day's products and its sums do not say the same; of a day whose purchases are gone, nobody knows more."""
-    sold: dict[int, list[int]] = {}
-    for (branch, _), (units, cents) in _unpacked(snapshot.products).items():
-        sums = sold.setdefault(branch, [0, 0])
-        sums[0] -= units
-        sums[1] -= cents
-    findings = list(snapshot.chain)
-    for branch in sorted(sold.keys() | snapshot.sums.keys()):
-        totals, products = snapshot.sums.get(branch, Totals()), sold.get(branch, [0, 0])
-        if [totals.items, totals.cents] != products:
-            detail = f"{products[0]} units and {products[1]} cents, not {totals.items} and {totals.cents}, says"
-            name = f"day {day}, branch_id {branch}"
-            findings.append(Finding("product_sales_daily", name, f"{detail} daily_sales_by_branch", day))
-    return findings
+async def _contradictions(pool: Pool, day: date) -> Comparison:
+    """Where a day's tables do not say the same."""
+    async with pool.connection() as connection:
+        wrong = [
+            await read_models.find_wrong(connection, model, str(day), str(day))
+            for model in (read_models.DAILY_SALES_OF_CHAIN, read_models.PRODUCTS_AND_SUMS)
+        ]
+    named = [finding for each in wrong for finding in each.findings]
+    return Comparison([], named, [], more_findings=sum(each.rows for each in wrong) - len(named))
 
 
 async def read_totals(connection: Connection, first: date, last: date) -> dict[tuple[date, int], Totals]:

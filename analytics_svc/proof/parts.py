@@ -11,7 +11,7 @@ from uuid import UUID
 
 import structlog
 
-from analytics_svc.proof.read_models import BRANCHES, CUSTOMERS, DAY, PRODUCTS
+from analytics_svc.proof.read_models import BRANCHES, COLUMNS, CUSTOMERS, DAY, PRODUCTS
 from analytics_svc.proof.verdicts import SEVERITY, WRONG, Comparison, Finding, Row, Verdict
 from analytics_svc.upstream.source import RecordedDays
 from chassis import logs
@@ -148,7 +148,7 @@ async def cut(connection: Connection, part: Part) -> Part:
     if part.kind == DAY:
         return part
     keys = RANGE_KEYS[part.kind]
-    column = {BRANCHES: "branch_id", PRODUCTS: "product_id", CUSTOMERS: "customer_id"}[part.kind]
+    column = COLUMNS[part.kind]
     cursor = await connection.execute(
         f"""
         SELECT key FROM (

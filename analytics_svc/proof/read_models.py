@@ -4,13 +4,20 @@ Two tables follow from the recorded purchases, day by day (`day.py`): what branc
 log follows from them, too. All other tables follow from these three, within a range of their keys.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from analytics_svc.proof.verdicts import Finding
 from chassis.postgres import Connection
 
 DAY, CUSTOMERS, PRODUCTS, BRANCHES = "day", "customers", "products", "branches"  # by what ranges are cut
+COLUMNS: dict[str, LiteralString] = {
+    DAY: "day",
+    CUSTOMERS: "customer_id",
+    PRODUCTS: "product_id",
+    BRANCHES: "branch_id",
+}
 NAMED_MAX = 20  # wrong rows of a model in one range that are named; all are counted
 
 SUMS: tuple[LiteralString, ...] = ("revenue_sum", "items_sum", "purchases_count", "purchases_with_customer_count")
@@ -74,6 +81,19 @@ DAILY_SALES_OF_CHAIN = ReadModel(
     WHERE day BETWEEN %(first)s::date AND %(last)s::date GROUP BY day
     """,
     "says daily_sales_by_branch",
+)
+# Of a day whose purchases are past their retention, nobody knows more than whether these two say the same.
+PRODUCTS_AND_SUMS = ReadModel(
+    "daily_sales_by_branch",
+    ("day", "branch_id"),
+    ("revenue_sum", "items_sum"),
+    DAY,
+    "day BETWEEN %(first)s::date AND %(last)s::date",
+    """
+    SELECT day, branch_id, sum(revenue_sum) AS revenue_sum, sum(qty_sum) AS items_sum FROM product_sales_daily
+    WHERE day BETWEEN %(first)s::date AND %(last)s::date GROUP BY day, branch_id
+    """,
+    "says product_sales_daily",
 )
 _BRANCHES: LiteralString = "branch_id BETWEEN %(first)s::bigint AND %(last)s::bigint"
 MONTHLY_SALES_BY_BRANCH = ReadModel(
@@ -190,7 +210,7 @@ def of_kind(kind: str) -> list[ReadModel]:
 
 async def find_wrong(connection: Connection, model: ReadModel, first: str, last: str) -> Wrong:
     """Compare a model with what it follows from, in one snapshot: right rows are right under any load."""
-    column = _COLUMNS[model.kind]
+    column = COLUMNS[model.kind]
     key = ", ".join(model.key)
     cursor = await connection.execute(
         f"""
@@ -235,41 +255,37 @@ async def replace(connection: Connection, model: ReadModel, first: str, last: st
     return int(wrong)
 
 
-async def add(connection: Connection, model: ReadModel, delta: LiteralString, values: Mapping[str, Any]) -> int:
-    """Add differences to a model; returns how many rows they change. Alone with the apply lock.
+async def add(connection: Connection, model: ReadModel, rows: Sequence[Mapping[str, object]]) -> int:
+    """Add differences to a model's rows; returns how many those are. Alone with the apply lock.
 
     Not as apply() does it: what is taken away would be refused as a row before it meets the one that it changes.
     """
-    key, columns = ", ".join(model.key), ", ".join((*model.key, *model.values))
+    if not rows:
+        return 0
+    columns = ", ".join((*model.key, *model.values))
     same = f"({_prefixed('stored', model.key)}) = ({_prefixed('delta', model.key)})"
-    cursor = await connection.execute(
+    delta = f"WITH delta AS (SELECT * FROM jsonb_populate_recordset(NULL::{model.name}, %s::jsonb))"
+    empty = " AND ".join(f"stored.{name} = 0" for name in model.values)  # who never sold has no row
+    values = [records(rows)]
+    await connection.execute(
         f"""
-        WITH delta AS ({delta}), updated AS (
+        {delta}, updated AS (
             UPDATE {model.name} AS stored
             SET {", ".join(f"{name} = stored.{name} + delta.{name}" for name in model.values)}
             FROM delta WHERE {same}
-        ), inserted AS (
-            INSERT INTO {model.name} ({columns}) SELECT {columns} FROM delta
-            WHERE NOT EXISTS (SELECT FROM {model.name} AS stored WHERE {same}) ORDER BY {key}
         )
-        SELECT count(*) FROM delta
+        INSERT INTO {model.name} ({columns}) SELECT {columns} FROM delta
+        WHERE NOT EXISTS (SELECT FROM {model.name} AS stored WHERE {same}) ORDER BY {", ".join(model.key)}
         """,
         values,
     )
-    ((rows,),) = await cursor.fetchall()
-    empty = " AND ".join(f"stored.{name} = 0" for name in model.values)  # who never sold has no row
-    await connection.execute(
-        f"WITH delta AS ({delta}) DELETE FROM {model.name} AS stored USING delta WHERE {same} AND {empty}", values
-    )
-    return int(rows)
+    await connection.execute(f"{delta} DELETE FROM {model.name} AS stored USING delta WHERE {same} AND {empty}", values)
+    return len(rows)
 
 
-_COLUMNS: dict[str, LiteralString] = {
-    DAY: "day",
-    CUSTOMERS: "customer_id",
-    PRODUCTS: "product_id",
-    BRANCHES: "branch_id",
-}
+def records(rows: Iterable[Mapping[str, object]]) -> str:
+    """Rows for jsonb_populate_recordset, which knows the types of a table's columns. Amounts are text, so exact."""
+    return json.dumps(list(rows), default=str)
 
 
 def _prefixed(table: LiteralString, columns: tuple[LiteralString, ...]) -> LiteralString:

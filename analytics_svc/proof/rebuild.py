@@ -20,9 +20,9 @@ from analytics_svc.ingest.apply import apply
 from analytics_svc.ingest.event_log import FORGET_LOCK, HOLD_MAX_S
 from analytics_svc.ingest.summing import Summing
 from analytics_svc.proof import keeper, parts, read_models, repair
-from analytics_svc.proof.day import FOREIGN_IDS_MAX, Proof, prove_day
+from analytics_svc.proof.day import Proof, prove_day
 from analytics_svc.proof.parts import Part
-from analytics_svc.proof.repair import Repaired
+from analytics_svc.proof.repair import Repaired, Touched
 from analytics_svc.purchase import PurchaseCreated
 from analytics_svc.upstream.outbox import Listed
 from analytics_svc.upstream.source import Source
@@ -36,32 +36,22 @@ STATEMENT_TIMEOUT_S = 300.0  # a look at a range of a long history takes seconds
 CONFLICTS_PATIENCE_S = 30.0  # with other applies, until some purchases are counted; one takes milliseconds
 LINES_AT_ONCE = 10_000  # counted in one transaction, well within HOLD_MAX_S
 PROOF_ATTEMPTS = 8  # of one day, while the purchases service is away: about half a minute
+NAMED_MAX = 10  # events that a log line or an error names
 ROUNDS_MAX = 1_000  # of proof and repair of one day; each corrects a thousand entries of the log, and all else
 
 log = structlog.get_logger()
 
 
-class Foreign(NamedTuple):
-    """Events that were counted without having been recorded: published by others, or lost by a restore there."""
+@dataclass
+class Rebuilt:
+    """What a repair has done so far."""
 
-    total: int
-    event_ids: list[str]  # some of them
-
-
-class DayRebuilt(NamedTuple):
-    purchases: int  # recorded on that day
-    repaired: Repaired
-    added: int  # purchases that had not been counted
-    foreign: Foreign
-    right: bool  # by the audit's own proof, afterwards
-
-
-class Rebuilt(NamedTuple):
-    purchases: int
-    added: int
-    repaired: Repaired
-    foreign: Foreign
     complete_from: date | None  # days before were left as they are: their purchases are past the retention
+    purchases: int = 0  # recorded on the days in question
+    added: int = 0  # purchases that had not been counted
+    repaired: Repaired = field(default_factory=Repaired)
+    foreign: list[str] = field(default_factory=list)  # events that count no more: nobody recorded them
+    right: bool = True  # by the audit's own proof, afterwards
 
 
 class Progress(NamedTuple):
@@ -71,7 +61,7 @@ class Progress(NamedTuple):
     stage: str
 
 
-async def rebuild_day(url: str, source: Source, day: date) -> DayRebuilt:
+async def rebuild_day(url: str, source: Source, day: date) -> Rebuilt:
     """Repair a business day and what sums it up, its customers, and whatever else the audit knows to be wrong.
 
     Purchases of that day that were never counted are counted now. Safe to repeat.
@@ -87,24 +77,18 @@ async def rebuild_day(url: str, source: Source, day: date) -> DayRebuilt:
             raise HistoryDropped(
                 f"the recorded purchases are complete from {complete_from} on; {day} cannot be rebuilt"
             )
-        rebuilt, touched = await _rebuild_day(pool, source, day)
+        done = Rebuilt(complete_from)
+        touched = await _rebuild_day(pool, source, day, done)
         await _require_history_since(source, day, complete_from)
-        rebuilt.repaired.update(await repair.mend_touched(pool, touched))
+        done.repaired += await repair.mend_touched(pool, touched)
         for kind in (read_models.CUSTOMERS, read_models.PRODUCTS):
             async with pool.connection() as connection:
                 wrong = await parts.known_wrong(connection, kind)
             for part in wrong:
-                rebuilt.repaired.update(await _rebuild_range(pool, part))
-        rebuilt.repaired.update(await _rebuild_ranges(pool, read_models.BRANCHES))
-    log.info(
-        "day rebuilt",
-        day=str(day),
-        purchases=rebuilt.purchases,
-        repaired=rebuilt.repaired.total(),
-        added=rebuilt.added,
-        foreign=rebuilt.foreign.event_ids,
-    )
-    return rebuilt
+                done.repaired += await _rebuild_range(pool, part)
+        done.repaired += await _rebuild_ranges(pool, read_models.BRANCHES)
+    _tell(done, day=str(day))
+    return done
 
 
 async def rebuild_all(
@@ -128,77 +112,61 @@ async def rebuild_all(
         async with pool.connection() as connection:
             mark = await keeper.read_mark(connection)
         began = await _ask(position) if position else None
-        complete_from = (await source.control_totals(today, today)).complete_from
+        done = Rebuilt((await source.control_totals(today, today)).complete_from)
         days = await _days(pool, source)
-        days = [day for day in days if not complete_from or day >= complete_from]
-        total = Rebuilt(0, 0, Repaired(), Foreign(0, []), complete_from)
+        days = [day for day in days if not done.complete_from or day >= done.complete_from]
         for number, day in enumerate(days):
-            show(Progress(len(days), number, total.purchases, str(day)))
-            rebuilt, _ = await _rebuild_day(pool, source, day)  # what follows is mended with everything else
-            named = [*total.foreign.event_ids, *rebuilt.foreign.event_ids][:FOREIGN_IDS_MAX]
-            total = total._replace(
-                purchases=total.purchases + rebuilt.purchases,
-                added=total.added + rebuilt.added,
-                repaired=total.repaired + rebuilt.repaired,
-                foreign=Foreign(total.foreign.total + rebuilt.foreign.total, named),
-            )
+            show(Progress(len(days), number, done.purchases, str(day)))
+            await _rebuild_day(pool, source, day, done)  # what follows is mended with everything else
         for kind in (read_models.CUSTOMERS, read_models.PRODUCTS, read_models.BRANCHES):
-            show(Progress(len(days), len(days), total.purchases, kind))
-            total.repaired.update(await _rebuild_ranges(pool, kind))
-        await _require_history_since(source, today, complete_from)
-        if began and began.as_of and not complete_from:  # what the retention has dropped, this has not counted
+            show(Progress(len(days), len(days), done.purchases, kind))
+            done.repaired += await _rebuild_ranges(pool, kind)
+        await _require_history_since(source, today, done.complete_from)
+        if began and began.as_of and not done.complete_from:  # what the retention has dropped, this has not counted
             async with pool.connection() as connection, connection.transaction():
                 await keeper.store(connection, mark, began.snapshot, began.as_of)
-    log.info("rebuilt", purchases=total.purchases, repaired=total.repaired, foreign=total.foreign.event_ids)
-    return total
+    _tell(done)
+    return done
 
 
-@dataclass
-class _Done:
-    """What repairs of days have done so far."""
-
-    repaired: Repaired = field(default_factory=Repaired)
-    touched: repair.Touched = field(default_factory=lambda: repair.Touched(set(), set(), set()))  # what follows from it
-    foreign: dict[str, None] = field(default_factory=dict)
-    added: int = 0
+def _tell(done: Rebuilt, **of: str) -> None:
+    some = done.foreign[:NAMED_MAX]
+    log.info("rebuilt", **of, purchases=done.purchases, added=done.added, repaired=done.repaired, foreign=some)
 
 
-class _CountsElsewhere(Exception):
-    """Events that are recorded on other days count on the one that was to be repaired, by the event log."""
+async def _rebuild_day(pool: Pool, source: Source, day: date, done: Rebuilt) -> Touched:
+    """Returns whose other rows follow from what was changed.
 
-    def __init__(self, recorded: dict[str, date]) -> None:
-        self.recorded = recorded
-        super().__init__(recorded)
-
-
-async def _rebuild_day(pool: Pool, source: Source, day: date) -> tuple[DayRebuilt, repair.Touched]:
-    """Returns also whose other rows follow from what was changed.
-
-    Where sales of other days count on this one, those days come first: that takes them from here.
+    Where sales of other days count on this one, those days are repaired, too: that takes them from here. A day that was
+    repaired has all that is recorded on it. So whatever the days have of each other, this comes to an end.
     """
-    done = _Done()
-    waiting, seen = [day], {day}
+    touched = Touched(set(), set(), set())
+    waiting, mended = [day], set[date]()
     while waiting:
-        try:
-            proof = await _mend_day(pool, source, waiting[-1], done)
-        except _CountsElsewhere as error:
-            if not (others := set(error.recorded.values()) - seen):
-                raise _not_foreign(waiting[-1], error.recorded) from None
-            waiting += sorted(others)
-            seen |= others
-        else:
+        proof, elsewhere = await _mend_day(pool, source, waiting[-1], done, touched)
+        mended.add(waiting[-1])
+        if not elsewhere:
             waiting.pop()
-    named = list(done.foreign)[:FOREIGN_IDS_MAX]
-    foreign = Foreign(len(done.foreign), named)
-    return DayRebuilt(proof.purchases, done.repaired, done.added, foreign, proof.right), done.touched
+        elif mended.isdisjoint(elsewhere.values()):
+            waiting += sorted(set(elsewhere.values()))
+        else:
+            raise _not_foreign(waiting[-1], elsewhere)
+    done.purchases += proof.purchases
+    done.right = proof.right
+    return touched
 
 
-async def _mend_day(pool: Pool, source: Source, day: date, done: _Done) -> Proof:
+async def _mend_day(
+    pool: Pool, source: Source, day: date, done: Rebuilt, touched: Touched
+) -> tuple[Proof, dict[str, date]]:
     """Prove and repair in turns, until the proof, which is the audit's own, finds nothing more to repair.
 
+    What counts here and is recorded on other days is left to their repair; returns such events, and on which days.
+
     Raises:
-        _CountsElsewhere: of what is recorded, nothing is taken out.
+        PurchaseExists: of what is recorded, nothing is taken out.
     """
+    elsewhere: dict[str, date] = {}
 
     async def count(missing: Sequence[PurchaseCreated]) -> None:
         for batch in _batches(missing):
@@ -208,21 +176,21 @@ async def _mend_day(pool: Pool, source: Source, day: date, done: _Done) -> Proof
         async with pool.connection() as connection:
             began_at = await parts.begin(connection)
         proof = await _prove(pool, source, day, count)
-        if not (any(proof.difference) or proof.foreign or proof.mistold or proof.visits is not None):
+        unknown = [event_id for event_id in proof.foreign if event_id not in elsewhere]
+        elsewhere |= await _recorded_elsewhere(pool, source, day, unknown)
+        foreign = [event_id for event_id in unknown if event_id not in elsewhere]
+        if not (any(proof.difference) or foreign or proof.mistold or proof.visits is not None):
             break
-        if recorded := await _recorded_all_the_same(pool, source, proof):
-            raise _CountsElsewhere(recorded)
-        done.foreign |= dict.fromkeys(proof.foreign)
-        wrong, follows = await repair.mend_day(pool, proof)
-        done.repaired += wrong
-        for all_keys, keys in zip(done.touched, follows, strict=True):
-            all_keys |= keys  # type: ignore[operator]
+        done.foreign += foreign
+        done.repaired += await repair.mend_day(pool, proof._replace(foreign=foreign), touched)
     done.repaired += await repair.mend_range(pool, parts.of_day(day))
+    if still := {event_id: elsewhere[event_id] for event_id in proof.foreign if event_id in elsewhere}:
+        return proof, still
     async with pool.connection() as connection:
         if not proof.right:
             began_at, proof = await parts.begin(connection), await _prove(pool, source, day, count)
         await parts.store(connection, parts.of_day(day), began_at, proof.comparison)
-    return proof
+    return proof, {}
 
 
 async def _rebuild_ranges(pool: Pool, kind: str) -> Repaired:
@@ -258,35 +226,48 @@ async def _prove(
     raise AssertionError("it returns or raises")
 
 
-async def _recorded_all_the_same(pool: Pool, source: Source, proof: Proof) -> dict[str, date]:
-    """Of the events that seem to be foreign, those whose purchase is recorded, and on which day; but not where that one
-    is announced by another event.
+async def _recorded_elsewhere(pool: Pool, source: Source, day: date, event_ids: Sequence[str]) -> dict[str, date]:
+    """Of events that count on a day without being recorded on it, those that are recorded on another, and on which.
 
-    The proof did not see them among the exported ones; this asks another question of the same service. An event that is
-    among these is never taken out.
+    The proof did not see them among the exported ones; GetPurchase is another question to the same service. What it
+    finds is announced by another event, or is recorded elsewhere, or else one of the answers is wrong.
+
+    Raises:
+        PurchaseExists: that is so.
     """
+    if not event_ids:
+        return {}
     async with pool.connection() as connection:
         cursor = await connection.execute(
             "SELECT purchase_id::text, event_id::text FROM analytics_event_log"
             " WHERE event_id = ANY (%s::uuid[]) AND purchase_id IS NOT NULL",
-            [proof.foreign],
+            [list(event_ids)],
         )
-        claims = await cursor.fetchall()
-    recorded: dict[str | None, tuple[str, date]] = {}
-    for purchase, event_id in claims:
-        if day := await source.recorded_day(purchase):
-            recorded[purchase] = event_id, day
-    for day in sorted({proof.day, *(day for _, day in recorded.values())}) if recorded else ():
-        async with aclosing(source.export(day, day)) as chunks:  # type: ignore[type-var]
+        rows = await cursor.fetchall()
+    claimed: dict[str | None, list[str]] = {}  # events, by the purchase that they name
+    for purchase, event_id in rows:
+        claimed.setdefault(purchase, []).append(event_id)
+    recorded = {purchase: on for purchase in claimed if purchase and (on := await source.recorded_day(purchase))}
+    elsewhere: dict[str, date] = {}
+    exported = set()
+    for other in sorted(set(recorded.values())):
+        async with aclosing(source.export(other, other)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 for event in chunk:
-                    if event.purchase_id in recorded and recorded[event.purchase_id][0] != event.event_id:
-                        del recorded[event.purchase_id]
-    return dict(recorded.values())
+                    if event.purchase_id in recorded:
+                        exported.add(event.purchase_id)
+                        if event.event_id in claimed[event.purchase_id]:
+                            elsewhere[event.event_id] = other
+    lost = {
+        event_id: on for purchase, on in recorded.items() if purchase not in exported for event_id in claimed[purchase]
+    }
+    if lost := lost | {event_id: other for event_id, other in elsewhere.items() if other == day}:
+        raise _not_foreign(day, lost)
+    return elsewhere
 
 
 def _not_foreign(day: date, recorded: dict[str, date]) -> PurchaseExists:
-    named = ", ".join(sorted(recorded)[:10])
+    named = ", ".join(sorted(recorded)[:NAMED_MAX])
     log.error("a repair would take recorded purchases out of the numbers: a bug", day=str(day), some=named)
     return PurchaseExists(
         f"{len(recorded)} events that count on {day} are of recorded purchases that the export does not have: {named}."

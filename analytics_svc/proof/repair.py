@@ -9,14 +9,15 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import date
-from typing import LiteralString, NamedTuple, TypeVar
+from decimal import Decimal
+from typing import NamedTuple, TypeVar
 
 from analytics_svc.ingest import event_log, summing
 from analytics_svc.ingest.announce import EVERYTHING, announce
-from analytics_svc.proof import read_models
+from analytics_svc.proof import parts, read_models
 from analytics_svc.proof.day import Difference, Proof, Visits
 from analytics_svc.proof.parts import Part
-from analytics_svc.proof.read_models import BRANCHES, CUSTOMERS, DAY, PRODUCTS
+from analytics_svc.proof.read_models import BRANCHES, CUSTOMERS, DAILY_SALES_BY_BRANCH, PRODUCT_SALES_DAILY, PRODUCTS
 from analytics_svc.proof.verdicts import Comparison
 from analytics_svc.purchase import PurchaseCreated
 from chassis.postgres import Connection, Pool, end_within
@@ -76,8 +77,9 @@ class Touched(NamedTuple):
     branches: set[int]
 
 
-async def mend_day(pool: Pool, proof: Proof) -> tuple[Repaired, Touched]:
-    """Write what the proof found to be different. What follows from it is for `mend_touched`, or `mend_range`.
+async def mend_day(pool: Pool, proof: Proof, touched: Touched) -> Repaired:
+    """Write what the proof found to be different. What follows from it, as is noted in `touched`, is for `mend_touched`
+    or `mend_range`.
 
     The sums of months and of all time are not changed by the same difference: whether they have it, too, is another
     question, which they are asked themselves.
@@ -86,19 +88,19 @@ async def mend_day(pool: Pool, proof: Proof) -> tuple[Repaired, Touched]:
     for portion in _portions(proof.difference):
         async with writing(pool) as connection:
             repaired += await _add(connection, proof.day, portion)
-    customers = set()
+    touched.branches.update(proof.difference.sums)
+    touched.products.update(product for _, product in proof.difference.products)
     for ids in _some(proof.foreign, IDS_AT_ONCE):
         async with writing(pool) as connection:
-            customers |= await _take_out(connection, proof.day, ids)
+            touched.customers.update(await _take_out(connection, proof.day, ids))
     if proof.mistold or proof.visits is not None:
         async with writing(pool) as connection:
-            customers |= await _correct(connection, proof.day, proof.mistold)
+            touched.customers.update(await _correct(connection, proof.day, proof.mistold))
             if proof.visits is not None:
-                customers |= await _write_visits(connection, proof.day, proof.visits)
+                touched.customers.update(await _write_visits(connection, proof.day, proof.visits))
     repaired["analytics_event_log"] += len(proof.foreign) + len(proof.mistold)
-    repaired += await mend_range(pool, Part(DAY, str(proof.day), str(proof.day)))
-    products = {product for _, product in proof.difference.products}
-    return +repaired, Touched(customers, products, set(proof.difference.sums))
+    repaired += await mend_range(pool, parts.of_day(proof.day))
+    return +repaired
 
 
 async def mend_touched(pool: Pool, touched: Touched) -> Repaired:
@@ -135,35 +137,26 @@ def _portions(found: Difference) -> Iterator[Difference]:
         yield portion
 
 
-_SUMS: LiteralString = """
-    SELECT %(day)s::date AS day, branch_id, cents * 0.01 AS revenue_sum, items_sum, purchases_count,
-        purchases_with_customer_count
-    FROM unnest(%(branches)s::bigint[], %(purchases)s::bigint[], %(with_customer)s::bigint[], %(items)s::bigint[],
-            %(cents)s::numeric[])
-        AS sums (branch_id, purchases_count, purchases_with_customer_count, items_sum, cents)
-"""
-_PRODUCTS: LiteralString = """
-    SELECT %(day)s::date AS day, branch_id, product_id, qty_sum, cents * 0.01 AS revenue_sum
-    FROM unnest(%(branches)s::bigint[], %(products)s::bigint[], %(units)s::bigint[], %(cents)s::numeric[])
-        AS sold (branch_id, product_id, qty_sum, cents)
-"""
-
-
 async def _add(connection: Connection, day: date, found: Difference) -> Repaired:
-    repaired = Repaired()
-    if found.sums:
-        purchases, with_customer, items, cents = (list(column) for column in zip(*found.sums.values(), strict=True))
-        values = {"day": day, "branches": list(found.sums), "purchases": purchases, "with_customer": with_customer}
-        model = read_models.DAILY_SALES_BY_BRANCH
-        values |= {"items": items, "cents": cents}
-        repaired[model.name] += await read_models.add(connection, model, _SUMS, values)
-    if found.products:
-        branches, products = (list(column) for column in zip(*found.products, strict=True))
-        units, cents = (list(column) for column in zip(*found.products.values(), strict=True))
-        sold = {"day": day, "branches": branches, "products": products, "units": units, "cents": cents}
-        model = read_models.PRODUCT_SALES_DAILY
-        repaired[model.name] += await read_models.add(connection, model, _PRODUCTS, sold)
-    return repaired
+    sums = [
+        {"day": day, "branch_id": branch, "revenue_sum": _amount(by.cents), "items_sum": by.items}
+        | {"purchases_count": by.purchases, "purchases_with_customer_count": by.with_customer}
+        for branch, by in found.sums.items()
+    ]
+    sold = [
+        {"day": day, "branch_id": branch, "product_id": product, "qty_sum": units} | {"revenue_sum": _amount(cents)}
+        for (branch, product), (units, cents) in found.products.items()
+    ]
+    return Repaired(
+        {
+            model.name: await read_models.add(connection, model, rows)
+            for model, rows in ((DAILY_SALES_BY_BRANCH, sums), (PRODUCT_SALES_DAILY, sold))
+        }
+    )
+
+
+def _amount(cents: int) -> Decimal:
+    return Decimal(cents).scaleb(-2)
 
 
 async def _take_out(connection: Connection, day: date, ids: Sequence[str]) -> set[str]:
@@ -185,22 +178,13 @@ async def _correct(connection: Connection, day: date, events: Sequence[PurchaseC
     had = {customer for (customer,) in await cursor.fetchall() if customer}
     await connection.execute(
         """
-        UPDATE analytics_event_log AS log SET day = %s, branch_id = event.branch_id,
+        UPDATE analytics_event_log AS log SET day = event.day, branch_id = event.branch_id,
             customer_id = event.customer_id, purchase_time = event.purchase_time, purchase_id = event.purchase_id,
             checksum = event.checksum
-        FROM unnest(%s::uuid[], %s::bigint[], %s::uuid[], %s::timestamptz[], %s::uuid[], %s::bigint[])
-            AS event (event_id, branch_id, customer_id, purchase_time, purchase_id, checksum)
+        FROM jsonb_populate_recordset(NULL::analytics_event_log, %s::jsonb) AS event
         WHERE log.event_id = event.event_id
         """,
-        [
-            day,
-            [event.event_id for event in events],
-            [event.branch_id for event in events],
-            [event.customer_id for event in events],
-            [event.purchase_time for event in events],
-            [event.purchase_id for event in events],
-            [event.checksum() for event in events],
-        ],
+        [read_models.records(event._asdict() | {"day": day, "checksum": event.checksum()} for event in events)],
     )
     return had | {event.customer_id for event in events if event.customer_id}
 
@@ -209,17 +193,12 @@ async def _write_visits(connection: Connection, day: date, visits: Visits) -> se
     """What the log has forgotten of this day; returns the customers concerned. Nothing may be forgotten meanwhile."""
     cursor = await connection.execute("DELETE FROM forgotten_visits WHERE day = %s RETURNING customer_id::text", [day])
     had = {customer for (customer,) in await cursor.fetchall()}
+    rows = (
+        {"day": day, "customer_id": customer, "branch_id": branch, "purchases_count": count, "last_purchase_at": last}
+        for (customer, branch), (count, last) in visits.items()
+    )
     await connection.execute(
-        """
-        INSERT INTO forgotten_visits (day, customer_id, branch_id, purchases_count, last_purchase_at)
-        SELECT %s, * FROM unnest(%s::uuid[], %s::bigint[], %s::bigint[], %s::timestamptz[])
-        """,
-        [
-            day,
-            [customer for customer, _ in visits],
-            [branch for _, branch in visits],
-            [count for count, _ in visits.values()],
-            [last for _, last in visits.values()],
-        ],
+        "INSERT INTO forgotten_visits SELECT * FROM jsonb_populate_recordset(NULL::forgotten_visits, %s::jsonb)",
+        [read_models.records(rows)],
     )
     return had | {customer for customer, _ in visits}

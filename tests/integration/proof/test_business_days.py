@@ -361,4 +361,4 @@ async def check_proofs(url: str, source: Source, sales: Sequence[Sale], rebuilt:
                 assert (proven.verdict, proven.findings, proven.foreign_ids) == (Verdict.AGREED, [], [])
         for day, _ in Counter(each.day for each in sales).most_common(rebuilt):
             done = await rebuild.rebuild_day(url, source, day)
-            assert (done.repaired.total(), done.added, done.foreign.total) == (0, 0, 0)
+            assert (done.repaired.total(), done.added, len(done.foreign)) == (0, 0, 0)
