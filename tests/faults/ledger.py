@@ -8,7 +8,7 @@
     stopped  somebody could not go on, though a fault was none of theirs
 
 and beside them: `poison_sent` and `poison` (a bad message, before it is published and when the broker has it),
-`dropped` (the months that retention has dropped by now), `fault`, `missed`, `mended`.
+`decided` and `dropped` (before which months nothing is kept, and nothing is there), `fault`, `missed`, `mended`.
 """
 
 import datetime
@@ -106,8 +106,10 @@ class Told(NamedTuple):
     by_key: dict[str, list[int]]
     purchase_ids: dict[int, set[str]]  # of the acknowledged ones
     refusals: dict[int, list[tuple[str, float]]]  # reason, when
+    decided: list[tuple[int, float]]  # months before which time are not to be kept, and since when
     dropped: list[tuple[int, float]]  # months before which time were gone, and when that was seen
     poison: dict[str, bool]  # SHA-256 of the bad bodies that were sent: whether the broker took it
+    faults: dict[int, tuple[str, float, float]]  # by number: kind, begin, end
     wrong: list[str]
     stopped: list[str]
 
@@ -118,7 +120,7 @@ class Told(NamedTuple):
 
 
 def read_ledger(path: Path) -> Told:
-    told = Told({}, defaultdict(list), defaultdict(set), defaultdict(list), [], {}, [], [])
+    told = Told({}, defaultdict(list), defaultdict(set), defaultdict(list), [], [], {}, {}, [], [])
     for line in read(path):
         match line["what"]:
             case "sent":
@@ -129,6 +131,8 @@ def read_ledger(path: Path) -> Told:
                 told.purchase_ids[line["number"]].add(line["purchase_id"])
             case "refused":
                 told.refusals[line["number"]].append((line["reason"], line["at"]))
+            case "decided":
+                told.decided.append((line["before_us"], line["at"]))
             case "dropped":
                 told.dropped.append((line["before_us"], line["at"]))
             case "poison_sent":
@@ -137,6 +141,10 @@ def read_ledger(path: Path) -> Told:
                 told.poison[line["sha256"]] = True
             case "stopped":
                 told.stopped.append(line["why"])
+            case "fault":
+                told.faults[line["number"]] = line["kind"], line["at"], float("inf")
+            case "mended":
+                told.faults[line["number"]] = *told.faults[line["number"]][:2], line["at"]
             case "wrong":
                 told.wrong.append(f"sale {line['number']}: {line['why']}" if line["number"] else line["why"])
     return told

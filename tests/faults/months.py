@@ -59,6 +59,12 @@ class Months:
     def _decide(self) -> None:
         """What the owner does before; when the database is away, with the next attempt."""
         with suppress(psycopg.Error), self._system.database("purchases") as connection:
+            row = connection.execute(
+                "SELECT extract(epoch FROM date_trunc('month', now(), 'UTC') - make_interval(months => %s))::bigint",
+                [self._kept],
+            ).fetchone()
+            assert row is not None
+            self._ledger.write("decided", before_us=int(str(row[0])) * 1_000_000)
             connection.execute("UPDATE chain_settings SET keep_months = %s", [self._kept])
 
     def _drop(self, like: Instance, fault: str) -> int:

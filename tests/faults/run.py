@@ -4,6 +4,7 @@ A run is cut into rounds. Each ends with everything mended and everybody done, a
 that a finding is known to be of this round.
 """
 
+import json
 import random
 import threading
 import time
@@ -17,7 +18,7 @@ import psycopg
 from deploy.local.machine import StackError, wait_until
 from tests.faults.answers import check_answers
 from tests.faults.checker import Checker
-from tests.faults.findings import DOUBLED, FALSELY_SENT, LOST, NOT_QUIET, PARKED_GOOD, Findings
+from tests.faults.findings import DOUBLED, FALSELY_SENT, LOST, NOT_QUIET, PARKED_GOOD, RESCUED, Findings
 from tests.faults.kinds import Faults
 from tests.faults.ledger import Ledger
 from tests.faults.messages import Messages
@@ -31,6 +32,10 @@ ROUND = 25  # faults
 LONG_RUN, EACH = 200, 5  # a run of so many faults goes on until every kind has happened so often
 AT_ONCE_MAX = 3  # faults that overlap
 FAULT_TIME_MAX_S = 360.0  # with the restarts that it causes; longer, and the rig itself hangs
+# Where somebody else listens, too, an unbinding in the middle of a window loses events that were confirmed. And what a
+# consumer holds for long looks lost, as the queue is empty; while the broker is away, nobody holds anything.
+LOSES_CONFIRMED, HELD_S = "rabbitmq.tapped", 25.0
+RESCUE = "confirmed events never came out of the queue; publishing them again"
 QUIET_WITHIN_S = 60.0  # after everything was mended
 POLL_S = 0.2
 
@@ -71,6 +76,7 @@ class Result:
     claims: int = 0
     rounds: int = 0
     restarts: int = 0
+    rescued: int = 0  # events that the relay has published again, as they never came out of the queue
     seconds: float = 0.0
     unchecked: set[str] = field(default_factory=set)
     enough: bool = False  # whether as many faults happened as were asked for
@@ -85,6 +91,7 @@ class Result:
             "doubled": counts[DOUBLED],
             "falsely_sent": counts[FALSELY_SENT],
             "parked_good": counts[PARKED_GOOD],
+            "rescued": self.rescued,
             "seed": self.seed,
             "seconds": round(self.seconds, 1),
             "other_findings": {
@@ -112,6 +119,8 @@ class Run:
             raise StackError(f"no such kinds of faults: {', '.join(sorted(unknown))}")
         self._schedule = self._deal()
         self._missed: list[str] = []  # since the last deal
+        self._excused = False  # events that were confirmed may be lost in this round, or look so
+        self._read = Counter[str]()  # of each relay's log
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self.sampler = Sampler(
@@ -177,6 +186,7 @@ class Run:
 
     def _round(self) -> None:
         self.result.rounds += 1
+        self._excused = False
         options = self._options
         self._tills = Tills(
             self._system.identities,
@@ -243,6 +253,7 @@ class Run:
             if not hit:
                 self._missed.append(kind)
             self.result.seconds_broken[kind] += round(seconds)
+            self._excused |= kind == LOSES_CONFIRMED or (seconds > HELD_S and not kind.startswith("rabbitmq."))
             del self.under_way[number]
             self._count()
             self._tell(self, number, kind, hit, seconds)
@@ -300,7 +311,24 @@ class Run:
 
     def _check(self) -> None:
         self.result.unchecked = check(self._system, self.ledger, self.result.findings)
+        if (rescued := self._rescued()) and not self._excused:
+            self.result.findings.add(
+                RESCUED, "events were SENT in vain, and published again half a minute later", rescued
+            )
+        self.result.rescued += rescued
         self._count()
+
+    def _rescued(self) -> int:
+        """How many events relays have published again since the last round, as their logs say."""
+        rescued = 0
+        for relay in self._system.of("relay"):
+            with relay.log.open("rb") as log:
+                log.seek(self._read[relay.name])
+                for line in log:
+                    if RESCUE.encode() in line and line.startswith(b"{"):
+                        rescued += int(json.loads(line)["events"])
+                self._read[relay.name] = log.tell()
+        return rescued
 
 
 def _months(faults: int) -> int:

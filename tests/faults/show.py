@@ -72,6 +72,7 @@ def table(result: Result) -> None:
         ("  refused, with good reason", f"{result.refused:,}"),
         ("  attempts without an answer", f"{result.unknown:,}"),
         ("processes started again", f"{result.restarts:,}"),
+        ("published again, as the broker had lost them", f"{result.rescued:,}"),
         ("looks at the running system", f"{result.samples:,}"),
         ("  that claimed to be complete", f"{result.claims:,}"),
     ):

@@ -6,7 +6,7 @@ from typing import Any
 from tests.faults.planted import replace
 
 FAULTS = ("rabbitmq.swallowed", "rabbitmq.kill", "rabbitmq.swallowed", "rabbitmq.blocked")
-CAUGHT_AS = {"lost", "falsely_sent"}
+CAUGHT_AS = {"lost", "falsely_sent", "rescued"}
 
 
 def plant() -> None:

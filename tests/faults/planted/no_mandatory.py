@@ -6,7 +6,7 @@ from typing import Any
 from tests.faults.planted import replace
 
 FAULTS = ("rabbitmq.unbound", "rabbitmq.unbound")
-CAUGHT_AS = {"lost", "falsely_sent"}
+CAUGHT_AS = {"lost", "falsely_sent", "rescued"}
 
 
 def plant() -> None:
