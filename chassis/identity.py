@@ -31,6 +31,7 @@ class Caller(NamedTuple):
     branch_id: int | None = None  # None: of the whole chain
     pos_id: str | None = None  # of a till
     until: float | None = None  # Unix time at which its token ends
+    path: str = ""  # of its URI, within the trust domain; empty for who has a token
 
 
 NOBODY = Caller("")
@@ -53,8 +54,9 @@ def of_uri(uri: str, trust_domain: str) -> Caller | None:
     if match is None:
         return None
     if match["role"]:
-        return Caller(uri, match["role"])
-    return Caller(uri, match["kind"], int(match["branch"]), match["name"] if match["kind"] == "till" else None)
+        return Caller(uri, match["role"], path=match[0])
+    pos_id = match["name"] if match["kind"] == "till" else None
+    return Caller(uri, match["kind"], int(match["branch"]), pos_id, path=match[0])
 
 
 class Certificates:

@@ -37,9 +37,12 @@ class Rule(NamedTuple):
     tills: tuple[Field, ...] = ()  # and its till
     names_one: bool = False  # a request that names no branch means them all
     changes: bool = False  # something
+    reserved: tuple[tuple[Field, str], ...] = ()  # what only one caller may set, and the path of its URI
 
     def oversteps(self, caller: Caller, request: Any) -> str:
-        """What a request is about that is not the caller's: `branch` or `till`; empty when nothing is."""
+        """What a request is about that is not the caller's: `branch`, `till` or `field`; empty when nothing is."""
+        if any(path != caller.path and any(_values(request, field)) for field, path in self.reserved):
+            return "field"
         if caller.role not in OF_A_BRANCH:
             return ""
         named = [branch for field in self.branches for branch in _values(request, field)]
@@ -80,25 +83,38 @@ def _rule(name: str, method: MethodDescriptor) -> Rule | None:
     branches = tuple(_fields(method.input_type, ("branch_id", "branch_ids")))
     tills = tuple(_fields(method.input_type, ("pos_id",)))
     changes = options.idempotency_level != MethodOptions.NO_SIDE_EFFECTS
+    reserved = tuple(_reserved(method.input_type))
+    rule = Rule(name, roles, changes=changes, reserved=reserved)
     match said.binding:
         case access_pb2.BINDING_ANY | access_pb2.BINDING_FINDS_OWN_BRANCH:
-            return Rule(name, roles, changes=changes)
+            return rule
         case access_pb2.BINDING_NAMES_OWN_BRANCH if branches:
-            return Rule(name, roles, branches, names_one=True, changes=changes)
+            return rule._replace(branches=branches, names_one=True)
         case access_pb2.BINDING_NAMES_OWN_TILL if branches and tills:
-            return Rule(name, roles, branches, tills, changes=changes)
+            return rule._replace(branches=branches, tills=tills)
         case _:
             return None
 
 
-def _fields(kind: Descriptor, names: tuple[str, ...], around: Field = ()) -> Iterator[Field]:
+def _fields(kind: Descriptor, names: tuple[str, ...]) -> Iterator[Field]:
     """The fields of a message, or of the messages in it, that have one of the names."""
+    return (way for way in _ways(kind) if way[-1].name in names)
+
+
+def _reserved(kind: Descriptor) -> Iterator[tuple[Field, str]]:
+    """The fields that only one caller may set, and who that is."""
+    for way in _ways(kind):
+        if path := way[-1].GetOptions().Extensions[access_pb2.only_for]:
+            yield way, path
+
+
+def _ways(kind: Descriptor, around: Field = ()) -> Iterator[Field]:
+    """To every field of a message, and of the messages in it."""
     for field in kind.fields:
         way = (*around, field)
-        if field.name in names:
-            yield way
-        elif field.message_type is not None and len(way) < 8:  # a message may hold its own kind
-            yield from _fields(field.message_type, names, way)
+        yield way
+        if field.message_type is not None and len(way) < 8:  # a message may hold its own kind
+            yield from _ways(field.message_type, way)
 
 
 def _values(request: Message, way: Field) -> Iterator[Any]:

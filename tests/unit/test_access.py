@@ -157,6 +157,20 @@ def test_a_branch_that_is_not_given_is_all_of_them() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "overstepped"), [("/service/consumer", ""), ("/service/gateway", "field"), ("/operator/kim", "field")]
+)
+def test_what_only_one_may_set(path: str, overstepped: str) -> None:
+    """Also whom the method lets in; without the field, they may call it. Nor does a token's subject pass for a path."""
+    rule = rules_of(["retail.relay.v1.OutboxService"])["/retail.relay.v1.OutboxService/ListCommittedEventIds"]
+    caller = identity.of_uri(f"spiffe://retail.example{path}", "retail.example")
+    assert caller is not None
+    assert rule.oversteps(caller, outbox_service_pb2.ListCommittedEventIdsRequest(acknowledge=True)) == overstepped
+    assert rule.oversteps(caller, outbox_service_pb2.ListCommittedEventIdsRequest(after_snapshot="1")) == ""
+    token = Caller(f"https://login.example#{path}", "service")
+    assert rule.oversteps(token, outbox_service_pb2.ListCommittedEventIdsRequest(acknowledge=True)) == "field"
+
+
+@pytest.mark.parametrize(
     ("path", "caller"),
     [
         ("/branch/12/till/POS-3", ("till", 12, "POS-3")),
@@ -182,7 +196,7 @@ def test_a_branch_that_is_not_given_is_all_of_them() -> None:
 )
 def test_an_identity_is_read_strictly(path: str, caller: tuple[str, int | None, str | None] | None) -> None:
     uri = f"spiffe://retail.example{path}"
-    expected = caller and Caller(uri, *caller)
+    expected = caller and Caller(uri, *caller, path=path)
     assert identity.of_uri(uri, "retail.example") == expected
     assert identity.of_uri(uri, "retail.exampl") is None
     assert identity.of_uri(f"x{uri}", "retail.example") is None
@@ -191,7 +205,7 @@ def test_an_identity_is_read_strictly(path: str, caller: tuple[str, int | None, 
 def test_a_certificate_has_exactly_one_uri() -> None:
     certificates = Certificates("retail.example")
     kim, evil = b"spiffe://retail.example/operator/kim", b"spiffe://evil.example/operator/kim"
-    assert certificates.caller({"peer_uri": [kim]}) == Caller(kim.decode(), "operator")
+    assert certificates.caller({"peer_uri": [kim]}) == Caller(kim.decode(), "operator", path="/operator/kim")
     for uris in ([], [kim, kim], [kim, evil], [evil], [b"\xff"]):
         assert certificates.caller({"peer_uri": uris}) is None
     assert certificates.caller({}) is None

@@ -180,6 +180,24 @@ def test_an_operators_change_is_on_record_before_it_is_done(chain_with_certifica
     assert record["method"] == "/retail.relay.v1.OutboxService/RequeueEvents"
 
 
+def test_only_the_keeper_moves_the_mark_of_the_outbox(chain_with_certificates: Backbone, purchases_url: str) -> None:
+    """A second reader may list what was committed, and says nothing of what the retention may drop."""
+    chain, ask = chain_with_certificates, outbox_service_pb2.ListCommittedEventIdsRequest
+    with psycopg.connect(purchases_url) as connection:
+        for path in ("/operator/lee", "/service/gateway"):
+            with chain.channel("relay", chain.certificate(path)) as channel:
+                stub = OutboxServiceStub(channel)
+                *_, last = stub.ListCommittedEventIds(ask())
+                assert refused(
+                    stub.ListCommittedEventIds, ask(after_snapshot=last.snapshot, acknowledge=True)
+                ).reason == ("PERMISSION_DENIED")
+            given = connection.execute("SELECT after_snapshot::text FROM outbox_listing").fetchone()
+            assert given is not None
+            assert not last.snapshot.endswith(f":{given[0]}")
+            connection.rollback()
+    assert any(record["what"] == "field" for record in chain.records("relay"))
+
+
 def test_sums_are_of_the_own_branch(callers: Tills) -> None:
     for branch_id in (91, 92):
         callers(f"/branch/{branch_id}/till/POS-3").CreatePurchase(sale(branch_id=branch_id, seconds=NOON))

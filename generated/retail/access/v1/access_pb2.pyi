@@ -139,6 +139,12 @@ class Rule(_message.Message):
 
 Global___Rule: _TypeAlias = Rule  # noqa: Y015
 
+ONLY_FOR_FIELD_NUMBER: _builtins.int
 RULE_FIELD_NUMBER: _builtins.int
+only_for: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, _builtins.str]
+"""Who alone may set the field, whoever else may call the method: the one whose
+certificate has this path, such as /service/consumer. From anybody else, a
+request in which it is set gets PERMISSION_DENIED.
+"""
 rule: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Rule]
 """Who may call the method. Servers do not start with a method that lacks it."""

@@ -407,8 +407,8 @@ class ListCommittedEventIdsRequest(_message.Message):
     given, as of a server that has been set back since.
     """
     acknowledge: _builtins.bool
-    """Set by the one reader for whom the retention keeps events, and by nobody
-    else: it is done with all that is in after_snapshot, for good.
+    """Set by the one reader for whom the retention keeps events: it is done with
+    all that is in after_snapshot, for good. Only /service/consumer may set it.
     """
     position_only: _builtins.bool
     """Lists nothing: the answer is only the present snapshot and time. Everything
