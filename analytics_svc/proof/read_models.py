@@ -5,7 +5,7 @@ log follows from them, too. All other tables follow from these three, within a r
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from analytics_svc.proof.verdicts import Finding
@@ -255,18 +255,20 @@ async def replace(connection: Connection, model: ReadModel, first: str, last: st
     return int(wrong)
 
 
-async def add(connection: Connection, model: ReadModel, rows: Sequence[Mapping[str, object]]) -> int:
-    """Add differences to a model's rows; returns how many those are. Alone with the apply lock.
+async def add(connection: Connection, model: ReadModel, rows: Sequence[Sequence[object]]) -> int:
+    """Add differences to a model's rows, each as its key and its values; returns how many those are. Alone with the
+    apply lock.
 
     Not as apply() does it: what is taken away would be refused as a row before it meets the one that it changes.
     """
     if not rows:
         return 0
-    columns = ", ".join((*model.key, *model.values))
+    names = (*model.key, *model.values)
+    columns = ", ".join(names)
     same = f"({_prefixed('stored', model.key)}) = ({_prefixed('delta', model.key)})"
     delta = f"WITH delta AS (SELECT * FROM jsonb_populate_recordset(NULL::{model.name}, %s::jsonb))"
     empty = " AND ".join(f"stored.{name} = 0" for name in model.values)  # who never sold has no row
-    values = [records(rows)]
+    values = [records(names, rows)]
     await connection.execute(
         f"""
         {delta}, updated AS (
@@ -283,9 +285,9 @@ async def add(connection: Connection, model: ReadModel, rows: Sequence[Mapping[s
     return len(rows)
 
 
-def records(rows: Iterable[Mapping[str, object]]) -> str:
+def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Rows for jsonb_populate_recordset, which knows the types of a table's columns. Amounts are text, so exact."""
-    return json.dumps(list(rows), default=str)
+    return json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=str)
 
 
 def _prefixed(table: LiteralString, columns: tuple[LiteralString, ...]) -> LiteralString:

@@ -139,20 +139,15 @@ def _portions(found: Difference) -> Iterator[Difference]:
 
 async def _add(connection: Connection, day: date, found: Difference) -> Repaired:
     sums = [
-        {"day": day, "branch_id": branch, "revenue_sum": _amount(by.cents), "items_sum": by.items}
-        | {"purchases_count": by.purchases, "purchases_with_customer_count": by.with_customer}
-        for branch, by in found.sums.items()
+        (day, branch, _amount(by.cents), by.items, by.purchases, by.with_customer) for branch, by in found.sums.items()
     ]
     sold = [
-        {"day": day, "branch_id": branch, "product_id": product, "qty_sum": units} | {"revenue_sum": _amount(cents)}
-        for (branch, product), (units, cents) in found.products.items()
+        (day, branch, product, units, _amount(cents)) for (branch, product), (units, cents) in found.products.items()
     ]
-    return Repaired(
-        {
-            model.name: await read_models.add(connection, model, rows)
-            for model, rows in ((DAILY_SALES_BY_BRANCH, sums), (PRODUCT_SALES_DAILY, sold))
-        }
-    )
+    repaired = Repaired()
+    for model, rows in ((DAILY_SALES_BY_BRANCH, sums), (PRODUCT_SALES_DAILY, sold)):
+        repaired[model.name] += await read_models.add(connection, model, rows)
+    return repaired
 
 
 def _amount(cents: int) -> Decimal:
@@ -184,7 +179,15 @@ async def _correct(connection: Connection, day: date, events: Sequence[PurchaseC
         FROM jsonb_populate_recordset(NULL::analytics_event_log, %s::jsonb) AS event
         WHERE log.event_id = event.event_id
         """,
-        [read_models.records(event._asdict() | {"day": day, "checksum": event.checksum()} for event in events)],
+        [
+            read_models.records(
+                ("event_id", "day", "branch_id", "customer_id", "purchase_time", "purchase_id", "checksum"),
+                (
+                    (e.event_id, day, e.branch_id, e.customer_id, e.purchase_time, e.purchase_id, e.checksum())
+                    for e in events
+                ),
+            )
+        ],
     )
     return had | {event.customer_id for event in events if event.customer_id}
 
@@ -193,12 +196,10 @@ async def _write_visits(connection: Connection, day: date, visits: Visits) -> se
     """What the log has forgotten of this day; returns the customers concerned. Nothing may be forgotten meanwhile."""
     cursor = await connection.execute("DELETE FROM forgotten_visits WHERE day = %s RETURNING customer_id::text", [day])
     had = {customer for (customer,) in await cursor.fetchall()}
-    rows = (
-        {"day": day, "customer_id": customer, "branch_id": branch, "purchases_count": count, "last_purchase_at": last}
-        for (customer, branch), (count, last) in visits.items()
-    )
+    columns = ("day", "customer_id", "branch_id", "purchases_count", "last_purchase_at")
+    rows = ((day, *visit, *times) for visit, times in visits.items())
     await connection.execute(
         "INSERT INTO forgotten_visits SELECT * FROM jsonb_populate_recordset(NULL::forgotten_visits, %s::jsonb)",
-        [read_models.records(rows)],
+        [read_models.records(columns, rows)],
     )
     return had | {customer for customer, _ in visits}

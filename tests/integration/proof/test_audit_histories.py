@@ -229,5 +229,6 @@ async def test_never_agreed_while_anything_is_wrong(chain: Chain, purchases_db: 
             except AssertionError as error:
                 raise AssertionError(f"seed {seed}: {error}") from error
             agreed, lost = agreed + history.agreed, lost + history.lost
+            print(f"history {seed}: {history.lost} sales lost, AGREED of {history.agreed}", flush=True)
     took = datetime.now(UTC) - began
     print(f"{HISTORIES} histories, {lost} sales lost, AGREED of {agreed} sales before its time; {took}")
