@@ -23,6 +23,8 @@ from retail.relay.v1.outbox_service_pb2_grpc import add_OutboxServiceServicer_to
 CONNECTIONS = LANES + 2  # one waits for notifications, and sweeps; one makes sure that what is claimed will last
 SERVICE_CONNECTIONS = 4  # of the OutboxService: its calls never wait for the relay's windows
 STATEMENT_TIMEOUT_S = 10.0
+# What a relay that is frozen has claimed goes to another one.
+CLAIMS = {"idle_in_transaction_session_timeout": f"{postgres.HELD_IN_SILENCE_MAX_S:g}s"}
 
 log = structlog.get_logger()
 
@@ -38,7 +40,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             application_name="relay",
             size=CONNECTIONS,
             statement_timeout_s=STATEMENT_TIMEOUT_S,
-            settings={"synchronous_commit": "off"},
+            settings={"synchronous_commit": "off", **CLAIMS},
         ) as pool,
         postgres.open_pool(
             config.database_url,

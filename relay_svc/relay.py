@@ -13,7 +13,7 @@ from psycopg_pool import PoolTimeout
 
 from chassis import traces
 from chassis.lifecycle import Backoff, wait_set
-from chassis.postgres import Connection, Pool
+from chassis.postgres import Connection, Pool, kept_alive
 from chassis.standby import make_durable
 from relay_svc import days, outbox
 from relay_svc.days import Day
@@ -30,7 +30,7 @@ SWEEP_EVERY_S = 30.0
 SWEEP_TIMEOUT_S = 300.0  # the first one after a start may pass a long day's events, if vacuum could not clean up
 RATE_OVER_S = 60.0
 WITNESSES = 3  # events that tell by going through whether a refused one is at fault, or the broker
-DURABLE_TIMEOUT_S = 10.0  # shorter than a claim may be idle
+DURABLE_TIMEOUT_S = 10.0
 
 DESTINATION = f"{EXCHANGE}:{ROUTING_KEY}"  # as traces name it
 
@@ -149,8 +149,9 @@ class Relay:
                 outage = await self._publisher.connect()  # it shows before the first event does
                 self._open_breaker(outage)
                 return Step(0, outage)
-            await self._make_durable()
-            outcome = await self._publish_traced(connection, events, among)
+            async with kept_alive(connection):
+                await self._make_durable()
+                outcome = await self._publish_traced(connection, events, among)
             await outbox.mark_sent(connection, outcome.confirmed, among)
             await outbox.mark_faulty(connection, outcome.faulty, self._attempts_max)
         SENT.inc(len(outcome.confirmed))

@@ -38,7 +38,7 @@ class ServeSettings(AccessSettings, TlsSettings, TraceSettings):
         "RELAY_WINDOW", integer(1, 10_000), "events", "claimed, published and marked together", default=500
     )
     # The claim's transaction stays open meanwhile, three times as long at worst: when a message is refused and looked
-    # for. PostgreSQL ends it after 30 s.
+    # for.
     confirm_timeout_s: float = setting(
         "RELAY_CONFIRM_TIMEOUT_S", seconds(0.1, 10), "s", "to wait for the broker's confirms", default=10.0
     )

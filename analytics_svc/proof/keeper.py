@@ -32,7 +32,7 @@ from analytics_svc.errors import RelayUnavailable
 from analytics_svc.ingest.announce import announce
 from analytics_svc.upstream.outbox import EventsDropped, Listed, SnapshotRefused
 from chassis.lifecycle import Backoff
-from chassis.postgres import UNAVAILABLE, Connection, Pool
+from chassis.postgres import HELD_IN_SILENCE_MAX_S, UNAVAILABLE, Connection, Pool, kept_alive
 
 KEEPER_LOCK = 7_265_746_171  # any number; advisory locks are per database
 LOCK_EVERY_S = 1.0  # how often a standby tries to become the keeper
@@ -45,11 +45,8 @@ SHOW_AFTER_S = 1.0  # of waiting: from then on the oldest id is shown to the ret
 WARN_AFTER_S = 30.0
 LOST_AFTER_S, LOST_EVERY_S = 30.0, 5.0  # of waiting: from then on the relay is asked whether the broker has lost them
 
-# For the keeper's sessions. One that is frozen or cut off must lose the lock, so that another process takes over: it
-# asks something at least every `outbox.SILENCE_S`.
-KEEPER_SESSION = {
-    "idle_session_timeout": "60s",
-}
+# For the keeper's sessions. One that is frozen or cut off must lose the lock, so that another process takes over.
+KEEPER_SESSION = {"idle_session_timeout": f"{HELD_IN_SILENCE_MAX_S:g}s"}
 
 TICKS = Counter("analytics_keeper_ticks_total", "Times that complete_through_time was stored.")
 TAKEN_BACK = Counter(
@@ -103,7 +100,8 @@ class Keeper:
             try:
                 async with self._pool.connection() as connection:
                     try:
-                        await self._keep(connection, backoff)
+                        async with kept_alive(connection):
+                            await self._keep(connection, backoff)
                     finally:
                         KEEPING.set(0)
                         AWAITED.set(0)

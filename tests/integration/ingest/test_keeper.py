@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +102,48 @@ async def test_one_keeps_and_another_takes_over(analytics_db: str) -> None:
             query(analytics_db, f"SELECT pg_terminate_backend(pid) FROM ({HOLDERS}) AS holder")
     assert sum(bool(fake.asked) for fake in fakes) >= 1
     assert query(analytics_db, HOLDERS) == []  # all have stopped
+
+
+async def test_a_frozen_keeper_loses_the_lock(analytics_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for the relay shows that it lives; one that shows nothing any more is ended by the server."""
+    monkeypatch.setitem(KEEPER_SESSION, "idle_session_timeout", "1s")
+    monkeypatch.setattr(postgres, "SIGN_OF_LIFE_EVERY_S", 0.1)
+    slow = FakeOutbox()
+    answer = asyncio.Event()
+
+    async def list_slowly(after: str) -> AsyncGenerator[Listed, None]:
+        await answer.wait()
+        async for part in slow.list_committed(after):
+            yield part
+
+    waiting = SimpleNamespace(list_committed=list_slowly, requeue_lost=slow.requeue_lost)
+    async with keeping(analytics_db, waiting):  # type: ignore[arg-type]
+
+        async def keeps() -> bool:
+            return len(query(analytics_db, HOLDERS)) == 1
+
+        await eventually(keeps, "it keeps")
+        ((pid,),) = query(analytics_db, HOLDERS)
+
+        async def long_after() -> bool:
+            connected = (
+                f"SELECT clock_timestamp() > backend_start + interval '3 s' FROM pg_stat_activity WHERE pid = {pid}"
+            )
+            return query(analytics_db, connected) == [(True,)]
+
+        await eventually(long_after, "it has waited for longer than a silent one may")
+        assert query(analytics_db, HOLDERS) == [(pid,)]
+        monkeypatch.setattr(postgres, "SIGN_OF_LIFE_EVERY_S", WAIT_S)  # now it stands still
+
+        async def gone() -> bool:
+            return query(analytics_db, f"SELECT FROM pg_stat_activity WHERE pid = {pid}") == []
+
+        await eventually(gone, "the server has ended its session, and with it goes the lock")
+        answer.set()
+
+
+def test_how_long_a_frozen_keeper_has_the_lock() -> None:
+    assert KEEPER_SESSION == {"idle_session_timeout": "8s"}
 
 
 async def test_a_relay_that_cannot_be_asked(analytics_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
