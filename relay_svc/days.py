@@ -5,7 +5,8 @@ server has some thousands of locks for everybody. So statements name their days,
 are about the few that are open; who asks about all takes some at a time, each in a transaction of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import LiteralString, NamedTuple
 
 from psycopg import sql
@@ -13,6 +14,7 @@ from psycopg import sql
 from chassis.postgres import Connection
 
 DAYS_AT_ONCE = 100  # in one statement: some 600 locks
+DAY_MS = 86_400_000
 
 
 class Day(NamedTuple):
@@ -80,3 +82,19 @@ def parts(days: Sequence[Day]) -> Iterator[Sequence[Day]]:
     """As many as one statement may be about; there is at least one part."""
     for first in range(0, max(len(days), 1), DAYS_AT_ONCE):
         yield days[first : first + DAYS_AT_ONCE]
+
+
+def ids_in_parts(event_ids: Iterable[str]) -> Iterator[list[str]]:
+    """Event ids, in order, of as many days as one statement may be about; there is at least one part."""
+    part: list[str] = []
+    for number, (_, ids) in enumerate(groupby(sorted(event_ids), key=_day_of)):
+        if number and number % DAYS_AT_ONCE == 0:
+            yield part
+            part = []
+        part += ids
+    yield part
+
+
+def _day_of(event_id: str) -> int:
+    """By the time in a UUIDv7, in days since 1970."""
+    return int(event_id[:8] + event_id[9:13], 16) // DAY_MS

@@ -150,7 +150,7 @@ async def page(
 async def page_among(
     connection: Connection, among: Sequence[str], *, status: str | None, after: Place, limit: int
 ) -> list[StoredEvent]:
-    """The same of some ids, whatever their days."""
+    """The same of some ids."""
     return await _page(connection, sql.SQL("e.event_id = ANY ({}::uuid[])").format(list(among)), status, after, limit)
 
 
@@ -181,8 +181,8 @@ async def _page(
 async def missing(connection: Connection, event_ids: Sequence[str]) -> list[str]:
     """Those of the events that are not in the outbox."""
     cursor = await connection.execute(
-        "SELECT event_id::text FROM outbox_events WHERE event_id = ANY(%s::uuid[])", [list(event_ids)], prepare=False
-    )
+        sql.SQL("SELECT event_id::text FROM outbox_events WHERE event_id = ANY({}::uuid[])").format(list(event_ids))
+    )  # the planner sees the days in the ids
     there = {event_id for (event_id,) in await cursor.fetchall()}
     return [event_id for event_id in dict.fromkeys(event_ids) if event_id not in there]
 

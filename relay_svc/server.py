@@ -69,12 +69,14 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
         self, context: Any, status: str | None, among: Sequence[str], after: inspection.Place, limit: int
     ) -> list[inspection.StoredEvent]:
         """The first events of all days, of which each hundred are read in a transaction of their own."""
+        events: list[inspection.StoredEvent] = []
         if among:
-            async with _transaction(self._pool, context) as connection:
-                return await inspection.page_among(connection, status=status, among=among, after=after, limit=limit)
+            for ids in days.ids_in_parts(among):
+                async with _transaction(self._pool, context) as connection:
+                    events += await inspection.page_among(connection, ids, status=status, after=after, limit=limit)
+            return sorted(events, key=inspection.order)[:limit]
         async with _transaction(self._pool, context) as connection:
             found = await inspection.days_with(connection, status)
-        events: list[inspection.StoredEvent] = []
         for part in days.parts(found):
             async with _transaction(self._pool, context) as connection:
                 events += await inspection.page(connection, part, status=status, after=after, limit=limit)
@@ -88,18 +90,33 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
                     raise InvalidRequest([Violation(field, rule, FieldReason.FIELDS_EXCLUDE_EACH_OTHER)])
             return pb2.RequeueEventsResponse(requeued_count=await self._requeue_all_failed(context))
         event_ids = _event_ids(request)
-        async with _transaction(self._pool, context) as connection:
-            if request.only_lost:
-                count = await lost.requeue(connection, self._publisher, event_ids, lost.AFTER_S)
-                return pb2.RequeueEventsResponse(requeued_count=count)
-            if missing := await inspection.missing(connection, event_ids):
-                named = ", ".join(missing[:NAMED_MAX]) + (", …" if len(missing) > NAMED_MAX else "")
-                raise EventNotFound(
-                    f"{len(missing)} of the events are not in the outbox, so none was requeued: {named}",
-                    metadata={"event_ids": ",".join(missing[:NAMED_MAX])},
-                )
-            requeued = await inspection.requeue(connection, event_ids)
+        parts = list(days.ids_in_parts(event_ids))
+        if not request.only_lost:
+            await self._require_there(parts, context)
+        requeued = 0
+        for part in parts:
+            async with _transaction(self._pool, context) as connection:
+                if request.only_lost:
+                    requeued += await lost.requeue(connection, self._publisher, part, lost.AFTER_S)
+                else:
+                    requeued += await inspection.requeue(connection, part)
         return pb2.RequeueEventsResponse(requeued_count=requeued)
+
+    async def _require_there(self, parts: Sequence[Sequence[str]], context: Any) -> None:
+        """
+        Raises:
+            EventNotFound: some events are not in the outbox.
+        """
+        missing: list[str] = []
+        for part in parts:
+            async with _transaction(self._pool, context) as connection:
+                missing += await inspection.missing(connection, part)
+        if missing:
+            named = ", ".join(missing[:NAMED_MAX]) + (", …" if len(missing) > NAMED_MAX else "")
+            raise EventNotFound(
+                f"{len(missing)} of the events are not in the outbox, so none was requeued: {named}",
+                metadata={"event_ids": ",".join(missing[:NAMED_MAX])},
+            )
 
     async def _requeue_all_failed(self, context: Any) -> int:
         """A thousand at a time, each in a transaction of its own. What fails again meanwhile is passed already."""
