@@ -71,8 +71,7 @@ async def remember(connection: Connection, listing: Listing) -> None:
     assert listing.snapshot is not None
     await connection.execute(
         """
-        UPDATE outbox_listing SET realm = %s, after_snapshot = %s::pg_snapshot, given_snapshot = %s::pg_snapshot,
-            received_at = now()
+        UPDATE outbox_listing SET realm = %s, after_snapshot = %s::pg_snapshot, given_snapshot = %s::pg_snapshot
         """,
         [listing.snapshot.realm, listing.after and listing.after.value, listing.snapshot.value],
     )

@@ -253,9 +253,7 @@ async def test_committed_ids_leave_no_gap(stub: "OutboxServiceAsyncStub", purcha
     assert later > as_of
     assert (await committed(stub, snapshot))[0] == []
     with psycopg.connect(purchases_db) as connection:  # what retention may rely on
-        (kept,) = connection.execute(
-            "SELECT realm || ':' || after_snapshot FROM outbox_listing WHERE received_at > now() - interval '1 min'"
-        ).fetchone() or (None,)
+        (kept,) = connection.execute("SELECT realm || ':' || after_snapshot FROM outbox_listing").fetchone() or (None,)
     assert kept == snapshot
 
 
@@ -280,8 +278,8 @@ async def test_committed_ids_under_load(stub: "OutboxServiceAsyncStub", purchase
                     written += ids
         return written
 
+    listed, snapshot, _ = await committed(stub)  # whoever asks for everything may get what is written meanwhile twice
     writers = [asyncio.ensure_future(writer()) for _ in range(8)]
-    listed, snapshot = [], ""
     while not all(task.done() for task in writers):
         ids, snapshot, _ = await committed(stub, snapshot)
         listed += ids
