@@ -9,6 +9,7 @@ from typing import NamedTuple
 import psycopg
 import structlog
 
+from chassis.errors import TransactionConflict
 from purchases_svc import answers
 from purchases_svc.entry import Entry
 from purchases_svc.partitions import Partitions
@@ -102,6 +103,9 @@ class Months:
                 await self._partitions.ensure(
                     {_month(entry) for entry in entries}, {entry.purchase.created_at.date() for entry in entries}
                 )
+        except TimeoutError:
+            log.warning("a partition cannot be made: somebody holds what it needs", seconds=self._writing.patience_s)
+            self._waiting.fail(entries, TransactionConflict("the month of this sale cannot be made now; try again"))
         except psycopg.errors.DatetimeFieldOverflow:  # closed, by a retention that this process does not know of
             await self._look_up(entries, closed=True)
         except Exception as error:

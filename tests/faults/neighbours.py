@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -70,7 +71,7 @@ class NeighbourFaults:
         hold = chance.choice([self._hold_customer, self._hold_key, self._hold_receipt])
         target = self._system.target(chance.choice(self._system.of("purchases")))
         with self._undisturbed(), self._tills().beside(target) as till, self._transaction("purchases") as held:
-            sale = hold(held, _plain(till.sale()))
+            sale = hold(held, _plain(till))
             victim = threading.Thread(target=till.deliver, args=[sale], daemon=True)
             victim.start()
             victim.join(STUCK_S)
@@ -165,10 +166,10 @@ class NeighbourFaults:
 
     def _flood_of(self, chance: random.Random, till: Till) -> tuple[Iterator[Sale], int]:
         """What is sent, and how much of it at once."""
-        sale = _plain(till.sale())
+        sale = _plain(till)
         match chance.choice(["new", "again", "refused"]):
             case "new":
-                return (self._sent(_plain(till.sale())) for _ in range(2_000)), 500
+                return (self._sent(_plain(till)) for _ in range(2_000)), 500
             case "refused":
                 sale = sale._replace(customer_id=str(uuid.UUID(int=chance.getrandbits(128))))
         return itertools.repeat(self._sent(sale), 5_000), 2_500
@@ -193,7 +194,7 @@ class NeighbourFaults:
     def _sell(self, target: str) -> None:
         with self._tills().beside(target) as till:
             while till.answers < SALES:
-                till.deliver(_plain(till.sale()))
+                till.deliver(_plain(till))
 
     def _stopped(self, why: str) -> None:
         self._ledger.write("stopped", why=why)
@@ -225,9 +226,9 @@ class NeighbourFaults:
                 connection.rollback()
 
 
-def _plain(sale: Sale) -> Sale:
-    """Without a customer: it needs no row that another sale has."""
-    return sale._replace(customer_id=None, register=False)
+def _plain(till: Till) -> Sale:
+    """Of now and without a customer: it needs no row that another sale has, and no month that is yet to be made."""
+    return till.sale(time_us=time.time_ns() // 1_000)._replace(customer_id=None, register=False)
 
 
 def _time(sale: Sale) -> datetime:
