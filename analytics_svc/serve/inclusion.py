@@ -20,7 +20,7 @@ from chassis.postgres import UNAVAILABLE, Connection, Pool
 
 WAIT_MAX_S = 10.0  # for callers that have more time
 ANSWER_BEFORE_S = 0.05  # a caller's deadline: what it takes to tell it
-ANSWER_EACH_S = 0.002  # the same for each of those who wait already: their deadlines may be the same
+ANSWER_EACH_S = 0.0025  # the same for each of those who wait already: their deadlines may be the same
 CLOCKS_DIFFER = timedelta(days=1)  # at most, between the servers that make ids, and those that read them
 WAITERS_MAX = 2_000  # callers at once: looking for them all takes a few milliseconds, up to a hundred times a second
 PAUSE_S = 0.01  # after a look; who comes meanwhile is looked for together
