@@ -81,6 +81,7 @@ class Door(NamedTuple):
     timeout_s: float  # of a call with one answer, and for the request of others
     stream_timeout_s: float
     message_bytes_max: int
+    streamed_bytes_max: int  # of each message, where requests are a stream
 
 
 class WrappingServer:
@@ -130,11 +131,11 @@ class _Guard:
         self._method, self._domain, self._in_flight = method, door.domain, door.in_flight
         self._gate, self._rule = door.gate, door.rules[method]
         self._timeout_s, self._stream_timeout_s = door.timeout_s, door.stream_timeout_s
-        self._message_bytes_max = door.message_bytes_max
         self._behavior = (  # exactly one is set
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         )
         self._takes_stream = handler.request_streaming
+        self._message_bytes_max = door.streamed_bytes_max if self._takes_stream else door.message_bytes_max
         self._whole = handler.request_deserializer
         self._deserialize = getattr(self._behavior, "deserialize", self._whole)
         self._kind = _KINDS[handler.request_streaming, handler.response_streaming]

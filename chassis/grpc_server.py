@@ -62,6 +62,11 @@ class Service(NamedTuple):
     name: str
     timeout_s: float = CALL_TIMEOUT_S
     message_bytes_max: int = MESSAGE_BYTES_MAX
+    streamed_bytes_max: int = 0  # of each message where requests are a stream, if that is more
+
+    @property
+    def received_bytes_max(self) -> int:
+        return max(self.message_bytes_max, self.streamed_bytes_max)
 
 
 class Server:
@@ -115,7 +120,7 @@ class Server:
             *OPTIONS,
             ("grpc.max_concurrent_streams", calls_of_connection_max),
             ("grpc.http.overload_protection", 0),
-            ("grpc.max_receive_message_length", GRPC_LIMIT_FACTOR * max(s.message_bytes_max for s in services)),
+            ("grpc.max_receive_message_length", GRPC_LIMIT_FACTOR * max(s.received_bytes_max for s in services)),
             # Shared by default on Linux: then two servers would have one port without noticing.
             ("grpc.so_reuseport", int(share_port)),
             ("grpc.max_connection_age_ms", int(1_000 * CONNECTION_AGE_S)),
@@ -132,11 +137,19 @@ class Server:
                 service.timeout_s,
                 STREAM_TIMEOUT_S,
                 service.message_bytes_max,
+                service.received_bytes_max,
             )
             service.add(service.servicer, WrappingServer(server, door))
         # Health and reflection answer while draining, so they are counted apart: a health watch does not end then.
         door = Door(
-            self.domain, self._gate, rules, InFlight(), CALL_TIMEOUT_S, SIDE_STREAM_TIMEOUT_S, MESSAGE_BYTES_MAX
+            self.domain,
+            self._gate,
+            rules,
+            InFlight(),
+            CALL_TIMEOUT_S,
+            SIDE_STREAM_TIMEOUT_S,
+            MESSAGE_BYTES_MAX,
+            MESSAGE_BYTES_MAX,
         )
         shell = WrappingServer(server, door)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, shell)  # type: ignore[arg-type]

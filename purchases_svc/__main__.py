@@ -14,7 +14,7 @@ from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgre
 from chassis.errors import PortTaken
 from chassis.shares import Shares
 from chassis.wire import PageTokens
-from purchases_svc import flush, record, retention, server, stored, workers
+from purchases_svc import flush, messages, record, retention, server, stored, workers
 from purchases_svc.backlog import STATEMENT_TIMEOUT_S as WATCH_TIMEOUT_S
 from purchases_svc.backlog import Backlog
 from purchases_svc.commands import partitions as partitions_command
@@ -80,6 +80,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             application_name="purchases watch",  # of the backlog and of the server, whatever readers hold
             size=2,
             statement_timeout_s=WATCH_TIMEOUT_S,
+            settings={"synchronous_commit": "off"},  # a count is no promise: it waits for no standby
         ) as watch_pool,
     ):
         if not await postgres.wait_until_up(write_pool, stop):
@@ -116,7 +117,8 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
                 purchases_grpc.add_PurchasesServiceServicer_to_server,
                 server.PurchasesServicer(recorder, Uploads(recorder, host), shares, export_pool, tokens, zone),
                 "retail.purchases.v1.PurchasesService",
-                message_bytes_max=server.MESSAGE_BYTES_MAX,
+                message_bytes_max=messages.SALE_BYTES_MAX,
+                streamed_bytes_max=server.UPLOAD_BYTES_MAX,
             ),
             grpc_server.Service(
                 customers_grpc.add_CustomersServiceServicer_to_server,

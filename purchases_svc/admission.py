@@ -88,6 +88,11 @@ class Turns:
         """How many of them wait."""
         return len(self._callers)
 
+    @property
+    def next_caller(self) -> str:
+        """Whose turn it is; of them, somebody must wait."""
+        return next(iter(self._callers))
+
     def put(self, entry: Entry) -> None:
         if (own := self._callers.get(entry.caller)) is None:
             own = self._callers[entry.caller] = deque()

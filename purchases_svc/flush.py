@@ -131,10 +131,10 @@ class Flushes:
                         return await self._flush_halves(batch, until)
                 case psycopg.errors.QueryCanceled() if len(batch) > 1:
                     return await self._flush_halves(batch, until)  # whatever one of them takes so long for
-                case psycopg.errors.QueryCanceled() | PoolTimeout():
+                case PoolTimeout():
                     break  # the time is used up
                 case psycopg.OperationalError() | psycopg.InterfaceError() | psycopg.errors.ReadOnlySqlTransaction():
-                    pass  # a conflict; or a connection lost in mid-commit, of which the next attempt finds out
+                    pass  # a conflict; or a connection lost in mid-commit, of which the next attempt finds out; or slow
                 case _:
                     break  # a bug: the callers must hear of it, and we go on
         self.waiting.fail(batch, failure)
@@ -177,7 +177,7 @@ class Flushes:
         return TransactionConflict("other sales got in the way; try again")
 
     async def _store(self, batch: list[Entry], traceparents: Mapping[int, str] = NO_TRACES) -> None:
-        async with self._writing.connection() as connection:
+        async with self._writing.connection(at_a_till=batch[0].came_alone) as connection:
             inserted = await insert(connection, [entry.purchase for entry in batch], traceparents)  # commits
             await self._writing.confirm(connection)
             for index, entry in enumerate(batch):

@@ -17,6 +17,8 @@ from purchases_svc.errors import InvalidPurchase
 from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, PRODUCT_ID_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 
+# No legal sale has more than 100,000. What is larger is not even read: half a million broken items fit into a megabyte.
+SALE_BYTES_MAX = 128 << 10
 CARD_RULE = "must not hold 13 to 19 digits that may be a payment card's number"
 POS_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{POS_ID_LENGTH_MAX}}}")
 

@@ -26,7 +26,7 @@ from retail.purchases.v1 import (
     purchases_service_pb2_grpc,
 )
 
-MESSAGE_BYTES_MAX = 1 << 20  # received by PurchasesService, whose uploads bring hundreds of sales at once
+UPLOAD_BYTES_MAX = 1 << 20  # of a message of UploadPurchases, which brings hundreds of sales at once
 CALLS_OF_CONNECTION_MAX = 100  # at once: some 20 ms of work, and enough for thousands of sales a second
 PURCHASES_PER_PAGE = (50, 500)  # by default, at most
 CUSTOMERS_PER_PAGE = (50, 500)

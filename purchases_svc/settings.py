@@ -62,7 +62,11 @@ class ServeSettings(AccessSettings, MigrateSettings, TlsSettings, TraceSettings)
     )
     # A flush is everybody's: it has a time of its own, whatever its callers' deadlines are.
     flush_timeout_s: float = setting(
-        "PURCHASES_FLUSH_TIMEOUT_S", seconds(0.1, 300), "s", "for storing what waits, at most", default=10.0
+        "PURCHASES_FLUSH_TIMEOUT_S",
+        seconds(0.1, 300),
+        "s",
+        "for storing what waits, at most; after a quarter of it, a sale at a till is tried on another connection",
+        default=10.0,
     )
     require_sync_standby: bool = setting(
         "PURCHASES_REQUIRE_SYNC_STANDBY",

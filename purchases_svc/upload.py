@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from google.protobuf.message import DecodeError
@@ -14,6 +14,7 @@ from chassis.errors import (
     Internal,
     InvalidRequest,
     MalformedMessage,
+    MessageTooLarge,
     ServiceError,
     ShuttingDown,
     Violation,
@@ -37,9 +38,7 @@ SINGLES_PER_MESSAGE_MAX = 20
 # Sales of one caller's backlogs, on all its streams, that are being stored and answered: as many as it may always have
 # on their way. Further messages wait to be looked at: what waits as bytes is no work for anybody.
 SALES_OF_CALLER_MAX = SHARE_SALES_MIN
-SLICE = 20  # sales, before anybody else has a turn
-
-T = TypeVar("T")
+SLICE, SLICE_BYTES = 10, 64 << 10  # sales, before anybody else has a turn; of large ones fewer, one at the least
 
 
 class Uploads:
@@ -86,8 +85,10 @@ class Uploads:
                 if len(request.uploads) > SINGLES_PER_MESSAGE_MAX:
                     hand.take_batch(asyncio.create_task(self._record_in_turn(request.uploads, caller, share)))
                     continue
-                for upload in _opened(request.uploads):
-                    self._take_in(upload, caller, hand)
+                for part in _slices(request.uploads):
+                    for upload in _opened(part):
+                        self._take_in(upload, caller, hand)
+                    await asyncio.sleep(0)
         except asyncio.CancelledError:
             if self._host.draining.is_set():
                 raise ShuttingDown("this server is shutting down; send what was not answered to another one") from None
@@ -112,10 +113,10 @@ class Uploads:
     async def _answer(self, singles: Sequence[Single]) -> pb2.UploadPurchasesResponse:
         """At once: tills wait for these, and not in the line of the backlogs."""
         response = pb2.UploadPurchasesResponse()
-        for part in _slices(singles):
-            for single in part:
-                self._add(response, single.upload, single.outcome)
-            await asyncio.sleep(0)
+        for number, single in enumerate(singles, 1):
+            self._add(response, single.upload, single.outcome)
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
         return response
 
     async def _record_in_turn(
@@ -247,11 +248,25 @@ def _end(spans: Iterable[Span], outcome: Outcome | None) -> None:
 
 
 def _opened(uploads: Sequence[bytes]) -> list[pb2.PurchaseUpload]:
+    if (largest := max(map(len, uploads))) > messages.SALE_BYTES_MAX:
+        raise MessageTooLarge(
+            f"a sale may have at most {messages.SALE_BYTES_MAX:,} bytes; one of these has {largest:,}",
+            metadata={"bytes_max": str(messages.SALE_BYTES_MAX), "bytes": str(largest)},
+        )
     try:
         return [pb2.PurchaseUpload.FromString(upload) for upload in uploads]
     except DecodeError:
         raise MalformedMessage("the bytes are not a message of the expected type") from None
 
 
-def _slices(sequence: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (sequence[first : first + SLICE] for first in range(0, len(sequence), SLICE))
+def _slices(uploads: Iterable[bytes]) -> Iterator[list[bytes]]:
+    part: list[bytes] = []
+    size = 0
+    for upload in uploads:
+        if part and (len(part) == SLICE or size + len(upload) > SLICE_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(upload)
+        size += len(upload)
+    if part:
+        yield part

@@ -1,6 +1,7 @@
 """Sales that wait for a flush: whose turn it is, each key once, and what becomes of those that repeat one."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from purchases_svc import answers
@@ -10,8 +11,9 @@ from purchases_svc.entry import Entry
 
 BATCH_ITEMS_MAX = 4_000  # of a flush: everybody waits for it, so the biggest sales must not make it take seconds
 EXPECTED_S = 1.0  # for so long after a sale, another one of its kind is expected at any moment
-# While several callers send sales one by one, a flush has one of each, or so many: a few milliseconds for all others.
-LIVE_BESIDE_OTHERS = 100
+# While several callers send sales one by one, a flush has one of each, or so many in all, and of one caller no more
+# than its share: those who are answered together keep all others waiting meanwhile, a third of a millisecond each.
+LIVE_BESIDE_OTHERS, LIVE_OF_CALLER_BESIDE_OTHERS = 100, 16
 # Meanwhile, of those that came many at once, so many: their flushes have other connections, and the same processors.
 BULK_BESIDE_LIVE, BULK_ITEMS_BESIDE_LIVE = 20, 400
 
@@ -49,15 +51,23 @@ class Waiting:
             if now < self._live_until:
                 return self._batch(self._bulk, BULK_BESIDE_LIVE, BULK_ITEMS_BESIDE_LIVE)
             return self._batch(self._bulk, self._batch_max, BATCH_ITEMS_MAX)
-        several = now < self._several_until or self._live.callers > 1
-        most = max(self._live.callers, LIVE_BESIDE_OTHERS) if several else self._batch_max
-        return self._batch(self._live, most, BATCH_ITEMS_MAX)
+        if now < self._several_until or self._live.callers > 1:
+            most = max(self._live.callers, LIVE_BESIDE_OTHERS)
+            return self._batch(self._live, most, BATCH_ITEMS_MAX, LIVE_OF_CALLER_BESIDE_OTHERS)
+        return self._batch(self._live, self._batch_max, BATCH_ITEMS_MAX)
 
-    def _batch(self, waiting: Turns, sales_max: int, items_max: int) -> list[Entry]:
+    def _batch(self, waiting: Turns, sales_max: int, items_max: int, of_caller_max: int | None = None) -> list[Entry]:
+        """At most so many sales, those that repeat a key among them: they are answered together with the others."""
         batch: list[Entry] = []
-        items, sales_max = 0, min(sales_max, self._batch_max)
-        while waiting and len(batch) < sales_max and items < items_max:
+        items, left = 0, min(sales_max, self._batch_max)
+        taken: Counter[str] = Counter()
+        while waiting and left and items < items_max:
+            if of_caller_max:
+                if taken[waiting.next_caller] == of_caller_max:
+                    break  # callers take turns: the others have had theirs
+                taken[waiting.next_caller] += 1
             entry = waiting.take()
+            left -= 1
             first = self._on_their_way.setdefault(entry.sale.idempotency_key, entry)
             if first is not entry:
                 first.repeats.append(entry)

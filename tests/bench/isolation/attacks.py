@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -158,7 +159,16 @@ def copy(request: CreatePurchaseRequest) -> CreatePurchaseRequest:
     return twin
 
 
+def give_way() -> None:
+    """Whoever attacks has machines of its own. Here it has what the others leave of the two cores, so that what is
+    measured is the service, and not who of us gets a processor."""
+    os.nice(19)
+    with suppress(OSError):  # where the kernel shares the processors out among sessions first
+        Path("/proc/self/autogroup").write_text("19")
+
+
 async def main(name: str, address: str, url: str) -> None:
+    give_way()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with grpc.aio.insecure_channel(address) as channel:

@@ -14,6 +14,7 @@ import pytest
 
 from chassis import postgres, zones
 from chassis.errors import Overloaded, TransactionConflict
+from pos.calls import ATTEMPT_TIMEOUT_S
 from purchases_svc import flush, waiting
 from purchases_svc.admission import SHARE_SALES_MIN, Turns
 from purchases_svc.answers import Recorded
@@ -23,6 +24,8 @@ from purchases_svc.errors import CustomerUnknown
 from purchases_svc.partitions import Partitions
 from purchases_svc.record import Recorder
 from purchases_svc.sale import Purchase, Sale
+from purchases_svc.settings import ServeSettings
+from purchases_svc.writing import AT_A_TILL
 from tests.conftest import WAIT_S, eventually, pool
 from tests.faults.proxy import Loop, Proxy
 from tests.integration.purchase_events import query
@@ -137,6 +140,26 @@ async def test_frozen_connection_costs_one_flush(purchases_db: str) -> None:
     assert count(purchases_db, "purchases") == 62
 
 
+async def test_who_waits_on_a_frozen_connection_is_tried_on_another(purchases_db: str) -> None:
+    """And is answered long before the flush's time is over: tills do not wait for so long."""
+    async with recording(purchases_db, flush_timeout_s=12.0) as recorder:
+        await others_sell(recorder, 2)
+        frozen = backends(purchases_db)[0]
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await asyncio.gather(*(recorder.record(sale(), f"till {number}") for number in range(60)))
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+    assert count(purchases_db, "purchases") == 62
+
+
+def test_how_soon_another_connection_is_tried() -> None:
+    """The rest is for cutting off the first, and for the second try."""
+    first_try_s = ServeSettings("").flush_timeout_s / AT_A_TILL
+    assert first_try_s + 2 * postgres.CANCEL_TIMEOUT_S <= ATTEMPT_TIMEOUT_S - 1
+
+
 async def _sell_until_stored(recorder: Recorder) -> None:
     """As a till does: the same sale with the same key, until the answer comes."""
     mine = sale()
@@ -177,6 +200,21 @@ async def test_month_that_cannot_be_made_holds_up_only_its_sales(purchases_db: s
             assert not waiting.done()
         async with asyncio.timeout(WAIT_S):
             await waiting
+
+
+async def test_analyze_stops_no_sale_of_a_month_that_is_there(purchases_db: str) -> None:
+    """What remains: a sale of a month that nobody has sold in yet waits, and is told to come again."""
+    old = datetime(2008, 2, 3, tzinfo=UTC)
+    tables = ("purchases", "purchase_items", "receipts", "idempotency_keys", "customers", "outbox_events")
+    async with recording(purchases_db, flush_timeout_s=4.0) as recorder:
+        await others_sell(recorder, 1)
+        for table in tables:
+            with held(purchases_db, f"ANALYZE {table}"):  # with its partitions, until the transaction ends
+                await others_sell(recorder)
+        with held(purchases_db, "ANALYZE purchases"), pytest.raises(TransactionConflict):
+            await recorder.record(stored_sale(purchase_time=old))
+        await recorder.record(stored_sale(purchase_time=old))
+    assert_whole(purchases_db, 2 + 20 * len(tables))
 
 
 async def test_repeats_of_a_refused_key_share_the_refusal(purchases_db: str) -> None:
@@ -231,6 +269,28 @@ async def test_what_comes_by_the_hundred_goes_in_small_flushes_beside_live_sales
     flushes = [sales for (sales,) in query(purchases_db, "SELECT count(*) FROM purchases GROUP BY xmin::text")]
     assert sum(flushes) > 500
     assert max(flushes) <= waiting.BULK_BESIDE_LIVE
+
+
+async def test_a_caller_has_a_share_of_each_flush_beside_others(
+    purchases_db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of repeats of one key: they are answered together, while all others wait."""
+    monkeypatch.setattr(waiting, "EXPECTED_S", WAIT_S)
+    async with recording(purchases_db) as recorder:
+        for caller in ("till", "flood"):
+            await recorder.record(sale(), caller)
+        flood = [asyncio.create_task(recorder.record(sale(), "flood")) for _ in range(200)]
+        await asyncio.gather(*flood)
+        answered = flush.FLUSHED._value.get()
+        refused = sale(customer_id=str(uuid.uuid4()))
+        repeats = [asyncio.create_task(recorder.record(refused, "flood")) for _ in range(200)]
+        await recorder.record(sale(), "till")
+        assert flush.FLUSHED._value.get() - answered <= 2
+        assert sum(task.done() for task in repeats) <= 2 * waiting.LIVE_OF_CALLER_BESIDE_OTHERS
+        await asyncio.gather(*repeats, return_exceptions=True)
+    flushes = [sales for (sales,) in query(purchases_db, "SELECT count(*) FROM purchases GROUP BY xmin::text")]
+    assert sum(flushes) == 203
+    assert max(flushes) <= waiting.LIVE_OF_CALLER_BESIDE_OTHERS
 
 
 async def test_without_live_sales_flushes_are_full(purchases_db: str) -> None:

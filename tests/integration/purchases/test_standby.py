@@ -39,7 +39,11 @@ LONG_S = 2 * WAIT_S  # of calls that outlast what is done to the servers
 @pytest.fixture
 async def till(purchases_url: str) -> AsyncIterator[grpc.aio.Channel]:
     config = ServeSettings(
-        purchases_url, listen=free_address(), metrics_listen="127.0.0.1:0", flush_timeout_s=LONG_S, backlog_months=0
+        purchases_url,
+        listen=free_address(),
+        metrics_listen="127.0.0.1:0",
+        flush_timeout_s=4 * LONG_S,
+        backlog_months=0,
     )
     async with running(lambda stop: purchases.serve(config, stop), config.listen) as channel:
         yield channel

@@ -8,9 +8,10 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 
 import purchases_svc.__main__
-import purchases_svc.server
 import purchases_svc.settings
 from chassis import grpc_server
+from purchases_svc.messages import SALE_BYTES_MAX
+from purchases_svc.server import UPLOAD_BYTES_MAX
 from retail.analytics.v1.analytics_service_pb2 import ListProductSalesRequest
 from retail.analytics.v1.quarantine_service_pb2 import RedriveEventsRequest
 from retail.purchases.v1.customers_service_pb2 import GetCustomerRequest
@@ -109,19 +110,21 @@ async def test_unknown_method_is_refused_with_a_reason(purchases_channel: grpc.a
 
 
 async def test_message_that_is_too_large_is_refused_for_good(purchases_channel: grpc.aio.Channel) -> None:
-    """Each service has its limit; beyond it, unary or in a stream, the code is one that no client tries again."""
+    """Each service has its limits; beyond them, unary or in a stream, the code is one that no client tries again."""
     tills: Any = PurchasesServiceStub(purchases_channel)
     customers: Any = CustomersServiceStub(purchases_channel)
-    for limit in (purchases_svc.server.MESSAGE_BYTES_MAX, 3 * purchases_svc.server.MESSAGE_BYTES_MAX):
+    for limit in (SALE_BYTES_MAX, 3 * UPLOAD_BYTES_MAX):
         refused = await refusal(tills.CreatePurchase(sale(receipt_id="x" * limit), timeout=10))
         assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE")
-        assert refused.info.metadata["bytes_max"] == "1048576"
-        assert "1,048,576" in refused.status.message
-    upload = UploadPurchasesRequest()
-    upload.uploads.add(create_purchase=sale(receipt_id="x" * purchases_svc.server.MESSAGE_BYTES_MAX))
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await anext(aiter(tills.UploadPurchases(iter([upload]), timeout=10)))
-    assert Refusal(caught.value).reason == "MESSAGE_TOO_LARGE"
+        assert refused.info.metadata["bytes_max"] == "131072"
+        assert "131,072" in refused.status.message
+    for limit in (SALE_BYTES_MAX, UPLOAD_BYTES_MAX):  # of a sale; of the message that it is in
+        upload = UploadPurchasesRequest()
+        upload.uploads.add(create_purchase=sale(receipt_id="x" * limit))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await anext(aiter(tills.UploadPurchases(iter([upload]), timeout=10)))
+        found = Refusal(caught.value)
+        assert (found.reason, found.info.metadata["bytes_max"]) == ("MESSAGE_TOO_LARGE", str(limit))
 
     largest = GetCustomerRequest(customer_id="x" * (grpc_server.MESSAGE_BYTES_MAX - 4))
     assert largest.ByteSize() == grpc_server.MESSAGE_BYTES_MAX
