@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from google.type.decimal_pb2 import Decimal
 
 from chassis.grpc_server import GRPC_LIMIT_FACTOR
-from purchases_svc.server import MESSAGE_BYTES_MAX
+from purchases_svc.server import UPLOAD_BYTES_MAX
 from retail.purchases.v1.purchase_pb2 import Purchase
 from retail.purchases.v1.purchases_service_pb2 import (
     CreatePurchaseRequest,
@@ -109,7 +109,7 @@ def broken_refusal(status: status_pb2.Status, request: Any) -> str | None:
 def made_by_grpc(request: Request, error: grpc.aio.AioRpcError) -> bool:
     """Whether it is gRPC itself that ended this call, or the client's half of it."""
     if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return max(map(len, request.raws)) > GRPC_LIMIT_FACTOR * MESSAGE_BYTES_MAX
+        return max(map(len, request.raws)) > GRPC_LIMIT_FACTOR * UPLOAD_BYTES_MAX
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         return request.timeout_s < DEADLINE_S
     return request.method == "UploadPurchases" and error.details() == WROTE_AFTER_END

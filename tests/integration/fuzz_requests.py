@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from chassis.grpc_server import GRPC_LIMIT_FACTOR
-from purchases_svc.server import MESSAGE_BYTES_MAX
+from purchases_svc.server import UPLOAD_BYTES_MAX
 from retail.purchases.v1 import customers_service_pb2, purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2 import CreatePurchaseRequest, GetPurchaseRequest
 from tests.integration.purchases.test_upload_purchases import message
@@ -251,7 +251,7 @@ class Plan:
         if kind == "noise":
             return chance.randbytes(chance.randint(0, 100))
         if kind == "big":
-            sizes = [MESSAGE_BYTES_MAX, MESSAGE_BYTES_MAX + 1, GRPC_LIMIT_FACTOR * MESSAGE_BYTES_MAX + 1]
+            sizes = [UPLOAD_BYTES_MAX, UPLOAD_BYTES_MAX + 1, GRPC_LIMIT_FACTOR * UPLOAD_BYTES_MAX + 1]
             return padded(raw, chance.choice(sizes))
         return raw
 

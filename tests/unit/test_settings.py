@@ -5,7 +5,7 @@ import pytest
 from chassis import amqp
 from chassis.settings import SettingsError, amqp_url, load, postgres_url
 from purchases_svc.sale import ITEMS_MAX
-from purchases_svc.server import MESSAGE_BYTES_MAX
+from purchases_svc.server import UPLOAD_BYTES_MAX
 from purchases_svc.settings import ServeSettings
 from purchases_svc.upload import UPLOADS_PER_MESSAGE_MAX
 from relay_svc.settings import ServeSettings as RelaySettings
@@ -51,7 +51,7 @@ def test_least_limits_let_in_the_fullest_message() -> None:
     sale = CreatePurchaseRequest()
     for product_id in range(1, ITEMS_MAX + 1):
         sale.purchase.items.add(product_id=product_id, quantity=1).unit_price.value = "0"
-    items = MESSAGE_BYTES_MAX * ITEMS_MAX // sale.ByteSize()
+    items = UPLOAD_BYTES_MAX * ITEMS_MAX // sale.ByteSize()
     assert items > 80_000  # or the message is not the fullest
     for name, least in ("PURCHASES_WAITING_MAX", UPLOADS_PER_MESSAGE_MAX), ("PURCHASES_WAITING_ITEMS_MAX", items):
         with pytest.raises(SettingsError, match=name):
