@@ -28,7 +28,7 @@ from tests.integration.purchase_events import query
 from tests.integration.purchases.test_limits import is_stuck, locked, outcome
 from tests.integration.sales import Refusal, refusal, sale
 
-CROWD = 90  # fewer than one connection to the purchases service may have on their way: more wait at the client
+CROWD = 25  # fewer than one connection to the purchases service may have on their way: more wait at the client
 DAY = date_pb2.Date(year=2026, month=3, day=1)
 
 

@@ -19,9 +19,12 @@ from tests.conftest import WAIT_S, eventually
 from tests.integration.conftest import free_address
 from tests.integration.purchases.test_create_purchase import assert_whole
 from tests.integration.purchases.test_limits import is_stuck, locked, outcome, service
+from tests.integration.purchases.test_upload_purchases import message, upload
 from tests.integration.sales import sale
 
-LARGE = 900_000
+SALES, NOISE = 25, "x" * 36_000  # in a message, which makes 900,000 bytes
+LARGE = SALES * len(NOISE)
+STREAMS = 3 * PEER_BYTES_MAX // LARGE
 
 
 async def test_large_requests_of_one_connection_are_refused_beyond_its_share(purchases_db: str) -> None:
@@ -33,8 +36,8 @@ async def test_large_requests_of_one_connection_are_refused_beyond_its_share(pur
         async with grpc.aio.insecure_channel(address, options=options) as flooding:
             flood: Any = PurchasesServiceStub(flooding)
             with locked(purchases_db, "idempotency_keys"):
-                requests = [sale(purchase_id="x" * LARGE) for _ in range(3 * PEER_BYTES_MAX // LARGE)]
-                calls = [asyncio.ensure_future(outcome(flood.CreatePurchase(r, timeout=WAIT_S))) for r in requests]
+                large = [message(0, [sale(purchase_id=NOISE) for _ in range(SALES)]) for _ in range(STREAMS)]
+                calls = [asyncio.ensure_future(outcome(upload(flood, [each]))) for each in large]
 
                 async def refused() -> bool:
                     return sum(call.done() for call in calls) >= len(calls) - PEER_BYTES_MAX // LARGE
@@ -45,9 +48,9 @@ async def test_large_requests_of_one_connection_are_refused_beyond_its_share(pur
             assert await other is None
             outcomes = await asyncio.gather(*calls)
     assert {each.reason for each in outcomes if each} == {"OVERLOADED"}
-    stored = sum(each is None for each in outcomes)
-    assert 0 < stored <= PEER_BYTES_MAX // LARGE
-    assert_whole(purchases_db, 2 + stored)
+    taken_in = sum(each is None for each in outcomes)
+    assert 0 < taken_in <= PEER_BYTES_MAX // LARGE
+    assert_whole(purchases_db, 2 + SALES * taken_in)
 
 
 def test_what_is_in_hand_is_counted() -> None:
