@@ -145,8 +145,8 @@ def main() -> int:
         with collecting() as collector:
             print(f"Taking traces at {ADDRESS}; Ctrl-C ends it.", flush=True)
             show_all(collector, lambda text: print(text, flush=True))
-    except RuntimeError as error:
-        print(f"cannot listen on {ADDRESS}: {error}", file=sys.stderr)
+    except RuntimeError:
+        print(f"{ADDRESS} is taken: another collector listens there", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0

@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from analytics_svc.ingest.messages import Message
 from chassis import logs, traces
 from chassis.settings import SettingsError, load
 from chassis.traces import LINKS_MAX, TraceSettings
@@ -66,6 +67,16 @@ def test_links_of_a_large_batch_are_bounded(exporter: InMemorySpanExporter) -> N
     first, *others = exporter.get_finished_spans()
     assert len(first.links) == LINKS_MAX
     assert {len(span.links) for span in others} == {1}
+
+
+@pytest.mark.parametrize(
+    "said", [None, 5, b"\xff", {"a": 1}, "nonsense", "0" * 100_000, f"00-{'0' * 32}-{'0' * 16}-01"]
+)
+def test_what_makes_no_sense_in_a_message_is_no_trace(exporter: InMemorySpanExporter, said: object) -> None:
+    """Anybody who may publish can write anything there."""
+    for headers in ({"traceparent": said}, {}, None):
+        message = Message(b"", {"headers": headers})
+        assert traces.together("process", "CONSUMER", [message.traceparent], {}) is traces.NOBODY
 
 
 def test_a_block_that_fails_is_a_span_that_failed(exporter: InMemorySpanExporter) -> None:

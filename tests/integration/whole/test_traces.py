@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+from prometheus_client import REGISTRY
+from prometheus_client.openmetrics import exposition as openmetrics
 
 import relay_svc.__main__ as relay
 from chassis import traces
@@ -119,8 +122,21 @@ async def test_one_purchase_is_one_trace(
     assert (apply["db.system.name"], apply["db.operation.batch.size"]) == ("postgresql", 1)
     said = json.dumps([json.loads(span.to_json()) for span in spans])
     assert sold.customer_id and sold.customer_id not in said and sold.receipt_id not in said
+    for metric in (
+        "grpc_server_handling_seconds",
+        "purchases_flush_seconds",
+        "relay_confirm_seconds",
+        "analytics_batch_seconds",
+    ):
+        assert exemplar_of(metric) & {traces.Span(span).ids["trace_id"] for span in recorded.spans()}, metric  # type: ignore[arg-type]
     ((stored,),) = query(purchases_db, "SELECT traceparent FROM outbox_events")
     assert stored == traces.Span(spans[2]).traceparent  # type: ignore[arg-type]
+
+
+def exemplar_of(metric: str) -> set[str]:
+    """The traces that the page for Prometheus names beside a histogram, in OpenMetrics."""
+    page = openmetrics.generate_latest(REGISTRY).decode()  # type: ignore[no-untyped-call]
+    return set(re.findall(rf'^{metric}_bucket\{{.*# \{{trace_id="(\w+)"', page, re.MULTILINE))
 
 
 async def sold_in_one_trace(recorded: Recorded, server: str) -> list[ReadableSpan]:
