@@ -12,7 +12,7 @@ from pos import demo
 from purchases_svc import settings as purchases
 from relay_svc import settings as relay
 
-TRACES = "The four processes: their traces, see [traces.md](traces.md)"
+TRACES = "Whatever serves or sells: its traces, see [traces.md](traces.md)"
 EVERYWHERE = "All processes and commands: who they are, and what may be in plaintext"
 PROCESSES: dict[str, tuple[type, ...]] = {
     "The purchases service: `retail-purchases serve`": (purchases.ServeSettings,),

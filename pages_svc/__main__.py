@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from chassis import cli, lifecycle, logs, metrics, settings, tls
+from chassis import cli, lifecycle, logs, metrics, settings, tls, traces
 from chassis.errors import PortTaken
 from pages_svc.live import Live
 from pages_svc.operations.page import OperationsPage
@@ -140,7 +140,8 @@ def _serve() -> None:
     """Serve the pages until SIGTERM."""
     config = settings.load(ServeSettings)
     logs.configure("pages", config.log_level)
-    lifecycle.run(lambda stop: serve(config, stop))
+    with traces.exported(config, "retail-pages"):
+        lifecycle.run(lambda stop: serve(config, stop))
 
 
 main = commands.run

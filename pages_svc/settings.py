@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from chassis.plaintext import is_local
 from chassis.settings import SettingsError, address, integer, log_level, setting, target, text
 from chassis.tls import TlsSettings
+from chassis.traces import TraceSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(TlsSettings):
+class ServeSettings(TlsSettings, TraceSettings):
     listen: str = setting(
         "PAGES_LISTEN", address, "host:port", "where browsers find the pages; of this machine", default="127.0.0.1:8080"
     )
