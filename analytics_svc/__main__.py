@@ -32,7 +32,7 @@ def _consume() -> None:
 
     config = settings.load(ConsumeSettings)
     logs.configure("analytics-consume", config.log_level)
-    with traces.exported(config, "retail-analytics-consume"):
+    with traces.exported(config, "consumer"):
         lifecycle.run(lambda stop: consume(config, stop))
 
 
@@ -46,7 +46,7 @@ def _serve() -> None:
 
     config = settings.load(ServeSettings)
     logs.configure("analytics-serve", config.log_level)
-    with traces.exported(config, "retail-analytics"):
+    with traces.exported(config, "analytics"):
         lifecycle.run(lambda stop: serve(config, stop))
 
 

@@ -340,6 +340,7 @@ def _provider(where: str, config: TraceSettings, service: str) -> Any:
         exporter = OTLPSpanExporter(config.traces_endpoint or ENDPOINT, channel_options=no_proxy)
     ours = {
         "service.name": service,
+        "service.namespace": "retail",
         "service.version": metadata.version("retail-backbone"),
         "service.instance.id": str(uuid.uuid4()),
     }

@@ -140,7 +140,7 @@ def _serve() -> None:
     """Serve the pages until SIGTERM."""
     config = settings.load(ServeSettings)
     logs.configure("pages", config.log_level)
-    with traces.exported(config, "retail-pages"):
+    with traces.exported(config, "pages"):
         lifecycle.run(lambda stop: serve(config, stop))
 
 

@@ -94,7 +94,7 @@ def demo(file: Path | None, limit: int | None, report: IO[str] | None, seed: int
     """
     try:
         settings = cli.of_environment_or_local_stack(Settings, "purchases")
-        with traces.exported(settings, "retail-pos"):
+        with traces.exported(settings, "pos"):
             return 0 if run(Asked(file, limit, report, seed, streams), settings, cli.console()) else 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not break what is left to do

@@ -168,7 +168,7 @@ def _serve() -> None:
     """
     config = settings.load(ServeSettings)
     logs.configure("purchases", config.log_level)
-    with traces.exported(config, "retail-purchases"):
+    with traces.exported(config, "purchases"):
         lifecycle.run(lambda stop: serve(config, stop))
 
 

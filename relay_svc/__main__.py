@@ -96,7 +96,7 @@ def _serve() -> None:
     """Publish events until SIGTERM. Then the window in flight is finished."""
     config = settings.load(ServeSettings)
     logs.configure("relay", config.log_level)
-    with traces.exported(config, "retail-relay"):
+    with traces.exported(config, "relay"):
         lifecycle.run(lambda stop: serve(config, stop))
 
 

@@ -101,7 +101,7 @@ def tree(trace: Trace) -> str:
         said = ", ".join(f"{short}{span.attributes[name]}" for name, short in SHOWN.items() if name in span.attributes)
         at_ms, took_ms = ((ns / 1e6) for ns in (span.began_ns - first_ns, span.ended_ns - span.began_ns))
         what = f"{'  ' * depth}{span.name}  {span.kind}{f' ({said})' if said else ''}"
-        lines.append(f"{at_ms:8.1f} {took_ms:+8.1f} ms  {span.service:26}{what}")
+        lines.append(f"{at_ms:8.1f} {took_ms:+8.1f} ms  {span.service:12}{what}")
         for child in spans:
             if child.parent_id == span.id:
                 show(child, depth + 1)
