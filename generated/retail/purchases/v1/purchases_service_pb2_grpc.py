@@ -32,7 +32,7 @@ class PurchasesServiceStub:
     ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
     connection, DEADLINE_EXCEEDED at the client's own deadline, and
     RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
-    1 MiB at most.
+    128 KiB at most, and one of UploadPurchases 1 MiB.
 
     A stream whose client takes nothing of what is sent for 20 seconds ends with
     DEADLINE_EXCEEDED.
@@ -88,7 +88,7 @@ class PurchasesServiceServicer:
     ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
     connection, DEADLINE_EXCEEDED at the client's own deadline, and
     RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
-    1 MiB at most.
+    128 KiB at most, and one of UploadPurchases 1 MiB.
 
     A stream whose client takes nothing of what is sent for 20 seconds ends with
     DEADLINE_EXCEEDED.
@@ -217,7 +217,7 @@ class PurchasesService:
     ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
     connection, DEADLINE_EXCEEDED at the client's own deadline, and
     RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
-    1 MiB at most.
+    128 KiB at most, and one of UploadPurchases 1 MiB.
 
     A stream whose client takes nothing of what is sent for 20 seconds ends with
     DEADLINE_EXCEEDED.

@@ -33,7 +33,7 @@ class PurchasesServiceStub:
     ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
     connection, DEADLINE_EXCEEDED at the client's own deadline, and
     RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
-    1 MiB at most.
+    128 KiB at most, and one of UploadPurchases 1 MiB.
 
     A stream whose client takes nothing of what is sent for 20 seconds ends with
     DEADLINE_EXCEEDED.
@@ -92,7 +92,7 @@ class PurchasesServiceAsyncStub(PurchasesServiceStub):
     ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
     connection, DEADLINE_EXCEEDED at the client's own deadline, and
     RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
-    1 MiB at most.
+    128 KiB at most, and one of UploadPurchases 1 MiB.
 
     A stream whose client takes nothing of what is sent for 20 seconds ends with
     DEADLINE_EXCEEDED.
@@ -147,7 +147,7 @@ class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
     ErrorReason. Not so what gRPC itself says: UNAVAILABLE when there is no
     connection, DEADLINE_EXCEEDED at the client's own deadline, and
     RESOURCE_EXHAUSTED for a message far beyond the limit. A message may have
-    1 MiB at most.
+    128 KiB at most, and one of UploadPurchases 1 MiB.
 
     A stream whose client takes nothing of what is sent for 20 seconds ends with
     DEADLINE_EXCEEDED.
