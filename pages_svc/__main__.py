@@ -14,14 +14,15 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from chassis import cli, lifecycle, logs, metrics, settings, tls, traces
+from chassis import cli, lifecycle, logs, metrics, settings, tls, tokens, traces
 from chassis.errors import PortTaken
 from pages_svc.live import Live
 from pages_svc.operations.page import OperationsPage
 from pages_svc.operations.state import StateReader
 from pages_svc.owner.figures import Reader
 from pages_svc.owner.page import OwnerPage
-from pages_svc.settings import ServeSettings, require_this_machine
+from pages_svc.settings import ServeSettings, check, served_with
+from pages_svc.sign_in import SignIn
 from pages_svc.till import assortment
 from pages_svc.till.clients import Clients
 from pages_svc.till.page import TillPage
@@ -31,7 +32,8 @@ from pages_svc.upstream.services import Services
 from pages_svc.upstream.watch import Watch
 from pages_svc.web import Guard, Static, Templates, on_error
 
-PAGES = {"/": "Sales", "/till": "Till", "/operations": "Operations"}
+TILL = "/till"
+PAGES = {"/": "Sales", TILL: "Till", "/operations": "Operations"}
 CONNECTIONS_MAX = 2_000  # more are answered with 503
 DRAIN_TIMEOUT_S = 10  # for what is being answered when the process is told to stop
 
@@ -58,11 +60,12 @@ def listening(address: str) -> socket.socket:
 
 async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     """Serve until `stop`, then answer what has been asked."""
-    require_this_machine(config)
-    credentials = tls.credentials(config)
+    credentials, accepted = tls.credentials(config), tokens.tokens(config)
+    check(config, tokens=accepted is not None, certified=credentials is not None)
     services = Services(config, credentials)
     watch, static = Watch(services), Static()
-    templates = Templates(static, PAGES)
+    # Who is somebody's till shows a certificate, not a token: beyond this machine there is no till among the pages.
+    templates = Templates(static, PAGES if accepted is None else {name: PAGES[name] for name in PAGES if name != TILL})
     sales, insides = Sales(services), Insides(services)
     reader = Reader(sales, watch)
     owner = OwnerPage(reader, watch, templates)
@@ -80,16 +83,17 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     app = Starlette(
         routes=[
             *owner.routes(),
-            *till.routes(),
+            *(till.routes() if accepted is None else SignIn(accepted, templates).routes()),
             *operations.routes(),
             Route("/static/{name:path}", static.answer),
             Route("/health", health),
         ],
         exception_handlers={HTTPException: on_error(templates)},
     )
+    certificate_file, key_file = served_with(config)
     server = _Server(
         uvicorn.Config(
-            Guard(app, templates, this_machine=True),
+            Guard(app, templates, accepted),
             lifespan="off",
             ws="none",
             log_config=None,
@@ -98,14 +102,16 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             proxy_headers=False,
             limit_concurrency=CONNECTIONS_MAX,
             timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
+            ssl_certfile=certificate_file,
+            ssl_keyfile=key_file,
         )
     )
     try:
         with listening(config.listen) as listener:
-            async with (
-                metrics.serving_metrics(config.metrics_listen),
-                lifecycle.beside(watch.run(), owner.live.run(), operations.live.run()),
-            ):
+            work = [watch.run(), owner.live.run(), operations.live.run()]
+            if accepted is not None:
+                work.append(accepted.keys.follow(accepted.forget))
+            async with metrics.serving_metrics(config.metrics_listen), lifecycle.beside(*work):
                 await _serve_until(server, listener, stop, owner.live.drain, operations.live.drain)
     finally:
         till.close()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pages_svc import words
 
 HEIGHT = 200  # of the plot, in pixels
-LINES = 4  # of the grid, at most
+LINES = 5  # of the grid, at most
 SERIES = 5  # that can be told apart by their colours; the last is what is left
 COLUMNS_MAX = 62
 LABELS_MAX = 5  # as many as have room on a phone

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import structlog
 from prometheus_client import Counter, Gauge
 
+from pages_svc.person import Person, current, scope, set_current
 from pages_svc.upstream.bell import Bell
 
 UPDATE_EVERY_S = 0.5  # twice a second at most
@@ -36,6 +37,7 @@ class _Page:
     """What some look at, for all who look at it."""
 
     viewers: int = 0
+    person: Person | None = None  # in whose name it is rendered: of those who follow it, whose token lasts longest
     update: int = 0
     parts: dict[str, tuple[int, str]] = field(default_factory=dict)  # with the update that changed each
     bell: Bell = field(default_factory=Bell)
@@ -59,7 +61,7 @@ class Live(Generic[What]):
     ) -> None:
         """`version` of the files in the browser: a page with others loads itself anew."""
         self._render, self._changes, self._version, self._viewers_max = render, changes, version, viewers_max
-        self._pages: dict[What, _Page] = {}
+        self._pages: dict[tuple[What, tuple[object, ...]], _Page] = {}
         self._viewers = 0
         self._draining = False
 
@@ -69,6 +71,7 @@ class Live(Generic[What]):
 
         async def refresh(what: What, page: _Page) -> None:
             async with reading:
+                set_current(page.person)
                 try:
                     page.put(await self._render(what))
                     UPDATES.inc()
@@ -77,7 +80,7 @@ class Live(Generic[What]):
 
         while True:
             begun = time.monotonic()
-            await asyncio.gather(*(refresh(what, page) for what, page in list(self._pages.items())))
+            await asyncio.gather(*(refresh(what, page) for (what, _), page in list(self._pages.items())))
             await asyncio.sleep(max(UPDATE_EVERY_S - (time.monotonic() - begun), 0.05))
             try:
                 async with asyncio.timeout(LOOK_EVERY_S):
@@ -97,7 +100,10 @@ class Live(Generic[What]):
 
     async def follow(self, what: What) -> AsyncIterator[bytes]:
         """The events for one viewer."""
-        page = self._pages.setdefault(what, _Page())
+        who = current()
+        key = (what, scope())
+        page = self._pages.setdefault(key, _Page())
+        page.person = max(filter(None, (page.person, who)), key=_lasts, default=None)
         page.viewers += 1
         self._viewers += 1
         VIEWERS.inc()
@@ -107,6 +113,9 @@ class Live(Generic[What]):
             yield f"retry: {RETRY_MS}\nevent: version\ndata: {self._version}\n\n".encode()
             sent, rung = 0, page.bell.count
             while not self._draining:
+                if who and _lasts(who) <= time.time():  # it loads itself anew, and is asked to sign in
+                    yield b"event: version\ndata: signed out\n\n"
+                    return
                 if parts := page.since(sent):
                     sent = page.update
                     yield f"event: parts\ndata: {json.dumps(parts)}\n\n".encode()
@@ -119,5 +128,9 @@ class Live(Generic[What]):
             page.viewers -= 1
             self._viewers -= 1
             VIEWERS.dec()
-            if not page.viewers and self._pages.get(what) is page:
-                del self._pages[what]
+            if not page.viewers and self._pages.get(key) is page:
+                del self._pages[key]
+
+
+def _lasts(person: Person) -> float:
+    return person.caller.until if person.caller.until is not None else float("inf")

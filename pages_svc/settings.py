@@ -2,16 +2,21 @@
 
 from dataclasses import dataclass
 
-from chassis.plaintext import is_local
+from chassis.plaintext import BUT_FOR, TLS_FILES, is_local
 from chassis.settings import SettingsError, address, integer, log_level, setting, target, text
 from chassis.tls import TlsSettings
+from chassis.tokens import TokenSettings
 from chassis.traces import TraceSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(TlsSettings, TraceSettings):
+class ServeSettings(TokenSettings, TlsSettings, TraceSettings):
     listen: str = setting(
-        "PAGES_LISTEN", address, "host:port", "where browsers find the pages; of this machine", default="127.0.0.1:8080"
+        "PAGES_LISTEN",
+        address,
+        "host:port",
+        "where browsers find the pages; beyond this machine with TLS and JWT_ISSUER only",
+        default="127.0.0.1:8080",
     )
     metrics_listen: str = setting(
         "PAGES_METRICS_LISTEN", address, "host:port", "where Prometheus reads", default="127.0.0.1:9468"
@@ -46,8 +51,29 @@ class ServeSettings(TlsSettings, TraceSettings):
     log_level: str = log_level()
 
 
-def require_this_machine(config: ServeSettings) -> None:
-    """Raises SettingsError: whoever reaches the pages may do what they can do, so nobody else may reach them."""
+def check(config: ServeSettings, *, tokens: bool, certified: bool) -> None:
+    """Whoever reaches the pages may do what they can do, unless everybody brings a token.
+
+    Raises:
+        SettingsError
+    """
+    problems = []
     host = config.listen.rpartition(":")[0]
     if not is_local(host):
-        raise SettingsError([f"PAGES_LISTEN: {host} is beyond this machine, and the pages ask nobody who they are"])
+        if not tokens:
+            problems.append(f"PAGES_LISTEN: {host} is beyond this machine: set JWT_ISSUER, so that who looks is known")
+        if not certified and config.allow_plaintext != "yes":
+            problems.append(f"PAGES_LISTEN: {host} is beyond this machine: set {', '.join(TLS_FILES)}, {BUT_FOR}")
+    if tokens and not certified and config.allow_plaintext != "yes":
+        problems.append(f"JWT_ISSUER is set, but not {', '.join(TLS_FILES)}: tokens must not travel in plaintext")
+    if config.jwt_listen:
+        problems.append("JWT_LISTEN is not for the pages: they listen at PAGES_LISTEN")
+    if problems:
+        raise SettingsError(problems)
+
+
+def served_with(config: ServeSettings) -> tuple[str | None, str | None]:
+    """The files of the certificate and key that browsers beyond this machine are shown: those that the services are."""
+    if is_local(config.listen.rpartition(":")[0]) or not config.certificate_file:
+        return None, None
+    return config.certificate_file, config.key_file

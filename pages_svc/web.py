@@ -18,10 +18,12 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chassis.plaintext import is_local
-from pages_svc import words
+from chassis.tokens import Tokens
+from pages_svc import person, words
 from pages_svc.upstream.services import Problem
 
 FORM_BYTES_MAX = 64 << 10
+FOR_ANYBODY = ("/static/", "/health", "/sign-in")
 STATIC_LASTS_S = 31_536_000  # its address changes with its content
 
 # No code and no style but our own files; nobody frames us, and forms go nowhere else.
@@ -79,6 +81,7 @@ class Templates:
             "version": static.version,
             "pages": pages,
             "words": words,
+            "person": person.current,
         }
 
     def page(self, name: str, *, status: int = 200, **values: Any) -> HTMLResponse:
@@ -95,9 +98,10 @@ class Templates:
 class Guard:
     """Before any page: refuses whom a browser sends here from elsewhere; adds the headers; turns bugs into a page."""
 
-    def __init__(self, app: ASGIApp, templates: Templates, *, this_machine: bool) -> None:
-        """`this_machine`: only its own names are called here, so that no name of somebody's leads here."""
-        self._app, self._templates, self._this_machine = app, templates, this_machine
+    def __init__(self, app: ASGIApp, templates: Templates, tokens: Tokens | None = None) -> None:
+        """Without `tokens` nobody is asked who they are: then only this machine's own names are called here, so that no
+        name of somebody's leads here."""
+        self._app, self._templates, self._tokens = app, templates, tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -127,8 +131,11 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self._this_machine and not is_local(re.sub(r":\d+$", "", host)):
+        person.set_current(person.of_request(headers, self._tokens) if self._tokens else None)
+        if self._tokens is None and not is_local(re.sub(r":\d+$", "", host)):
             return PlainTextResponse("Call this machine by its own name: 127.0.0.1 or localhost.\n", 421)
+        if self._tokens and person.current() is None and not scope["path"].startswith(FOR_ANYBODY):
+            return self._templates.page("sign_in.html", status=401, path="/sign-in", title="Sign in", refused=False)
         if scope["method"] in ("GET", "HEAD"):
             return None
         origin = headers.get("origin", "")

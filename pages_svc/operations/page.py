@@ -121,6 +121,7 @@ class OperationsPage:
                     raise HTTPException(404)
         except Problem as problem:
             return self._refuse(problem)
+        self._states.forget()
         log.info("done by the page", action=name, ids=len(ids))
         return self._templates.page("done.html", path="/operations", title="Done", result=result)
 
@@ -147,7 +148,7 @@ class OperationsPage:
         ids = _some([it.event_id for it in await self._insides.failed() if it.reason == reason])
         return Action(
             f"Publish {_events(len(ids))} again?",
-            f"{_events(len(ids))} that the relay gave up (“{reason}”) wait for the broker again, from the first "
+            f"{_events(len(ids))} that the relay gave up (“{reason}”) will wait for the broker again, from the first "
             "attempt on. Each purchase counts once, however often its event is published.",
             f"Publish {_events(len(ids))} again",
             ids,
@@ -157,7 +158,7 @@ class OperationsPage:
         reason, ids = await self._in_quarantine(query)
         return Action(
             f"Try {_events(len(ids))} again?",
-            f"{_events(len(ids))} in quarantine ({reason}) are tried again now, one by one. What can be counted is "
+            f"{_events(len(ids))} in quarantine ({reason}) will be tried again, one by one. What can be counted is "
             "counted and leaves the quarantine; what still fails stays, with its reason.",
             f"Try {_events(len(ids))} again",
             ids,
@@ -167,7 +168,7 @@ class OperationsPage:
         reason, ids = await self._in_quarantine(query)
         return Action(
             f"Remove {_events(len(ids))} for good?",
-            f"{_events(len(ids))} in quarantine ({reason}) are deleted with their content, and nobody can bring them "
+            f"{_events(len(ids))} in quarantine ({reason}) will be deleted, content and all, and nobody can bring that "
             "back. If one of them stands for a recorded purchase that is not counted, nothing is removed.",
             f"Remove {_events(len(ids))} for good",
             ids,

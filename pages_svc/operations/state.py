@@ -116,6 +116,10 @@ class StateReader:
             quarantined if isinstance(quarantined, Problem) else grouped(quarantined),
         )
 
+    def forget(self) -> None:
+        """Something was done: the next look sees what has become of it."""
+        self._remembered.clear()
+
     async def _ask(self, key: str, ask: Callable[[], Awaitable[T]], lasts_s: float) -> T | Problem:
         try:
             return await self._remembered.get(key, lasts_s, ask)

@@ -3,10 +3,11 @@
 import asyncio
 import datetime
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Hashable, Iterable
+from typing import NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
 
+from pages_svc import person
 from pages_svc.owner import period
 from pages_svc.owner.period import DAY, Period, Selection
 from pages_svc.upstream.remembered import Remembered
@@ -17,6 +18,10 @@ from pages_svc.upstream.watch import Watch
 PRODUCTS, CUSTOMERS = 10, 10
 LISTS_LAST_S = 1.5  # products and customers change slower than sums, and cost more
 AUDIT_LASTS_S = 2.0
+PERMITTED_LASTS_S = 2.0
+SOON_S = 0.5
+
+T = TypeVar("T")
 CALENDAR_LASTS_S = 30.0
 BY_THEN_LASTS_S = 60.0  # what other days had sold by this time
 
@@ -64,10 +69,14 @@ class Reader:
             Problem: there are no sums. What else is missing is told in its place.
         """
         now = now or datetime.datetime.now(datetime.UTC)
-        calendar = await self.calendar()
+        calendar = await self.calendar(selection.branch_id)
         today = now.astimezone(calendar.zone).date()
         chosen = period.resolve(selection, today, calendar.last)
         branch_id = selection.branch_id
+        if person.current():  # what follows may come from what all share
+            await self._remembered.get(
+                ("permitted", branch_id), PERMITTED_LASTS_S, lambda: self._sales.require_permitted(today, branch_id)
+            )
         (rows, of_today, yesterday, last_week), (products, customers, audit) = await asyncio.gather(
             asyncio.gather(
                 self._daily(min(chosen.before_first, chosen.first), chosen.last, branch_id),
@@ -75,7 +84,11 @@ class Reader:
                 self._by_then(now, calendar.zone, 1, branch_id),
                 self._by_then(now, calendar.zone, 7, branch_id),
             ),
-            asyncio.gather(self._products(chosen, selection), self._customers(branch_id), self._audit()),
+            asyncio.gather(
+                self._products(chosen, selection),
+                self._customers(branch_id),
+                self._soon("audit", AUDIT_LASTS_S, self._sales.audit),
+            ),
         )
         branches: dict[int, Totals] = defaultdict(Totals)
         before = Totals()
@@ -100,10 +113,13 @@ class Reader:
             calendar=calendar,
         )
 
-    async def calendar(self) -> Calendar:
-        """Raises Problem only while it was never known."""
+    async def calendar(self, branch_id: int | None = None) -> Calendar:
+        """That of the chain; whoever may see one branch only has to say which. Raises Problem only while it was never
+        known."""
         try:
-            self._calendar = await self._remembered.get("calendar", CALENDAR_LASTS_S, self._sales.calendar)
+            self._calendar = await self._remembered.get(
+                ("calendar", branch_id), CALENDAR_LASTS_S, lambda: self._sales.calendar(branch_id)
+            )
         except Problem:
             if self._calendar is None:
                 raise
@@ -128,14 +144,22 @@ class Reader:
         """By the clock on the wall, which may have been set meanwhile; by whole minutes, so that many ask the same."""
         local = now.astimezone(zone).replace(second=0, microsecond=0, tzinfo=None)
         end = (local - days * DAY).replace(tzinfo=zone)
+        found = await self._soon(
+            ("by then", end, branch_id),
+            BY_THEN_LASTS_S,
+            lambda: self._sales.recorded_until(end.astimezone(datetime.UTC), end.date(), branch_id),
+        )
+        return None if isinstance(found, Problem) else found
+
+    async def _soon(self, key: Hashable, lasts_s: float, ask: Callable[[], Awaitable[T]]) -> T | Problem:
+        """For what the page can do without: a service that is down must not keep it from being shown."""
         try:
-            return await self._remembered.get(
-                ("by then", end, branch_id),
-                BY_THEN_LASTS_S,
-                lambda: self._sales.recorded_until(end.astimezone(datetime.UTC), end.date(), branch_id),
-            )
-        except Problem:
-            return None
+            async with asyncio.timeout(SOON_S):
+                return await self._remembered.get(key, lasts_s, ask)
+        except Problem as problem:
+            return problem
+        except TimeoutError:
+            return Problem("There is no answer yet.", "")
 
     async def _products(self, chosen: Period, selection: Selection) -> Products | Problem:
         key = ("products", chosen.first, chosen.last, selection.branch_id, selection.by_units)
@@ -158,13 +182,10 @@ class Reader:
         except Problem as problem:
             return problem
 
-    async def _audit(self) -> Audit | Problem:
-        try:
-            return await self._remembered.get("audit", AUDIT_LASTS_S, self._sales.audit)
-        except Problem as problem:
-            return problem
-
     def _known_branches(self, named: set[int]) -> list[int]:
+        who = person.current()
+        if who and who.caller.branch_id:
+            return [who.caller.branch_id]
         return sorted(named | {branch for _, branch in self._watch.rows or {}})
 
 

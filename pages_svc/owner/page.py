@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pages_svc import charts, words
+from pages_svc import charts, person, words
 from pages_svc.live import Live, Parts
 from pages_svc.owner import period
 from pages_svc.owner.figures import Figures, Reader
@@ -41,9 +41,14 @@ class OwnerPage:
 
     async def show(self, request: Request) -> Response:
         selection, wrong = period.read(request.query_params)
+        who = person.current()
+        if who and who.caller.branch_id and selection.branch_id is None:  # of a branch, and of no other
+            return RedirectResponse(selection.address(branch_id=who.caller.branch_id), 303)
         try:
             figures = await self._reader.figures(selection)
         except Problem as problem:
+            if problem.refused:
+                return self._templates.problem(problem, "/", 403)
             return self._templates.page(
                 "owner_problem.html", status=503, path="/", title="Sales", problem=problem, selection=selection
             )
@@ -137,7 +142,7 @@ class OwnerPage:
             figures = await self._reader.figures(selection)
             heads, rows = _table(name, figures)
         except Problem as problem:
-            return PlainTextResponse(f"{problem.text} {problem.advice}\n", 503)
+            return PlainTextResponse(f"{problem.text} {problem.advice}\n", 403 if problem.refused else 503)
         text = io.StringIO()
         csv.writer(text, lineterminator="\r\n").writerows([heads, *rows])
         whose = f"branch-{selection.branch_id}" if selection.branch_id else "chain"

@@ -182,10 +182,10 @@ class Insides:
         return await self._consumer(self._services.audit.RebuildDay, request, ACT_TIMEOUT_S)
 
     async def _relay(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        return await self._services.ask("relay", method(request, timeout=timeout_s))
+        return await self._services.ask("relay", self._services.call(method, request, timeout_s))
 
     async def _consumer(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        return await self._services.ask("consumer", method(request, timeout=timeout_s))
+        return await self._services.ask("consumer", self._services.call(method, request, timeout_s))
 
 
 def _quarantined(it: Any) -> Quarantined:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
+from pages_svc import person
+
 KEPT_MAX = 512
 
 T = TypeVar("T")
@@ -23,6 +25,7 @@ class Remembered:
 
     async def get(self, key: Hashable, lasts_s: float, ask: Callable[[], Awaitable[T]]) -> T:
         """What `ask` answered within the last `lasts_s` seconds, or answers now; it may raise whatever that does."""
+        key = (person.scope(), key)  # what one may see, another may not
         kept, now = self._kept.get(key), time.monotonic()
         if kept is None or kept.until <= now or _failed(kept.answer):
             if len(self._kept) >= KEPT_MAX:
@@ -31,6 +34,10 @@ class Remembered:
             self._kept[key] = kept
         answer: T = await asyncio.shield(kept.answer)  # one who gives up waiting must not spoil it for others
         return answer
+
+    def clear(self) -> None:
+        """Somebody has changed something: what was known of it is old."""
+        self._kept.clear()
 
     def _forget(self, now: float) -> None:
         over = [key for key, kept in self._kept.items() if kept.until <= now and kept.answer.done()]

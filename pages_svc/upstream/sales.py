@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from chassis import wire, zones
-from pages_svc.upstream.services import CALL_TIMEOUT_S, Services
+from pages_svc.upstream.services import Services
 from pos.client import cents
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1 import audit_service_pb2 as audit_pb
@@ -86,9 +86,21 @@ class Sales:
     def __init__(self, services: Services) -> None:
         self._services = services
 
-    async def calendar(self) -> Calendar:
+    async def require_permitted(self, day: datetime.date, branch_id: int | None) -> None:
+        """Raises Problem: whoever looks may not see the sales of the branch, or of the chain."""
+        request = pb.ListDailySalesRequest(
+            page_size=1,
+            first_date=wire.date(day),
+            last_date=wire.date(day),
+            branch_ids=[branch_id] if branch_id else [],
+        )
+        await self._analytics(self._services.analytics.ListDailySales, request)
+
+    async def calendar(self, branch_id: int | None) -> Calendar:
         any_day = wire.date(datetime.date(2000, 1, 1))  # the range is told whatever day is asked for
-        request = purchases_pb.ListControlTotalsRequest(first_date=any_day, last_date=any_day)
+        request = purchases_pb.ListControlTotalsRequest(
+            first_date=any_day, last_date=any_day, branch_ids=[branch_id] if branch_id else []
+        )
         reply = await self._purchases(self._services.purchases.ListControlTotals, request)
         return Calendar(
             zones.load(reply.time_zone),
@@ -162,7 +174,7 @@ class Sales:
     async def audit(self) -> Audit:
         reply = await self._services.ask(
             "consumer",
-            self._services.audit.GetAuditStatus(audit_pb.GetAuditStatusRequest(), timeout=CALL_TIMEOUT_S),
+            self._services.call(self._services.audit.GetAuditStatus, audit_pb.GetAuditStatusRequest()),
         )
         verdict = audit_pb.AuditVerdict.Name(reply.verdict).removeprefix("AUDIT_VERDICT_")
         return Audit(
@@ -173,10 +185,10 @@ class Sales:
         )
 
     async def _analytics(self, method: Any, request: Any) -> Any:
-        return await self._services.ask("analytics", method(request, timeout=CALL_TIMEOUT_S))
+        return await self._services.ask("analytics", self._services.call(method, request))
 
     async def _purchases(self, method: Any, request: Any) -> Any:
-        return await self._services.ask("purchases", method(request, timeout=CALL_TIMEOUT_S))
+        return await self._services.ask("purchases", self._services.call(method, request))
 
 
 def totals_of(row: Any) -> Totals:

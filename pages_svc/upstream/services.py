@@ -9,6 +9,7 @@ from grpc import StatusCode
 from chassis import grpc_client
 from chassis.errors import Violation
 from chassis.tls import Credentials
+from pages_svc import person
 from pages_svc.settings import ServeSettings
 from pos import service_config
 from pos.errors import read_status
@@ -57,6 +58,10 @@ class Services:
         self.outbox: Any = OutboxServiceStub(self._channels["relay"])
         self.audit: Any = AuditServiceStub(self._channels["consumer"])
         self.quarantine: Any = QuarantineServiceStub(self._channels["consumer"])
+
+    def call(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """A call in the name of who looks."""
+        return method(request, timeout=timeout_s, metadata=person.metadata())
 
     async def ask(self, service: str, call: Awaitable[T]) -> T:
         """The answer to a call of that service.

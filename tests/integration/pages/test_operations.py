@@ -97,21 +97,23 @@ def test_a_form_of_another_site_does_nothing(site: Site) -> None:
 class ReadersSite(Backbone):
     """With certificates; the pages run as somebody who may read."""
 
-    def start_pages(self) -> str:
+    def start_pages(self, *, tokens: bool) -> str:
         self.certificate("/reader/hq").write(self.directory, "reader")
         address = free_address()
         environ = {
+            "JWT_LISTEN": "",
             "PAGES_LISTEN": address,
             "PAGES_METRICS_LISTEN": "127.0.0.1:0",
             "CONSUMER_TARGET": self.address["consumer"],
             "TLS_CERTIFICATE_FILE": str(self.directory / "reader.pem"),
             "TLS_KEY_FILE": str(self.directory / "reader-key.pem"),
         }
+        environ = self.environ | environ
+        for name in () if tokens else self.issuer.environ:
+            del environ[name]
         with (self.directory / "pages.log").open("ab") as log:
             command = [sys.executable, "-m", "pages_svc", "serve"]
-            self._running["pages"] = subprocess.Popen(
-                command, cwd=ROOT, env=self.environ | environ, stdout=log, stderr=log
-            )
+            self._running["pages"] = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
         assert wait_until(lambda: answers(f"http://{address}"), START_TIMEOUT_S), self.log("pages")
         return f"http://{address}"
 
@@ -124,7 +126,7 @@ def readers_site(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: 
             running.start(name)
         for name in COMMANDS:
             running.wait_ready(name)
-        yield running.start_pages()
+        yield running.start_pages(tokens=False)
     finally:
         running.end_all()
 

@@ -15,7 +15,8 @@ WAIT_MS = WAIT_S * 1_000
 async def scan(page: Page, product: str, price: str = "") -> None:
     await page.locator("#scan").fill(product)
     await page.locator("#price").fill(price)
-    await page.locator("#scan").press("Enter")
+    async with page.expect_navigation():
+        await page.locator("#scan").press("Enter")
 
 
 async def pay(page: Page) -> None:
@@ -32,7 +33,8 @@ async def test_a_sale_at_the_till_is_on_the_owners_page(
     ):
         await expect(owner.locator("#today .hero dd")).to_have_text("0.00")
         await page.keyboard.type("2001")  # the focus waits there for a scanner
-        await page.keyboard.press("Enter")
+        async with page.expect_navigation():
+            await page.keyboard.press("Enter")
         await scan(page, "4006381333931")
         await expect(page.locator("#price-wrong")).to_contain_text("what does it cost?")
         await page.locator("#price").fill("12.5")
