@@ -47,7 +47,7 @@ container=$(images from retail-backbone)
 trap 'images rm "$container" >/dev/null' EXIT
 inside() { images run --isolation chroot "$container" -- "$@"; }
 [ "$(inside id -u)" = 10001 ]
-for command in retail-purchases retail-relay retail-analytics retail-pos; do
+for command in retail-purchases retail-relay retail-analytics retail-pages retail-pos; do
   inside "$command" --version
   inside "$command" settings >/dev/null
 done
