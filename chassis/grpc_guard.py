@@ -26,6 +26,7 @@ from chassis.logs import Sampled
 from chassis.rules import Rule
 
 SLOW_CALL_S = 1.0
+LATE_S = 0.1  # before a caller's deadline: its own clock may end the call first
 IDLE_TIMEOUT_S = 300.0  # of a stream that its caller neither feeds nor ends
 METHOD_LENGTH_MAX = 200  # of a method that is not there, as it is repeated to the caller
 # A stream whose reader takes nothing for so long is cut. Shorter than PostgreSQL's patience with an idle transaction.
@@ -160,7 +161,7 @@ class _Guard:
                 async with asyncio.timeout(cap):
                     reply = await self._reply(requests, context)
         except BaseException as error:
-            failure = self._explain(error, span)
+            failure = self._explain(error, span, context)
         else:
             self._succeeded.inc()
             if span:
@@ -201,7 +202,7 @@ class _Guard:
             async with self._gate.while_accepted(self._rule, caller), self._in_time():
                 await self._stream(caller, requests, context)
         except BaseException as error:
-            failure = self._explain(error, span)
+            failure = self._explain(error, span, context)
         else:
             self._succeeded.inc()
             if span:
@@ -288,11 +289,22 @@ class _Guard:
         except message.DecodeError:
             raise errors.MalformedMessage("the bytes are not a message of the expected type") from None
 
-    def _explain(self, error: BaseException, span: traces.Span | None) -> ServiceError:
-        failure = self._meaning(error)
+    def _explain(self, error: BaseException, span: traces.Span | None, context: Any) -> ServiceError:
+        try:
+            failure = self._meaning(error)
+        except asyncio.CancelledError:
+            self._count_unanswered(context)
+            raise
         if span:
             span.answered(failure.code.name, failure.reason)
         return failure
+
+    def _count_unanswered(self, context: Any) -> None:
+        """Its caller is told nothing any more. That its deadline has passed says more of us than of the caller."""
+        remaining = context.time_remaining()
+        late = remaining is not None and remaining < LATE_S
+        _, service, name = self._method.split("/")
+        HANDLED.labels(self._kind, service, name, "DEADLINE_EXCEEDED" if late else "CANCELLED").inc()
 
     def _meaning(self, error: BaseException) -> ServiceError:
         if isinstance(error, grpc.aio.AbortError):

@@ -12,16 +12,19 @@ import grpc
 
 from chassis import grpc_server
 from chassis.errors import InvalidRequest, Violation
+from chassis.grpc_guard import HANDLED
 from retail.purchases.v1.purchases_service_pb2 import (
     CreatePurchaseRequest,
     CreatePurchaseResponse,
     GetPurchaseRequest,
+    ListPurchasesRequest,
 )
 from retail.purchases.v1.purchases_service_pb2_grpc import (
     PurchasesServiceServicer,
     PurchasesServiceStub,
     add_PurchasesServiceServicer_to_server,
 )
+from tests.conftest import eventually
 from tests.integration.conftest import free_address
 
 NAME = "retail.purchases.v1.PurchasesService"
@@ -30,7 +33,7 @@ AT_ONCE = 20
 
 class Servicer(PurchasesServiceServicer):
     def __init__(self) -> None:
-        self.at_once = self.most = 0
+        self.at_once = self.most = self.listed = 0
 
     async def CreatePurchase(self, request: CreatePurchaseRequest, context: Any) -> CreatePurchaseResponse:
         self.at_once += 1
@@ -40,6 +43,10 @@ class Servicer(PurchasesServiceServicer):
         finally:
             self.at_once -= 1
         return CreatePurchaseResponse()
+
+    async def ListPurchases(self, request: Any, context: Any) -> Any:
+        self.listed += 1
+        await asyncio.Event().wait()
 
     async def GetPurchase(self, request: Any, context: Any) -> Any:
         raise InvalidRequest([Violation("purchase_id", "is wrong", "WRONG")])
@@ -87,6 +94,29 @@ async def test_who_gives_up_many_calls_is_served_on() -> None:
             calls = (outcome(stub.CreatePurchase(CreatePurchaseRequest())) for _ in range(3 * AT_ONCE))
             outcomes += Counter(await asyncio.gather(*calls))
     assert outcomes == {"OK": 20 * 3 * AT_ONCE}
+
+
+async def test_calls_that_nobody_waits_for_any_more_are_counted() -> None:
+    """Tills give up before a database that is away does: an alarm would hear nothing of their calls."""
+
+    def counted(code: str) -> float:
+        return float(HANDLED.labels("unary", NAME, "ListPurchases", code)._value.get())
+
+    async with serving() as (stub, servicer):
+        late, cancelled = counted("DEADLINE_EXCEEDED"), counted("CANCELLED")
+        assert await outcome(stub.ListPurchases(ListPurchasesRequest(), timeout=0.3)) == "DEADLINE_EXCEEDED"
+        call = stub.ListPurchases(ListPurchasesRequest(), timeout=30)
+
+        async def there() -> bool:
+            return servicer.listed == 2
+
+        await eventually(there, "the second call has come")
+        call.cancel()
+
+        async def both() -> bool:
+            return (counted("DEADLINE_EXCEEDED"), counted("CANCELLED")) == (late + 1, cancelled + 1)
+
+        await eventually(both, "both calls are counted")
 
 
 async def test_a_refused_call_leaves_nothing_to_collect() -> None:
