@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.local.machine import StackError
 
-UNPACKED = Path(__file__).resolve().parents[2] / ".local" / "rabbitmq-server"
+ROOT = Path(__file__).resolve().parents[2]
+UNPACKED = ROOT / ".local" / "rabbitmq-server"
 
 # Debian's own /usr/sbin/rabbitmq-server is passed over: it changes user and directory. The others are Homebrew's.
 PLACES = ("/usr/lib/rabbitmq/bin", "/opt/homebrew/sbin", "/usr/local/sbin", "/home/linuxbrew/.linuxbrew/sbin")
@@ -41,6 +43,18 @@ class Programs:
 def find() -> Programs | None:
     """What is installed, rather than what was unpacked for want of it."""
     return installed() or unpacked()
+
+
+def fetch() -> None:
+    """Unpack them below .local, once.
+
+    Raises:
+        StackError: they could not be fetched.
+    """
+    command = ["sh", "deploy/bootstrap.sh", "rabbitmq"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StackError(done.stderr.strip())
 
 
 def installed() -> Programs | None:

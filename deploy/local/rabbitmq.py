@@ -177,6 +177,9 @@ class RabbitMQ:
     def _programs(self) -> Programs:
         found = self._chosen or programs.find()
         if not found:
+            programs.fetch()
+            found = programs.find()
+        if not found:
             raise StackError("RabbitMQ is not installed")
         return found
 

@@ -4,7 +4,6 @@ import fcntl
 import itertools
 import os
 import signal
-import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -161,10 +160,7 @@ class Stack:
         if programs.find():
             return
         with terminal.step("fetch RabbitMQ (once)"):
-            command = ["sh", "deploy/bootstrap.sh", "rabbitmq"]
-            done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise StackError(done.stderr.strip())
+            programs.fetch()
 
     def _start_services(self, missing: Sequence[Program], settings: Mapping[str, str]) -> None:
         if settings.get(TLS_SETTING) == "1":
