@@ -26,7 +26,6 @@ from purchases_svc.answers import Recorded
 from purchases_svc.aside import Aside
 from purchases_svc.entry import Entry
 from purchases_svc.insert import NO_TRACES, insert
-from purchases_svc.relay_bell import RelayBell
 from purchases_svc.tasks import Tasks
 from purchases_svc.waiting import Waiting
 from purchases_svc.writing import Writing
@@ -66,7 +65,6 @@ class Flushes:
         self.waiting = Waiting(admission, batch_max, self.add)
         pool, patience_s = writing.pool, writing.patience_s
         self._aside = Aside(pool, self.add, self._flush_alone, self.waiting.settle, self.waiting.drop, patience_s)
-        self._relay_bell = RelayBell(pool)
         self._flushing: set[str] = set()  # of FLUSHES_MAX
 
     def add(self, entry: Entry) -> None:
@@ -178,15 +176,13 @@ class Flushes:
 
     async def _store(self, batch: list[Entry], traceparents: Mapping[int, str] = NO_TRACES) -> None:
         async with self._writing.connection(at_a_till=batch[0].came_alone) as connection:
-            inserted = await insert(connection, [entry.purchase for entry in batch], traceparents)  # commits
+            refused_at = await insert(connection, [entry.purchase for entry in batch], traceparents)  # commits
             await self._writing.confirm(connection)
             for index, entry in enumerate(batch):
-                if index not in inserted.refused:
+                if index not in refused_at:
                     self.waiting.settle(entry, Recorded(entry.purchase, replayed=False))
-            if inserted.relay_waits:
-                self._relay_bell.ring()
-            if inserted.refused:
-                refused = [batch[index] for index in inserted.refused]
+            if refused_at:
+                refused = [batch[index] for index in refused_at]
                 outcomes = await answers.explain(connection, [entry.purchase for entry in refused])
                 await self._writing.confirm(connection)
                 for entry, outcome in zip(refused, outcomes, strict=True):

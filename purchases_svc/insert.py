@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii as json_text  # the C implementation
 from types import MappingProxyType
-from typing import LiteralString, NamedTuple
+from typing import LiteralString
 
 from chassis.postgres import Connection
 from chassis.wire import cents_text
@@ -63,16 +63,7 @@ WITH input AS MATERIALIZED (
     SELECT event_id, 'PurchaseCreated', purchase_id, occurred_at, event, traceparent FROM accepted
 )
 SELECT n FROM input WHERE purchase_id NOT IN (SELECT purchase_id FROM accepted)
-UNION ALL
-SELECT -1 WHERE EXISTS (SELECT FROM relay_waiting WHERE until > now())
 """
-
-
-class Inserted(NamedTuple):
-    """What became of a batch."""
-
-    refused: set[int]  # positions of purchases that were not stored, because something in the database forbids it
-    relay_waits: bool  # a relay has nothing to do and wants to be told of new events
 
 
 NO_TRACES: Mapping[int, str] = MappingProxyType({})
@@ -80,12 +71,12 @@ NO_TRACES: Mapping[int, str] = MappingProxyType({})
 
 async def insert(
     connection: Connection, purchases: Sequence[Purchase], traceparents: Mapping[int, str] = NO_TRACES
-) -> Inserted:
-    """Store purchases with their events; `traceparents` go with the events of those that are traced, by their place."""
+) -> set[int]:
+    """Store purchases with their events; returns the positions of those that were not stored, because something in the
+    database forbids it. `traceparents` go with the events of those that are traced, by their place."""
     rows = f"[{','.join(_row(n, purchase, traceparents.get(n)) for n, purchase in enumerate(purchases))}]"
     cursor = await connection.execute(_INSERT, {"rows": rows}, prepare=True)
-    positions = {n for (n,) in await cursor.fetchall()}
-    return Inserted(positions - {-1}, -1 in positions)
+    return {n for (n,) in await cursor.fetchall()}
 
 
 def _row(n: int, purchase: Purchase, traceparent: str | None) -> str:

@@ -17,10 +17,9 @@ from relay_svc.publisher import Publisher
 from relay_svc.relay import LANES, Relay
 from relay_svc.server import OutboxServicer
 from relay_svc.settings import PartitionsSettings, ServeSettings
-from relay_svc.wakeup import Wakeup
 from retail.relay.v1.outbox_service_pb2_grpc import add_OutboxServiceServicer_to_server
 
-CONNECTIONS = LANES + 2  # one waits for notifications, and sweeps; one makes sure that what is claimed will last
+CONNECTIONS = LANES + 2  # one sweeps; one makes sure that what is claimed will last
 SERVICE_CONNECTIONS = 4  # of the OutboxService: its calls never wait for the relay's windows
 STATEMENT_TIMEOUT_S = 10.0
 # What a relay that is frozen has claimed goes to another one.
@@ -40,7 +39,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             application_name="relay",
             size=CONNECTIONS,
             statement_timeout_s=STATEMENT_TIMEOUT_S,
-            settings={"synchronous_commit": "off", **CLAIMS},
+            settings={**outbox.SETTINGS, **CLAIMS},
         ) as pool,
         postgres.open_pool(
             config.database_url,
@@ -50,7 +49,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             statement_timeout_s=grpc_server.CALL_TIMEOUT_S,
         ) as service_pool,
     ):
-        migrated = sql.SQL("SELECT FROM relay_waiting")  # the migrations are not ours to look at
+        migrated = sql.SQL("SELECT FROM outbox_low_water")  # the migrations are not ours to look at
         if not await postgres.wait_until_up(pool, stop, migrated):
             return
         async with service_pool.connection() as connection:
@@ -60,9 +59,9 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         relay = Relay(
             pool,
             publisher,
-            Wakeup(pool, config.poll_every_s),
             window=config.window,
             attempts_max=config.attempts_max,
+            look_every_s=config.look_every_s,
         )
         service = grpc_server.Service(
             add_OutboxServiceServicer_to_server,

@@ -102,7 +102,7 @@ async def since(connection: Connection, after: Snapshot | None) -> AsyncGenerato
         asked = after
         if not begun.is_past:
             after = None  # the server was set back, or is another one: its transactions have other numbers
-        upto, among = await (days.since(connection, after.value) if after else days.every_day(connection))
+        upto, among, _ = await (days.since(connection, after.value) if after else days.every_day(connection))
         first = Listing([], Snapshot(begun.realm, upto), begun.as_of_time, after)
         now, *later = days.parts(among)
         async for event_ids in _ids(connection, after, upto, now):

@@ -28,10 +28,15 @@ class Found(NamedTuple):
     """Days, and the snapshot in which they were found."""
 
     snapshot: str  # a pg_snapshot's text
-    days: Sequence[Day]
+    days: tuple[Day, ...]
+    names: str | None  # theirs; None without days
 
 
 OPEN: LiteralString = "settled_in IS NULL"
+# The same as `names` of those that are open: whether they are still the same days.
+NAMES_OF_OPEN = sql.SQL(
+    "(SELECT string_agg(day::text, ' ' ORDER BY day) FROM outbox_calendar WHERE settled_in IS NULL)"
+)
 
 
 async def open_days(connection: Connection) -> Found:
@@ -59,11 +64,12 @@ async def since(connection: Connection, snapshot: str) -> Found:
 async def _find(connection: Connection, which: sql.Composable) -> Found:
     statement = sql.SQL(
         "SELECT pg_current_snapshot()::text, uuid7_floor(day::timestamptz)::text,"
-        " uuid7_floor((day + 1)::timestamptz)::text"
+        " uuid7_floor((day + 1)::timestamptz)::text, day::text"
         " FROM (SELECT) AS always LEFT JOIN outbox_calendar ON {} ORDER BY day"
     )
     rows = await (await connection.execute(statement.format(which))).fetchall()
-    return Found(rows[0][0], [Day(first, end) for _, first, end in rows if first])
+    names = " ".join(name for *_, name in rows if name)
+    return Found(rows[0][0], tuple(Day(first, end) for _, first, end, _ in rows if first), names or None)
 
 
 def within(days: Sequence[Day]) -> sql.Composable:

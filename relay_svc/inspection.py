@@ -79,7 +79,8 @@ async def backlog(connection: Connection) -> Backlog:
         """
         SELECT outbox_waiting(%(most)s),
                (SELECT count(*) FROM (
-                   SELECT FROM outbox_events e WHERE status = 'FAILED' AND {days} LIMIT %(most)s) AS given_up)
+                   SELECT FROM outbox_events e
+                   WHERE status = 'FAILED' AND next_attempt_at IS NOT NULL AND {days} LIMIT %(most)s) AS given_up)
                    + (SELECT coalesce(sum(failed), 0) FROM outbox_calendar WHERE settled_in IS NOT NULL),
                (SELECT greatest(now() - min(oldest.occurred_at), '0 s') FROM (
                    (SELECT e.occurred_at FROM outbox_events e
@@ -125,12 +126,15 @@ async def measure(pool: Pool, stop: asyncio.Event) -> None:
         await wait_set(stop, MEASURE_EVERY_S)
 
 
-# Each status has an index of its own, which a parameter would hide from the planner.
-_STATUS: dict[str | None, LiteralString] = {
-    None: "true",
-    "NEW": "status = 'NEW'",
-    "SENT": "status = 'SENT'",
-    "FAILED": "status = 'FAILED'",
+# What waits is found from where the relay's last sweep came to; retries and what was given up have indexes.
+_STATUS: dict[str | None, Sequence[LiteralString]] = {
+    None: ["true"],
+    "NEW": [
+        "status = 'NEW' AND created_xid >= outbox_low_water_xid()",
+        "status = 'NEW' AND created_xid < outbox_low_water_xid() AND next_attempt_at IS NOT NULL",
+    ],
+    "SENT": ["status = 'SENT'"],
+    "FAILED": ["status = 'FAILED' AND next_attempt_at IS NOT NULL"],
 }
 
 
@@ -162,17 +166,25 @@ def order(event: StoredEvent) -> tuple[int, str]:
 async def _page(
     connection: Connection, which: sql.Composable, status: str | None, after: Place, limit: int
 ) -> list[StoredEvent]:
+    part = sql.SQL(
+        """
+        (SELECT e.event_id, event_type, aggregate_id::text, occurred_at, status, attempts, last_error, sent_at,
+                e.created_xid
+         FROM outbox_events e
+         WHERE {status} AND {which} AND (e.created_xid, e.event_id) > (%(xid)s::xid8, %(id)s::uuid)
+         ORDER BY e.created_xid, e.event_id LIMIT %(limit)s)
+        """
+    )
+    parts = [part.format(status=sql.SQL(each), which=which) for each in _STATUS[status]]
     statement = sql.SQL(
         """
-        SELECT event_id::text, event_type, aggregate_id::text, occurred_at, status, attempts, last_error, sent_at,
+        SELECT event_id::text, event_type, aggregate_id, occurred_at, status, attempts, last_error, sent_at,
                created_xid::text
-        FROM outbox_events e
-        WHERE {status} AND {which} AND (e.created_xid, e.event_id) > (%(xid)s::xid8, %(id)s::uuid)
-        ORDER BY e.created_xid, e.event_id LIMIT %(limit)s
+        FROM ({parts}) AS found ORDER BY found.created_xid, found.event_id LIMIT %(limit)s
         """
     )
     cursor = await connection.execute(
-        statement.format(status=sql.SQL(_STATUS[status]), which=which),
+        statement.format(parts=sql.SQL(" UNION ALL ").join(parts)),
         {"xid": after.created_xid, "id": after.event_id, "limit": limit},
     )
     return [StoredEvent(*row) for row in await cursor.fetchall()]
@@ -225,8 +237,8 @@ async def requeue(connection: Connection, event_ids: Sequence[str]) -> int:
 async def failed_ids(connection: Connection, among: Sequence[Day], *, after: str, limit: int) -> list[str]:
     """Ids of events of some days that were given up, in order, from `after` on."""
     statement = sql.SQL(
-        "SELECT e.event_id::text FROM outbox_events e"
-        " WHERE e.status = 'FAILED' AND {} AND e.event_id > %s ORDER BY e.event_id LIMIT %s"
+        "SELECT e.event_id::text FROM outbox_events e WHERE e.status = 'FAILED' AND e.next_attempt_at IS NOT NULL"
+        " AND {} AND e.event_id > %s ORDER BY e.event_id LIMIT %s"
     )
     cursor = await connection.execute(statement.format(days.within(among)), [after, limit])
     return [event_id for (event_id,) in await cursor.fetchall()]

@@ -16,14 +16,18 @@ from chassis.lifecycle import Backoff, wait_set
 from chassis.postgres import Connection, Pool, kept_alive
 from chassis.standby import make_durable
 from relay_svc import days, outbox
-from relay_svc.days import Day
-from relay_svc.outbox import OutboxEvent
+from relay_svc.days import Day, Found
+from relay_svc.outbox import OutboxEvent, Position
 from relay_svc.publisher import Outcome, Publisher
 from relay_svc.topology import EXCHANGE, ROUTING_KEY
-from relay_svc.wakeup import Wakeup
 
 LANES = 2  # windows on their way: while the broker confirms one, the next is claimed and sent, and the last is marked
-GATHER_S = 0.02  # between windows that are not full: a commit for every few events would slow down the writers
+# How long the relay waits before it looks again. After a window that was not full, the longer the more was in it: a few
+# events are soon in the queue, many share a commit. After nothing, a twentieth of the time for which nothing has come.
+LOOK_AGAIN_S = 0.003
+GATHER_S, GATHER_EACH_S = 0.02, 0.002
+SILENCE_SHARE = 0.05
+BROKER_EVERY_S = 1.0  # that an idle relay makes sure of the broker: trouble shows before the first event does
 RETRIES_EVERY_S = 1.0  # or ten times that often, while there are many; new events go in between
 # Events that another relay had claimed and gave up are found by a sweep.
 SWEEP_EVERY_S = 30.0
@@ -53,6 +57,14 @@ class Step(NamedTuple):
     outage: str | None
 
 
+class Window(NamedTuple):
+    """Events that are claimed, the days that they are among, and whether they are to be made durable first."""
+
+    events: Sequence[OutboxEvent]
+    days: Sequence[Day]
+    waits_for_standby: bool
+
+
 class Rate:
     """How much happened per second over the last minute, or since the start when that is less long ago."""
 
@@ -77,17 +89,28 @@ class Rate:
 class Relay:
     """Publishes what is in the outbox. A crash anywhere means that events are claimed again: repeated, never lost."""
 
-    def __init__(self, pool: Pool, publisher: Publisher, wakeup: Wakeup, *, window: int, attempts_max: int) -> None:
+    def __init__(
+        self, pool: Pool, publisher: Publisher, *, window: int, attempts_max: int, look_every_s: float
+    ) -> None:
         """`pool` has a connection for each lane, and two more. A mark that is lost in a crash means one more
-        publication, which consumers ignore: its connections need not wait for the disk."""
-        self._pool, self._publisher, self._wakeup = pool, publisher, wakeup
+        publication, which consumers ignore: its connections need not wait for the disk. An idle relay looks for events
+        every `look_every_s`."""
+        self._pool, self._publisher, self._look_every_s = pool, publisher, look_every_s
         self._window, self._attempts_max = window, attempts_max
-        self._position = self._low_water = outbox.START
-        self._sweep_at = self._retries_at = 0.0
-        self._claiming, self._idling = asyncio.Lock(), asyncio.Lock()
+        self._claiming = asyncio.Lock()
         self._rate = Rate()
+        self._forget_place()
+        self._last_event_at = self._look_at = self._broker_at = self._retries_at = 0.0
+        self._flowing = False  # events come one after the other: the next look will find some
         self.breaker_reason: str | None = None
         self.sent = 0  # events confirmed since the start
+
+    def _forget_place(self) -> None:
+        """The next connection may be to another server: after a failover, transactions have other numbers."""
+        self._position: Position = outbox.START
+        self._low_water: Position | None = None  # not known yet
+        self._found: Found | None = None  # the days that are open
+        self._sweep_at = 0.0  # before any claim: it may take long to get past what was sent
 
     def events_per_second(self) -> float:
         """Events confirmed per second over the last minute."""
@@ -110,67 +133,57 @@ class Relay:
                         self._close_breaker()
             except* (psycopg.Error, PoolTimeout) as errors:  # a server that went read-only in a failover, too
                 log.warning("database trouble", error=errors.exceptions[0])
-                # The next connection may be to another server: after a failover, transactions have other numbers.
-                self._position = self._low_water = outbox.START
-                self._sweep_at = 0.0  # before any claim: it may take long to get past what was sent
+                self._forget_place()
                 await wait_set(stop, backoff.next_s())
             else:
                 if self.breaker_reason:
                     await wait_set(stop, backoff.next_s())
 
     async def _lane(self, stop: asyncio.Event, backoff: Backoff) -> None:
-        """Window after window, until the breaker opens."""
-        while not (stop.is_set() or self.breaker_reason):
-            step = await self.run_once(self._window)
-            if step.outage:
-                return
-            backoff.reset()
-            if step.claimed == 0:
-                async with self._idling:  # one lane at a time looks out for both
-                    await self._idle(stop)
-            elif step.claimed < self._window:
-                async with self._idling:
-                    await asyncio.sleep(GATHER_S)
-
-    async def _idle(self, stop: asyncio.Event) -> None:
-        """Look again soon; when nothing comes, ask to be told, look once more, and wait."""
-        async with self._wakeup.idle() as told:
+        """Window after window on one connection, until the breaker opens."""
+        async with self._pool.connection() as connection:
             while not (stop.is_set() or self.breaker_reason):
-                await told()
-                if self.breaker_reason or (await self.run_once(self._window)).claimed:
-                    return
+                if (await self._run_window(connection, self._window)).outage is None:
+                    backoff.reset()
 
     async def run_once(self, limit: int) -> Step:
-        """Claim, publish, mark, commit: one window. The transaction holds the claim, so it lasts until the confirms."""
+        """One window, of so many events at most."""
+        async with self._pool.connection() as connection:
+            return await self._run_window(connection, limit)
+
+    async def _run_window(self, connection: Connection, limit: int) -> Step:
+        """Claim, publish, mark, commit. The transaction holds the claim, so it lasts until the confirms; whoever lends
+        the connection ends it when this fails."""
         await self._sweep_when_due()
-        async with self._pool.connection() as connection, connection.transaction():
-            events, among = await self._claim(connection, limit)
-            if not events:
-                outage = await self._publisher.connect()  # it shows before the first event does
-                self._open_breaker(outage)
-                return Step(0, outage)
-            async with kept_alive(connection):
+        window = await self._claim(connection, limit)
+        if not window.events:
+            await connection.rollback()
+            outage = await self._ask_broker()
+            self._open_breaker(outage)
+            return Step(0, outage)
+        async with kept_alive(connection):
+            if window.waits_for_standby:
                 await self._make_durable()
-                outcome = await self._publish_traced(connection, events, among)
-            await outbox.mark_sent(connection, outcome.confirmed, among)
+            outcome = await self._publish_traced(connection, window)
+        async with connection.pipeline():
+            await outbox.mark_sent(connection, outcome.confirmed, window.days)
             await outbox.mark_faulty(connection, outcome.faulty, self._attempts_max)
+            await connection.execute("COMMIT")
         SENT.inc(len(outcome.confirmed))
         self.sent += len(outcome.confirmed)
         self._rate.add(len(outcome.confirmed))
         if outcome.faulty:
             FAULTS.inc(len(outcome.faulty))
             log.error("events cannot be published", faults=outcome.faulty)
-        if len(outcome.confirmed) + len(outcome.faulty) < len(events):
+        if len(outcome.confirmed) + len(outcome.faulty) < len(window.events):
             async with self._claiming:
-                self._position = self._low_water  # the rest still waits
+                self._position = self._low_water or outbox.START  # the rest still waits
         self._open_breaker(outcome.outage)
-        return Step(len(events), outcome.outage)
+        return Step(len(window.events), outcome.outage)
 
-    async def _publish_traced(
-        self, connection: Connection, events: Sequence[OutboxEvent], among: Sequence[Day]
-    ) -> Outcome:
+    async def _publish_traced(self, connection: Connection, window: Window) -> Outcome:
         """Publish, with a span for each event that is traced; the message tells of it, so that the trace goes on."""
-        began = time.perf_counter()
+        began, events = time.perf_counter(), window.events
         with traces.together(
             f"publish {DESTINATION}",
             "PRODUCER",
@@ -190,21 +203,29 @@ class Relay:
                     event._replace(traceparent=traceparents.get(place, event.traceparent))
                     for place, event in enumerate(events)
                 ]
-            outcome = await self._publish(connection, events, among)
+            outcome = await self._publish(connection, window._replace(events=events))
             if outcome.outage:
                 spans.fail("outage")
         CONFIRM_SECONDS.observe(time.perf_counter() - began, spans.exemplar)
         return outcome
 
-    async def _publish(self, connection: Connection, events: Sequence[OutboxEvent], among: Sequence[Day]) -> Outcome:
+    async def _ask_broker(self) -> str | None:
+        """Why the broker takes no events, as far as it was asked: now and then, and whenever it took none before."""
+        if self.breaker_reason is None and time.monotonic() < self._broker_at:
+            return None
+        self._broker_at = time.monotonic() + BROKER_EVERY_S
+        return await self._publisher.connect()
+
+    async def _publish(self, connection: Connection, window: Window) -> Outcome:
         """Publish; what is refused alone is at fault only if the broker takes another event now.
 
         When none of these went through, the newest others are published too: once more, perhaps, which does no harm.
         """
-        outcome = await self._publisher.publish(events)
+        outcome = await self._publisher.publish(window.events)
         if outcome.outage or not outcome.refused:
             return outcome
-        witnesses = await outbox.newest(connection, WITNESSES, among, [event.event_id for event in events])
+        these = [event.event_id for event in window.events]
+        witnesses = await outbox.newest(connection, WITNESSES, window.days, these)
         if (await self._publisher.publish(witnesses)).confirmed:
             return outcome._replace(faulty={**outcome.faulty, **outcome.refused})
         reason = next(iter(outcome.refused.values()))
@@ -218,19 +239,40 @@ class Relay:
         except TimeoutError:
             raise psycopg.OperationalError("no standby takes what is to be published") from None
 
-    async def _claim(self, connection: Connection, limit: int) -> tuple[list[OutboxEvent], Sequence[Day]]:
-        """Events, and the days that they are among. One lane claims at a time, from where the last ended."""
+    async def _claim(self, connection: Connection, limit: int) -> Window:
+        """The next window. One lane looks at a time, from where the last ended, when it is time to."""
         async with self._claiming:
-            found = await days.open_days(connection)
-            if time.monotonic() >= self._retries_at:
-                retries = await outbox.claim_retries(connection, limit, found.days)
-                pause_s = RETRIES_EVERY_S if len(retries) < limit else RETRIES_EVERY_S / 10
-                self._retries_at = time.monotonic() + pause_s
-                if retries:
-                    return retries, found.days
-            claim = await outbox.claim(connection, limit, self._position, found)
-            self._position = claim.position
-            return claim.events, found.days
+            await asyncio.sleep(max(self._look_at - time.monotonic(), 0))
+            window, more = await self._look(connection, limit)
+            now = time.monotonic()
+            self._flowing = len(window.events) > 1
+            if window.events:
+                self._last_event_at = now
+                pause_s = min(max(len(window.events) * GATHER_EACH_S, LOOK_AGAIN_S), GATHER_S)
+            else:
+                pause_s = max((now - self._last_event_at) * SILENCE_SHARE, LOOK_AGAIN_S)
+            self._look_at = now if more else now + min(pause_s, self._look_every_s)
+            return window
+
+    async def _look(self, connection: Connection, limit: int) -> tuple[Window, bool]:
+        """What waits, and whether there is more. Retries now and then; new events go in between."""
+        if self._found is None:
+            self._found = await days.open_days(connection)
+        found = self._found
+        if time.monotonic() >= self._retries_at:
+            retries = await outbox.claim_retries(connection, limit, found.days)
+            pause_s = RETRIES_EVERY_S if len(retries) < limit else RETRIES_EVERY_S / 10
+            self._retries_at = time.monotonic() + pause_s
+            if retries:
+                return Window(retries, found.days, True), len(retries) >= limit
+        elif not self._flowing and not await outbox.waits(connection, self._position, found):
+            return Window((), found.days, False), False
+        claim = await outbox.claim(connection, limit, self._position, found)
+        self._position = claim.position
+        if claim.days_changed:
+            self._found = None
+        more = claim.days_changed or len(claim.events) >= limit
+        return Window(claim.events, found.days, claim.waits_for_standby), more
 
     async def _sweep_when_due(self) -> None:
         if time.monotonic() < self._sweep_at:
@@ -238,7 +280,8 @@ class Relay:
         self._sweep_at = time.monotonic() + SWEEP_EVERY_S
         async with self._claiming, self._pool.connection() as connection, connection.transaction():
             await connection.execute(f"SET LOCAL statement_timeout = {int(SWEEP_TIMEOUT_S * 1000)}")
-            self._position = self._low_water = await outbox.sweep(connection, self._low_water)
+            low_water = self._low_water or await outbox.begin(connection)
+            self._position = self._low_water = await outbox.sweep(connection, low_water)
 
     def _open_breaker(self, outage: str | None) -> None:
         if outage is None:

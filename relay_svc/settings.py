@@ -42,12 +42,12 @@ class ServeSettings(AccessSettings, TlsSettings, TraceSettings):
     confirm_timeout_s: float = setting(
         "RELAY_CONFIRM_TIMEOUT_S", seconds(0.1, 10), "s", "to wait for the broker's confirms", default=10.0
     )
-    poll_every_s: float = setting(
-        "RELAY_POLL_EVERY_S",
-        seconds(0.01, 5),
+    look_every_s: float = setting(
+        "RELAY_LOOK_EVERY_S",
+        seconds(0.003, 1),
         "s",
-        "after which an idle relay looks for events; usually it is told before",
-        default=1.0,
+        "after which an idle relay looks for events; a busy one looks sooner",
+        default=0.025,
     )
     attempts_max: int = setting(
         "RELAY_ATTEMPTS_MAX",

@@ -100,7 +100,8 @@ CHANGES = [
     Change(
         "an event is given up",
         "purchases",
-        f"UPDATE outbox_events SET status = 'FAILED', attempts = 5 WHERE event_id = {_SOME_EVENT}",
+        "UPDATE outbox_events SET status = 'FAILED', attempts = 5, next_attempt_at = 'infinity'"
+        f" WHERE event_id = {_SOME_EVENT}",
         PARKED_GOOD,
     ),
     Change(

@@ -43,7 +43,7 @@ def plant() -> None:
         if await cursor.fetchall():
             slow_until = time.monotonic() + SLOW_S
         if time.monotonic() < slow_until:
-            return outbox.Claim([], position)
+            return outbox.Claim([], position, days_changed=False, waits_for_standby=False)
         return await original(connection, limit, position, found)
 
     original = replace(outbox, "claim", claim)

@@ -23,7 +23,7 @@ SPECIFIED_INDEXES = [
     ("purchases", "(purchase_time)"),
     ("purchase_items", "(purchase_id)"),
     ("purchase_items", "(product_id, purchase_id)"),
-    ("outbox_events", "(created_xid)"),
+    ("outbox_events", "(created_xid, event_id)"),
 ]
 
 

@@ -102,7 +102,7 @@ async def test_unsent_events_keep_their_month(opened: Pool, purchases_db: str) -
     """A month with an event that is NEW or FAILED stays, whole, however old it is."""
     await record(opened, old_sale(5), old_sale(6))
     with psycopg.connect(purchases_db) as connection:
-        connection.execute("UPDATE outbox_events SET status = 'FAILED'"
+        connection.execute("UPDATE outbox_events SET status = 'FAILED', next_attempt_at = 'infinity'"
                            " WHERE event_id = (SELECT min(event_id::text)::uuid FROM outbox_events)")  # fmt: skip
     assert await drop(opened, 3) == []
     assert_whole(purchases_db, 2)

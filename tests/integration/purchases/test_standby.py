@@ -20,7 +20,6 @@ from purchases_svc.settings import ServeSettings
 from relay_svc import committed
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
-from relay_svc.wakeup import Wakeup
 from retail.purchases.v1 import customers_service_pb2 as customers_pb
 from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
@@ -200,7 +199,7 @@ async def test_relay_publishes_what_will_last(
         statement_timeout_s=30,
         settings={"synchronous_commit": "off"},  # as the relay has it: nothing else of it waits
     ) as opened:
-        relay = Relay(opened, publisher, Wakeup(opened, 0.5), window=100, attempts_max=3)
+        relay = Relay(opened, publisher, window=100, attempts_max=3, look_every_s=0.025)
         window = asyncio.create_task(relay.run_once(100))
         await waits(pair)
         assert channel.basic_get("purchases.created")[0] is None

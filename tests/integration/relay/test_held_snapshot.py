@@ -22,7 +22,6 @@ from relay_svc import inspection
 from relay_svc.outbox import START, Position
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
-from relay_svc.wakeup import Wakeup
 from tests.conftest import eventually, pool
 from tests.integration.outbox_events import all_sent, make_days
 
@@ -105,7 +104,7 @@ def sessions_cpu_s(connection: "psycopg.Connection[Any]") -> float:
 
 async def test_relay_keeps_its_speed(outbox: Pool, purchases_db: str, bound: str) -> None:
     publisher = Publisher(bound, confirm_timeout_s=10)
-    relay = Relay(outbox, publisher, Wakeup(outbox, 0.5), window=500, attempts_max=3)
+    relay = Relay(outbox, publisher, window=500, attempts_max=3, look_every_s=0.025)
     stop = asyncio.Event()
     parts = []
     with (

@@ -42,7 +42,10 @@ async def outbox(purchases_db: str) -> AsyncIterator[Pool]:
 
 def mark(url: str, ids: list[str], status: str) -> None:
     with psycopg.connect(url) as connection:
-        connection.execute("UPDATE outbox_events SET status = %s WHERE event_id = ANY(%s::uuid[])", [status, ids])
+        connection.execute(
+            "UPDATE outbox_events SET status = %s, next_attempt_at = %s WHERE event_id = ANY(%s::uuid[])",
+            [status, "infinity" if status == "FAILED" else None, ids],
+        )
 
 
 async def ask(outbox: Pool, after: str = "") -> str:

@@ -15,7 +15,6 @@ from chassis.postgres import Pool
 from relay_svc.__main__ import CONNECTIONS
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
-from relay_svc.wakeup import Wakeup
 from tests.conftest import eventually, pool
 from tests.integration.outbox_events import all_sent, insert, make_days, new_ids, states, write
 
@@ -43,7 +42,7 @@ def bind(channel: BlockingChannel) -> None:
 
 def make_relay(outbox: Pool, url: str, window: int = 100) -> tuple[Relay, Publisher]:
     publisher = Publisher(url, confirm_timeout_s=10)
-    return Relay(outbox, publisher, Wakeup(outbox, 0.5), window=window, attempts_max=3), publisher
+    return Relay(outbox, publisher, window=window, attempts_max=3, look_every_s=0.025), publisher
 
 
 def drain(channel: BlockingChannel) -> list[Any]:
@@ -159,7 +158,7 @@ async def test_crash_after_publishing_repeats_and_loses_nothing(
 
     publisher = Unlucky(amqp_url, confirm_timeout_s=10)
     with pytest.raises(psycopg.OperationalError):
-        await Relay(outbox, publisher, Wakeup(outbox, 0.5), window=100, attempts_max=3).run_once(100)
+        await Relay(outbox, publisher, window=100, attempts_max=3, look_every_s=0.025).run_once(100)
     publisher.disconnect()
     assert set(states(purchases_db).values()) == {("NEW", 0)}
     relay, healthy = make_relay(outbox, amqp_url)

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import grpc
 import pika
 import psycopg
 import pytest
@@ -17,21 +16,16 @@ from structlog.testing import capture_logs
 from chassis.postgres import Pool
 from deploy.local.rabbitmq import RabbitMQ
 from relay_svc import outbox as outbox_module
-from relay_svc import wakeup
 from relay_svc.outbox import OutboxEvent
 from relay_svc.publisher import Outcome, Publisher
 from relay_svc.relay import Relay
-from relay_svc.wakeup import Wakeup
-from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.conftest import WAIT_S, eventually, pool
 from tests.faults.proxy import Loop, Proxy
-from tests.integration.outbox_events import all_sent, insert, make_days, new_ids, states, write
-from tests.integration.sales import sale
+from tests.integration.outbox_events import all_sent, make_days, states, write
 
 QUEUE = "purchases.created"
 CONFIRM_TIMEOUT_S = 1.0
 LARGEST = 100_000  # bytes of a message, for the broker that has a limit
-LOOKS_EVERY_S = 120.0  # an idle relay that nobody tells anything
 
 
 @pytest.fixture
@@ -68,7 +62,7 @@ def drain(channel: BlockingChannel) -> Counter[str]:
 @asynccontextmanager
 async def relaying(outbox: Pool, url: str) -> AsyncIterator[Relay]:
     publisher = Publisher(url, CONFIRM_TIMEOUT_S)
-    relay = Relay(outbox, publisher, Wakeup(outbox, 0.2), window=50, attempts_max=2)
+    relay = Relay(outbox, publisher, window=50, attempts_max=2, look_every_s=0.025)
     stop = asyncio.Event()
     task = asyncio.ensure_future(relay.run(stop))
     try:
@@ -202,7 +196,7 @@ async def test_window_from_before_an_outage_is_confirmed_late(
             return outcome
 
     publisher = Overtaken(amqp_url, CONFIRM_TIMEOUT_S)
-    relay = Relay(outbox, publisher, Wakeup(outbox, 0.2), window=50, attempts_max=2)
+    relay = Relay(outbox, publisher, window=50, attempts_max=2, look_every_s=0.025)
     stop = asyncio.Event()
     task = asyncio.ensure_future(relay.run(stop))
     await eventually(lambda: all_sent(purchases_db), "everything is sent")
@@ -314,54 +308,3 @@ async def test_database_that_takes_no_writes(
         await eventually(lambda: all_sent(purchases_db), "it goes on by itself")
     assert set(drain(queue)) == set(ids)
     assert set(states(purchases_db).values()) == {("SENT", 0)}
-
-
-async def test_idle_relay_is_told(
-    outbox: Pool, purchases_db: str, purchases_channel: grpc.aio.Channel, amqp_url: str, queue: BlockingChannel
-) -> None:
-    """It would look again after two minutes only; the purchases service sees that it waits, and tells it."""
-    stub = PurchasesServiceStub(purchases_channel)
-    publisher = Publisher(amqp_url, CONFIRM_TIMEOUT_S)
-    relay = Relay(outbox, publisher, Wakeup(outbox, LOOKS_EVERY_S), window=50, attempts_max=2)
-    stop = asyncio.Event()
-    task = asyncio.ensure_future(relay.run(stop))
-
-    async def waits() -> bool:
-        with psycopg.connect(purchases_db) as connection:
-            return connection.execute("SELECT FROM relay_waiting WHERE until > now()").fetchone() is not None
-
-    for _ in range(3):
-        await eventually(waits, "the relay says that it waits")
-        await stub.CreatePurchase(sale(), timeout=WAIT_S)
-        await eventually(lambda: all_sent(purchases_db), "the sale's event is sent", LOOKS_EVERY_S / 2)
-    await eventually(waits, "it waits again")
-    stop.set()
-    await stub.CreatePurchase(sale(), timeout=WAIT_S)
-    await asyncio.wait_for(task, LOOKS_EVERY_S / 2)
-    assert not await waits()
-    publisher.disconnect()
-
-
-async def test_idle_relay_finds_what_was_about_to_commit(
-    outbox: Pool, purchases_db: str, amqp_url: str, queue: BlockingChannel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A sale on its way when the relay says that it waits cannot see that, and tells nobody. The relay would look
-    again after a minute, but before that it looks a few times more."""
-    monkeypatch.setattr(wakeup, "LOOKS_AFTER_S", (0.05,) * 200)  # time enough for this test on a busy machine
-    publisher = Publisher(amqp_url, CONFIRM_TIMEOUT_S)
-    relay = Relay(outbox, publisher, Wakeup(outbox, 60), window=50, attempts_max=2)
-    stop = asyncio.Event()
-    task = asyncio.ensure_future(relay.run(stop))
-
-    async def waits() -> bool:
-        async with outbox.connection() as connection:
-            return bool(await (await connection.execute("SELECT FROM relay_waiting")).fetchall())
-
-    with psycopg.connect(purchases_db) as writer:
-        insert(writer, new_ids(1))
-        await eventually(waits, "the relay says that it waits")
-        writer.commit()
-    await eventually(lambda: all_sent(purchases_db), "the event is sent", 5)
-    stop.set()
-    await asyncio.wait_for(task, 10)
-    publisher.disconnect()

@@ -18,7 +18,6 @@ from relay_svc import lost
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
 from relay_svc.topology import EXCHANGE, QUEUE, QUEUE_ARGUMENTS, ROUTING_KEY
-from relay_svc.wakeup import Wakeup
 from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.outbox_events import all_sent, make_days, states, write
 
@@ -47,7 +46,7 @@ def tapped(amqp_url: str) -> Iterator[BlockingChannel]:
 @asynccontextmanager
 async def relaying(outbox: Pool, url: str) -> AsyncIterator[tuple[Relay, Publisher]]:
     publisher = Publisher(url, 5.0)
-    relay = Relay(outbox, publisher, Wakeup(outbox, 0.1), window=50, attempts_max=2)
+    relay = Relay(outbox, publisher, window=50, attempts_max=2, look_every_s=0.025)
     stop = asyncio.Event()
     task = asyncio.ensure_future(relay.run(stop))
     try:

@@ -78,7 +78,10 @@ async def onward(
 ) -> AsyncIterator[None]:
     """A relay and a consumer behind the purchases service."""
     config = RelaySettings(
-        purchases_db, amqp_url=amqp_url, listen=free_address(), metrics_listen="127.0.0.1:0", poll_every_s=0.05
+        purchases_db,
+        amqp_url=amqp_url,
+        listen=free_address(),
+        metrics_listen="127.0.0.1:0",
     )
     async with (
         running(lambda stop: relay.serve(config, stop), config.listen),
