@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -11,9 +11,9 @@ from typing import Any
 
 from chassis.settings import SettingsError, integer, load, setting
 from deploy.local.machine import StackError
-from tests.bench import machine
+from tests.bench import machine, scoreboard
 from tests.bench.analytics import part as analytics
-from tests.bench.figures import Outcome, Plan, Value, Values
+from tests.bench.figures import Outcome, Plan, Score, Value, Values
 from tests.bench.isolation import part as isolation
 from tests.bench.isolation.attacks import ATTACKS
 from tests.bench.pipeline import part as pipeline
@@ -29,6 +29,8 @@ PARTS: dict[str, Callable[[Plan, Show], Outcome]] = {
     "isolation": isolation.run,
     "size": size.run,
 }
+
+PICTURE = Path(".local", "bench.svg")  # of the last run
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
@@ -100,18 +102,30 @@ def run(settings: Settings, show: Show) -> None:
     values: Values = {}
     details: dict[str, Any] = {"machine": machine.description(), "plan": plan._asdict()}
     names = [settings.only] if settings.only else list(PARTS)
+    scores: dict[str, Sequence[Score]] = {}
     for name in names:
         outcome = PARTS[name](plan, show)
         values |= outcome.values
+        scores[name] = outcome.scores
         details[name] = outcome.details
         if settings.report and outcome.plot:
             drawing = settings.report.with_suffix(".svg" if len(names) == 1 else f".{name}.svg")
             drawing.write_text(outcome.plot)
             show.say(f"The picture: {drawing}")
+    show.scores(scores)
+    picture = settings.report.with_suffix(".goals.svg") if settings.report else PICTURE
+    picture.write_text(scoreboard.draw(scores, details["machine"], command(settings)))
+    show.say(f"All of it at a glance: {picture}")
     if settings.report:
         rounded = {key: rounded_value(value) for key, value in values.items()}
         settings.report.write_text(json.dumps({**rounded, "details": details}, indent=2) + "\n")
         show.say(f"The report: {settings.report}")
+
+
+def command(settings: Settings) -> str:
+    """What was called, as far as it decides about the figures."""
+    only = f" ONLY={settings.only}" if settings.only else ""
+    return f"make bench{only} ROUNDS={settings.rounds} MEASURE_S={settings.measure_s} ROWS={settings.rows}"
 
 
 def rounded_value(value: Value) -> Value:

@@ -60,6 +60,25 @@ class Goal:
         return f"{'≥' if self.more_is_better else '≤'} {self.value:g}"
 
 
+class Score(NamedTuple):
+    """A figure, and what it should be."""
+
+    value: float
+    goal: Goal
+
+    @property
+    def goodness(self) -> float:
+        """1 where the goal is met exactly; 2 is twice as good."""
+        if self.goal.more_is_better:
+            return self.value / self.goal.value
+        return self.goal.value / self.value if self.value else float("inf")
+
+
+def scores(ratios: Mapping[str, float], goals: Mapping[str, Goal]) -> list[Score]:
+    """Of those that have a goal."""
+    return [Score(value, goals[key]) for key, value in ratios.items() if key in goals]
+
+
 # The report's keys; some hold figures by name.
 Value = float | Mapping[str, "Value"]
 Values = dict[str, Value]
@@ -71,6 +90,7 @@ class Outcome(NamedTuple):
     values: Values
     details: dict[str, Any]  # the raw figures
     plot: str | None = None  # an SVG
+    scores: Sequence[Score] = ()  # for the picture of all parts
 
 
 # By the contender's name. Equal places belong to the same round.

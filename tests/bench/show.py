@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tests.bench.figures import Figure, Flow, Goal, Rounds, cpu, middle
+from tests.bench.figures import Figure, Flow, Goal, Rounds, Score, cpu, middle
 
 Measured = TypeVar("Measured")
 
@@ -124,6 +124,17 @@ class Show:
             table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
         for line in lines:
             table.add_row(*line)
+        self._console.print(table)
+
+    def scores(self, scores: Mapping[str, Sequence[Score]]) -> None:
+        """All figures that have a goal, part by part."""
+        table = _table("What came out, beside what should")
+        for heading in ("", "", "figure", "goal"):
+            table.add_column(heading, justify="right" if heading in ("figure", "goal") else "left")
+        for part, each in scores.items():
+            for number, (value, goal) in enumerate(each):
+                mark = "[green]✓[/]" if goal.met_by(value) else "[red]✗[/]"
+                table.add_row("" if number else part, goal.meaning, f"{value:,.3g} {mark}", str(goal))
         self._console.print(table)
 
     def verdicts(self, verdicts: Sequence[tuple[str, float, Goal | None]]) -> None:

@@ -48,7 +48,7 @@ STEPS: dict[str, dict[str, Step]] = {
         "after_confirm": Step("relay_svc.publisher", "Publisher.publish", "after"),
         "after_mark": Step("relay_svc.outbox", "mark_sent", "after"),
         "after_remember": Step("relay_svc.committed", "remember", "after"),
-        "after_commit": Step("relay_svc.relay", "Relay.run_once", "after", lambda step: step.claimed > 0),
+        "after_commit": Step("relay_svc.relay", "Relay._run_window", "after", lambda step: step.claimed > 0),
     },
     "consumer": {
         "after_decode": Step("analytics_svc.ingest.events", "decode", "after"),

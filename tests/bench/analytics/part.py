@@ -3,6 +3,7 @@
 import datetime
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from statistics import median
 
 from tests.bench import stage
@@ -12,7 +13,7 @@ from tests.bench.analytics.plot import plot
 from tests.bench.analytics.questions import RANGE_DAYS, Question, different_summaries, questions
 from tests.bench.analytics.summaries import ECHO, IN_FLIGHT, SUMMARY, Load, measure_summaries
 from tests.bench.analytics.years import DAY
-from tests.bench.figures import Goal, Outcome, Plan, median_ratio
+from tests.bench.figures import Goal, Outcome, Plan, Score, median_ratio
 from tests.bench.history import require_room
 from tests.bench.show import Show
 
@@ -66,7 +67,8 @@ def run(plan: Plan, show: Show) -> Outcome:
     show.table(*_table_of_answers(histories, answers, purchases_ms))
     show.table(*_table_of_rows(histories, rows_of_answers))
     show.table(*_table_of_loads(loads, fed))
-    show.verdicts(_verdicts(growth, saving, on_top))
+    verdicts = _verdicts(growth, saving, on_top)
+    show.verdicts(verdicts)
     return Outcome(
         {
             f"query_growth_{plan.history}x": growth,
@@ -82,6 +84,7 @@ def run(plan: Plan, show: Show) -> Outcome:
             "events_counted_per_s": fed,
         },
         plot(histories, answers, purchases_ms, loads),
+        [Score(value, replace(goal, meaning=meaning)) for meaning, value, goal in verdicts if goal],
     )
 
 

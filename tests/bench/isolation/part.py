@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from deploy.local.machine import Process, StackError, spawn, tail
 from tests.bench import stage
-from tests.bench.figures import Outcome, Plan, percentile
+from tests.bench.figures import Goal, Outcome, Plan, Score, percentile
 from tests.bench.isolation.attacks import ATTACKS
 from tests.bench.show import Show
 
@@ -68,7 +68,11 @@ def run(plan: Plan, show: Show) -> Outcome:
         for name, found in figures.items()
     ]
     show.table("The others, while", ["", "p99 beside alone", "failed", "peak MiB", "as promised"], lines)
-    return Outcome({"isolation": figures}, {"rounds": raw})
+    seen = [
+        Score(found["p99_ratio"], Goal(f"others' p99 beside alone: {name.replace('_', ' ')}", RATIO_MAX, False))
+        for name, found in figures.items()
+    ]
+    return Outcome({"isolation": figures}, {"rounds": raw}, scores=seen)
 
 
 def as_words(found: dict[str, float], rounds: list[tuple[Seen, Seen]]) -> str:

@@ -8,7 +8,7 @@ from tests.bench import stage
 from tests.bench.analytics.asking import Asked, History, ask, rows_read
 from tests.bench.analytics.questions import RANGE_DAYS, questions
 from tests.bench.analytics.years import DAY, some_customers
-from tests.bench.figures import Goal, Outcome, Plan
+from tests.bench.figures import Goal, Outcome, Plan, Score
 from tests.bench.history import require_room
 from tests.bench.show import Show
 from tests.bench.size import chain
@@ -68,4 +68,5 @@ def run(plan: Plan, show: Show) -> Outcome:
             "rows_read": read,
             "tables": sizes,
         },
+        scores=[Score(value, Goal(f"{name}: {GROWTH.meaning}", GROWTH.value, False)) for name, value in growth.items()],
     )

@@ -20,6 +20,7 @@ from tests.bench.figures import (
     cpu,
     latency,
     raw,
+    scores,
     short,
     speed,
     versus,
@@ -113,7 +114,7 @@ def run(plan: Plan, show: Show) -> Outcome:
         "telemetry": raw(telemetry_rounds),
         **{f"{rows}_purchases": raw(figures) for rows, figures in grown.items()},
     }
-    return Outcome({**ratios}, details, plot(families, empty, finalists))
+    return Outcome({**ratios}, details, plot(families, empty, finalists), scores(ratios, GOALS))
 
 
 def contenders(
