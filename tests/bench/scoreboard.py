@@ -21,7 +21,7 @@ Scores = Mapping[str, Sequence[Score]]
 
 def draw(scores: Scores, machine: Mapping[str, Any], command: str) -> str:
     """`machine` as `machine.description` tells it."""
-    height = TOP + sum(GAP + ROW * len(each) for each in scores.values()) + 30
+    height = TOP + sum(GAP + ROW * len(each) for each in scores.values() if each) + 30
     met = sum(score.goal.met_by(score.value) for each in scores.values() for score in each)
     total = sum(map(len, scores.values()))
     where = (
@@ -39,6 +39,8 @@ def draw(scores: Scores, machine: Mapping[str, Any], command: str) -> str:
 def _rows(scores: Scores) -> Iterable[str]:
     y = float(TOP)
     for part, each in scores.items():
+        if not each:
+            continue
         y += GAP
         yield text(LEFT, y - 10, part, size=14, weight=600)
         for score in each:

@@ -3,15 +3,17 @@
 import datetime
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from deploy.local.machine import StackError
+from tests.bench import scoreboard
 from tests.bench.analytics import part as analytics
 from tests.bench.analytics.asking import Asked
 from tests.bench.analytics.questions import questions
 from tests.bench.analytics.summaries import ECHO, Load
-from tests.bench.figures import Figure, Flow, median_ratio, middle_flow, percentile
+from tests.bench.figures import Figure, Flow, Goal, Score, median_ratio, middle_flow, percentile
 from tests.bench.pipeline.whole import Trial, highest, search
 from tests.bench.show import Show
 from tests.bench.svg import nice_step
@@ -99,3 +101,23 @@ def test_progress_expects_more(capsys: pytest.CaptureFixture[str]) -> None:
         on(3)
         assert (on.bar.tasks[on.task].completed, on.bar.tasks[on.task].total) == (5, 5)
     capsys.readouterr()
+
+
+def test_goodness_is_the_same_whichever_way_is_better() -> None:
+    more, less = Goal("sales/s", 2.0, more_is_better=True), Goal("ms", 10.0, more_is_better=False)
+    assert [Score(value, more).goodness for value in (1.0, 2.0, 4.0)] == [0.5, 1.0, 2.0]
+    assert [Score(value, less).goodness for value in (20.0, 10.0, 5.0)] == [0.5, 1.0, 2.0]
+    assert Score(0.0, less).goodness > 1
+
+
+def test_the_picture_tells_what_is_met() -> None:
+    scores = {"write": [Score(3.0, Goal("sales < s", 2.0, more_is_better=True))], "size": []}
+    scores["pipeline"] = [Score(20.0, Goal("ms", 10.0, more_is_better=False)), Score(0.0, Goal("cost", 1.0, False))]
+    machine = {"cores": 2, "processor": "<any>", "memory_gib": 4, "load_before": 0.25}
+    drawn = scoreboard.draw(scores, machine, "make bench")
+    tree = ElementTree.fromstring(drawn)
+    told = [text.text for text in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert told[0] == "2 of 3 goals are met"
+    assert {"sales < s", "✓ ≥ 2", "✗ ≤ 10", "write", "pipeline"} <= set(told)
+    assert "<any>" in str(told[1])
+    assert "size" not in told
