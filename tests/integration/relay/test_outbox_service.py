@@ -377,7 +377,7 @@ async def test_new_ids_are_found_by_index(stub: "OutboxServiceAsyncStub", purcha
                 {"after": value},
             )
         )
-    assert "in_order" in plan
+    assert "created_xid_event_id_idx" in plan
     assert "Seq Scan" not in plan
 
 
