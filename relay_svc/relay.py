@@ -25,7 +25,7 @@ LANES = 2  # windows on their way: while the broker confirms one, the next is cl
 # How long the relay waits before it looks again. After a window that was not full, the longer the more was in it: a few
 # events are soon in the queue, many share a commit. After nothing, a twentieth of the time for which nothing has come.
 LOOK_AGAIN_S = 0.003
-GATHER_S, GATHER_EACH_S = 0.02, 0.002
+GATHER_S, GATHER_EACH_S = 0.01, 0.002
 SILENCE_SHARE = 0.05
 BROKER_EVERY_S = 1.0  # that an idle relay makes sure of the broker: trouble shows before the first event does
 RETRIES_EVERY_S = 1.0  # or ten times that often, while there are many; new events go in between
