@@ -15,7 +15,6 @@ from relay_svc import outbox
 from relay_svc.__main__ import CLAIMS, CONNECTIONS
 from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
-from relay_svc.wakeup import Wakeup
 from tests.conftest import eventually, pool
 from tests.faults.proxy import Loop, Proxy
 from tests.integration.conftest import free_address
@@ -76,7 +75,7 @@ async def test_what_a_frozen_relay_has_claimed_goes_to_another(
     frozen.send_signal(signal.SIGSTOP)
     publisher = Publisher(amqp_url, confirm_timeout_s=10)
     async with pool(purchases_db, "purchases_relay", size=CONNECTIONS) as opened:
-        relay = Relay(opened, publisher, Wakeup(opened, 0.2), window=100, attempts_max=2)
+        relay = Relay(opened, publisher, window=100, attempts_max=2, look_every_s=0.025)
 
         async def taken_over() -> bool:
             relay._sweep_at = 0.0  # as after SWEEP_EVERY_S
