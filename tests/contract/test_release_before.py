@@ -26,6 +26,13 @@ def test_no_migration_of_it_was_changed(before: Release, package: str) -> None:
     assert present[: len(old)] == old, "a new migration is a new file"
 
 
+@pytest.mark.parametrize("package", ["purchases_svc", "analytics_svc"])
+def test_each_migration_has_a_number_of_its_own(package: str) -> None:
+    """Two changes that come together may have taken the same."""
+    numbers = [migration.version for migration in migrate.read(ROOT / package / "migrations")]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
 def test_its_clients_and_servers_understand_ours(before: Release) -> None:
     """No breaking change, whatever `make contract` has accepted meanwhile."""
     done = subprocess.run(

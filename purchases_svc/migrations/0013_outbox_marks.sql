@@ -1,6 +1,6 @@
 -- A mark changes the event's row and nothing else: where its page has room, that is a heap-only update. So no index may have
--- a condition on the status. What waits is found by where the relay came to (0009), and the few exceptions by the indexes of
--- those whose next attempt has a time (0010, 0011): of what was given up, that is never.
+-- a condition on the status. What waits is found by where the relay came to (0010), and the few exceptions by the indexes of
+-- those whose next attempt has a time (0011, 0012): of what was given up, that is never.
 DROP INDEX outbox_events_created_xid_idx, outbox_events_new, outbox_events_retry, outbox_events_failed;
 
 ALTER TABLE outbox_events ADD CONSTRAINT given_up_has_a_time
