@@ -6,8 +6,8 @@ from typing import NamedTuple
 import grpc
 
 from pos.calls import ATTEMPT_TIMEOUT_S, Calls, Pause, sleep
-from pos.client import DayTotals, cents, day_totals
 from pos.service_config import TOTAL_TIMEOUT_S
+from pos.values import DayTotals, cents, day_totals
 from retail.analytics.v1 import analytics_service_pb2
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 

@@ -1,5 +1,6 @@
 """How the till's side calls a service: a well-set-up channel, a deadline on everything, patient retries."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -85,17 +86,18 @@ class Calls:
         method: Callable[..., Reply],
         request: Request,
         meaning: Callable[[Status], PosError] = errors.of_call,
+        within_s: float = math.inf,
     ) -> Reply:
-        """Call `method`, a stub's or what is called like one, until it answers, within the total timeout.
+        """Call `method`, a stub's or what is called like one, until it answers, `within_s` and the total timeout.
 
         Raises:
             PosError: as `meaning` translates the last status.
         """
         if (span := traces.calling(request)) is None:
-            return self._patiently(method, request, meaning)
+            return self._patiently(method, request, meaning, within_s)
         with span:
             try:
-                reply = self._patiently(method, request, meaning, span)
+                reply = self._patiently(method, request, meaning, within_s, span)
             except PosError as error:
                 span.note({"rpc.response.status_code": error.status.code.name})
                 raise
@@ -107,11 +109,12 @@ class Calls:
         method: Callable[..., Reply],
         request: Request,
         meaning: Callable[[Status], PosError],
+        within_s: float,
         span: traces.Span | None = None,
     ) -> Reply:
         traced = {"metadata": ((traces.TRACEPARENT, span.traceparent),)} if span else {}
-        deadline = time.monotonic() + self._total_timeout_s
-        timeout_s = self._total_timeout_s
+        timeout_s = max(min(self._total_timeout_s, within_s), 0.0)
+        deadline = time.monotonic() + timeout_s
         backoff_s = FIRST_BACKOFF_S
         while True:
             try:

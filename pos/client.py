@@ -11,25 +11,32 @@ Times are aware datetimes. Calls retry by themselves and raise `pos.errors.PosEr
 """
 
 import datetime
+import math
 import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
 
 import grpc
-from google.protobuf import timestamp_pb2
-from google.type import date_pb2
 
 from chassis import wire
 from chassis.tls import Credentials
-from pos import errors
+from pos import errors, values
 from pos.calls import ATTEMPT_TIMEOUT_S, Calls, Pause, connect, sleep
 from pos.open_stream import OpenStream
 from pos.sale import Item, Sale, create_request
 from pos.service_config import TOTAL_TIMEOUT_S
 from pos.upload import Uploader
-from retail.analytics.v1 import analytics_service_pb2
-from retail.purchases.v1 import customers_service_pb2, purchase_pb2, purchases_service_pb2
+from pos.values import (
+    BusinessDays,
+    Customer,
+    DayTotals,
+    Purchase,
+    Recorded,
+    Reported,
+    TillReport,
+    TillState,
+    Uploaded,
+)
+from retail.purchases.v1 import customers_service_pb2, purchases_service_pb2
 from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 
@@ -43,68 +50,16 @@ __all__ = [
     "PosClient",
     "Purchase",
     "Recorded",
+    "Reported",
     "Sale",
+    "TillReport",
+    "TillState",
     "Uploaded",
     "connect",
 ]
 
 WINDOW_DAYS = 31  # ListControlTotals sums up at most this many days a call
 TOTALS_PAGE_ROWS = 1_000  # the most that the service gives
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Purchase:
-    """A sale as the chain has stored it."""
-
-    purchase_id: str
-    receipt_id: str
-    branch_id: int
-    cashier_id: int
-    pos_id: str
-    items: tuple[Item, ...]
-    customer_id: str | None
-    purchase_time: datetime.datetime
-    create_time: datetime.datetime
-    total_cents: int
-
-
-class Recorded(NamedTuple):
-    """The answer to a sale: it is durable."""
-
-    purchase: Purchase
-    replayed: bool  # an earlier attempt had stored it already
-    consistency_token: str  # given to an analytics call, that call's answer includes this purchase
-
-
-class Uploaded(NamedTuple):
-    """What became of a sale of an upload."""
-
-    sale: Sale
-    outcome: Recorded | errors.PosError  # SaleRefused: not stored; OutcomeUnknown: send it again
-
-
-class Customer(NamedTuple):
-    customer_id: str
-    create_time: datetime.datetime
-
-
-class DayTotals(NamedTuple):
-    """What one branch sold on one business day."""
-
-    day: datetime.date
-    branch_id: int
-    purchase_count: int
-    purchase_with_customer_count: int
-    item_count: int
-    revenue_cents: int
-
-
-class BusinessDays(NamedTuple):
-    """The business days that have purchases, `first` to `last`; None when nothing is stored."""
-
-    first: datetime.date | None
-    last: datetime.date | None
-    time_zone: str  # IANA name; it cuts the days
 
 
 class PosClient:
@@ -137,7 +92,7 @@ class PosClient:
         request = create_request(sale, register_customer)
         reply = self._call(self._purchases.CreatePurchase, request, errors.of_sale)
         with errors.reading(errors.OutcomeUnknown):
-            return _recorded(reply)
+            return values.recorded(reply)
 
     def open_stream(self) -> OpenStream[Recorded]:
         """One stream for sales as they happen, for a till or all tills of a branch; to be closed, as by `with`.
@@ -149,31 +104,55 @@ class PosClient:
             self._purchases.UploadPurchases,
             self._purchases.CreatePurchase,
             self._call,
-            _recorded,
+            values.recorded,
             answer_timeout_s=self._timeouts_s[0],
         )
 
-    def upload_purchases(self, sales: Iterable[Sale], *, register_customers: bool = False) -> Iterator[Uploaded]:
+    def upload_purchases(
+        self,
+        sales: Iterable[Sale],
+        *,
+        register_customers: bool | Callable[[Sale], bool] = False,
+        within_s: float = math.inf,
+    ) -> Iterator[Uploaded]:
         """Send a backlog, such as that of a till that was offline: several times as fast as one by one.
 
         Yields each sale once it is stored for good, or refused, in any order; sales are taken from `sales` as they are
         needed, some thousand ahead. What breaks is sent again, as long as answers keep coming.
-        `register_customers` registers the sales' customers with them, where they are new.
+        `register_customers` registers the sales' customers with them, where they are new; it may tell for each sale.
 
         Raises:
-            OutcomeUnknown: no answer for the total timeout; send again what was not yielded.
+            OutcomeUnknown: no answer for the total timeout, or not all of them `within_s`; send again what was not
+                yielded.
             CallFailed: the service does not let this client send sales.
         """
+        registers = register_customers if callable(register_customers) else lambda _: register_customers
         uploader: Uploader[Sale, Recorded] = Uploader(
             self._purchases.UploadPurchases,
-            lambda sale: create_request(sale, register_customers),
-            _recorded,
+            lambda sale: create_request(sale, registers(sale)),
+            values.recorded,
             answer_timeout_s=self._timeouts_s[0],
             total_timeout_s=self._timeouts_s[1],
             pause=self._pause,
         )
-        for sale, outcome in uploader.send(sales):
+        for sale, outcome in uploader.send(sales, within_s):
             yield Uploaded(sale, outcome)
+
+    def report_till(self, report: TillReport, *, within_s: float = math.inf) -> Reported:
+        """Tell what a till's journal has given out, and learn what of it is stored; `pos.journal` does so by itself."""
+        with errors.sending():
+            request = purchases_service_pb2.ReportTillRequest(**report._asdict())
+        reply = self._call(self._purchases.ReportTill, request, within_s=within_s)
+        with errors.reading(errors.CallFailed):
+            return Reported(values.till_state(reply.state), values.moment(reply.server_time), reply.time_zone)
+
+    def till_states(self, branch_id: int, pos_id: str) -> list[TillState]:
+        """What is stored of a till's journals, that which reported last first."""
+        with errors.sending():
+            request = purchases_service_pb2.GetTillStateRequest(branch_id=branch_id, pos_id=pos_id)
+        reply = self._call(self._purchases.GetTillState, request)
+        with errors.reading(errors.CallFailed):
+            return [values.till_state(state) for state in reply.states]
 
     def get_purchase(self, purchase_id: str) -> Purchase:
         """Read one purchase.
@@ -185,7 +164,7 @@ class PosClient:
             request = purchases_service_pb2.GetPurchaseRequest(purchase_id=purchase_id)
         reply = self._call(self._purchases.GetPurchase, request)
         with errors.reading(errors.CallFailed):
-            return _purchase(reply.purchase)
+            return values.purchase(reply.purchase)
 
     def list_purchases(
         self,
@@ -205,7 +184,7 @@ class PosClient:
             )
         for page in self._call.pages(self._purchases.ListPurchases, request):
             with errors.reading(errors.CallFailed):
-                purchases = [_purchase(each) for each in page.purchases]
+                purchases = [values.purchase(each) for each in page.purchases]
             yield from purchases
 
     def list_control_totals(
@@ -229,7 +208,7 @@ class PosClient:
         for request in requests:
             for page in self._call.pages(self._purchases.ListControlTotals, request):
                 with errors.reading(errors.CallFailed):
-                    totals = [day_totals(row) for row in page.control_totals]
+                    totals = [values.day_totals(row) for row in page.control_totals]
                 yield from totals
 
     def business_days(self) -> BusinessDays:
@@ -239,8 +218,8 @@ class PosClient:
         reply = self._call(self._purchases.ListControlTotals, request)
         with errors.reading(errors.CallFailed):
             return BusinessDays(
-                _date(reply.earliest_sales_date) if reply.HasField("earliest_sales_date") else None,
-                _date(reply.latest_sales_date) if reply.HasField("latest_sales_date") else None,
+                values.date(reply.earliest_sales_date) if reply.HasField("earliest_sales_date") else None,
+                values.date(reply.latest_sales_date) if reply.HasField("latest_sales_date") else None,
                 reply.time_zone,
             )
 
@@ -250,7 +229,7 @@ class PosClient:
             request = customers_service_pb2.CreateCustomerRequest(customer_id=customer_id or str(uuid.uuid4()))
         reply = self._call(self._customers.CreateCustomer, request)
         with errors.reading(errors.CallFailed):
-            return _customer(reply.customer)
+            return values.customer(reply.customer)
 
     def get_customer(self, customer_id: str) -> Customer:
         """Read one customer.
@@ -262,7 +241,7 @@ class PosClient:
             request = customers_service_pb2.GetCustomerRequest(customer_id=customer_id)
         reply = self._call(self._customers.GetCustomer, request)
         with errors.reading(errors.CallFailed):
-            return _customer(reply.customer)
+            return values.customer(reply.customer)
 
     def list_customers(self, beginning_with: str = "") -> Iterator[Customer]:
         """All customers by id, or those whose id begins so; fetched page by page."""
@@ -270,7 +249,7 @@ class PosClient:
             request = customers_service_pb2.ListCustomersRequest(customer_id_prefix=beginning_with)
         for page in self._call.pages(self._customers.ListCustomers, request):
             with errors.reading(errors.CallFailed):
-                customers = [_customer(each) for each in page.customers]
+                customers = [values.customer(each) for each in page.customers]
             yield from customers
 
 
@@ -288,50 +267,3 @@ def _control_totals_requests(
         )
         requests.append(request)
     return requests
-
-
-def _recorded(reply: purchases_service_pb2.CreatePurchaseResponse) -> Recorded:
-    return Recorded(_purchase(reply.purchase), reply.replayed, reply.consistency_token)
-
-
-def _purchase(message: purchase_pb2.Purchase) -> Purchase:
-    return Purchase(
-        purchase_id=message.purchase_id,
-        receipt_id=message.receipt_id,
-        branch_id=message.branch_id,
-        cashier_id=message.cashier_id,
-        pos_id=message.pos_id,
-        items=tuple([Item(item.product_id, cents(item.unit_price.value)) for item in message.items]),
-        customer_id=message.customer_id if message.HasField("customer_id") else None,
-        purchase_time=_moment(message.purchase_time),
-        create_time=_moment(message.create_time),
-        total_cents=cents(message.total_amount.value),
-    )
-
-
-def _customer(message: customers_service_pb2.Customer) -> Customer:
-    return Customer(message.customer_id, _moment(message.create_time))
-
-
-def day_totals(row: purchases_service_pb2.ControlTotals | analytics_service_pb2.DailySales) -> DayTotals:
-    return DayTotals(
-        _date(row.sales_date),
-        row.branch_id,
-        row.purchase_count,
-        row.purchase_with_customer_count,
-        row.item_count,
-        cents(row.revenue.value),
-    )
-
-
-def cents(amount: str) -> int:
-    """`142.50` → 14250. The services print two fraction digits always; sums may be of any length."""
-    return int(amount.replace(".", ""))
-
-
-def _date(value: date_pb2.Date) -> datetime.date:
-    return datetime.date(value.year, value.month, value.day)
-
-
-def _moment(value: timestamp_pb2.Timestamp) -> datetime.datetime:
-    return value.ToDatetime(datetime.UTC)

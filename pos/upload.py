@@ -1,5 +1,6 @@
 """Sending a backlog: hundreds of sales a message, a few messages on their way, and after any break on with the rest."""
 
+import math
 import queue
 import time
 from collections import deque
@@ -51,21 +52,23 @@ class Uploader(Generic[S, A]):
         """
         self._method, self._encode, self._decode, self._pause = method, encode, decode, pause
         self._answer_timeout_s, self._total_timeout_s = answer_timeout_s, total_timeout_s
+        self._until = math.inf
 
-    def send(self, sales: Iterable[S]) -> Iterator[tuple[S, A | PosError]]:
+    def send(self, sales: Iterable[S], within_s: float = math.inf) -> Iterator[tuple[S, A | PosError]]:
         """Each sale with its answer, or with why it was refused, in any order. Sales are taken as they are needed.
 
         A sale whose time is a little ahead of the service's clock is sent again when that time has come, at the end.
 
         Raises:
-            PosError: no answer for too long, or the service does not let this client send sales. All sales that were
-                not yielded are to be sent again.
+            PosError: no answer for too long, or not all of them `within_s`, or the service does not let this client
+                send sales. All sales that were not yielded are to be sent again.
         """
+        self._until = time.monotonic() + within_s
         with errors.sending():
             source = iter(sales)
         early: list[tuple[S, ClockAhead]] = []
         for sale, outcome in self._send(source):
-            if isinstance(outcome, ClockAhead) and _time_left_s(outcome) < self._total_timeout_s:
+            if isinstance(outcome, ClockAhead) and time.monotonic() + _time_left_s(outcome) < self._give_up_at():
                 early.append((sale, outcome))
             else:
                 yield sale, outcome
@@ -81,12 +84,12 @@ class Uploader(Generic[S, A]):
             return again.popleft() if again else next(source, _End.END)
 
         backoff_s = FIRST_BACKOFF_S
-        give_up_at = time.monotonic() + self._total_timeout_s
+        give_up_at = self._give_up_at()
         while True:
             stream = _Stream(self._encode, take)
-            for sale, result in stream.run(self._method, self._answer_timeout_s):
+            for sale, result in stream.run(self._method, self._answer_timeout_s, self._until):
                 backoff_s = FIRST_BACKOFF_S
-                give_up_at = time.monotonic() + self._total_timeout_s
+                give_up_at = self._give_up_at()
                 yield sale, self._outcome(result)
             if stream.finished:
                 return
@@ -99,6 +102,10 @@ class Uploader(Generic[S, A]):
                 raise failure
             self._pause(pause_s, failure)
             backoff_s = min(BACKOFF_FACTOR * backoff_s, MOST_BACKOFF_S)
+
+    def _give_up_at(self) -> float:
+        """If no answer comes from now on."""
+        return min(time.monotonic() + self._total_timeout_s, self._until)
 
     def _outcome(self, result: pb2.PurchaseUploadResult | PosError) -> A | PosError:
         if isinstance(result, PosError):
@@ -139,11 +146,14 @@ class _Stream(Generic[S]):
     def finished(self) -> bool:
         return self._exhausted and not self.open
 
-    def run(self, method: Any, answer_timeout_s: float) -> Iterator[tuple[S, pb2.PurchaseUploadResult | PosError]]:
+    def run(
+        self, method: Any, answer_timeout_s: float, until: float
+    ) -> Iterator[tuple[S, pb2.PurchaseUploadResult | PosError]]:
         """The results, but for sales that are told to come again."""
         requests: Requests = queue.SimpleQueue()
+        timeout_s = min(STREAM_S + answer_timeout_s, max(until - time.monotonic(), 0.0))
         try:
-            call = method(iter(requests.get, None), timeout=STREAM_S + answer_timeout_s)
+            call = method(iter(requests.get, None), timeout=timeout_s)
         except ValueError as error:  # how gRPC says that the channel is closed, as by another thread
             raise errors.of_sale(Status(grpc.StatusCode.CANCELLED, str(error))) from None
         ends = time.monotonic() + STREAM_S

@@ -19,9 +19,11 @@ from purchases_svc.backlog import STATEMENT_TIMEOUT_S as WATCH_TIMEOUT_S
 from purchases_svc.backlog import Backlog
 from purchases_svc.commands import partitions as partitions_command
 from purchases_svc.commands import retention as retention_command
+from purchases_svc.commands import tills as tills_command
 from purchases_svc.partitions import Partitions
 from purchases_svc.primary import Primary
 from purchases_svc.settings import MigrateSettings, ServeSettings
+from purchases_svc.till_watch import TillWatch
 from purchases_svc.upload import Uploads
 from retail.purchases.v1 import customers_service_pb2_grpc as customers_grpc
 from retail.purchases.v1 import purchases_service_pb2_grpc as purchases_grpc
@@ -138,6 +140,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
                 retaining.keep(),
                 backlog.watch(),
                 primary.watch(),
+                TillWatch(watch_pool).watch(),
             ),
         ):
             await primary.look()
@@ -215,6 +218,18 @@ def _retention(keep_months: int | None, keep_outbox_days: int | None) -> None:
     config = cli.of_environment_or_local_stack(MigrateSettings, "purchases")
     logs.configure("purchases-retention", config.log_level)
     retention_command.run(config.database_url, keep_months, keep_outbox_days)
+
+
+@commands.command("tills")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def _tills(as_json: bool) -> int:
+    """Show tills whose sales are missing for more than a day, or came with a number twice.
+
+    The exit code is 1 if there are any. Of one till, GetTillState tells which numbers.
+    """
+    config = cli.of_environment_or_local_stack(ServeSettings, "purchases")
+    logs.configure("purchases-tills", config.log_level)
+    return 1 if asyncio.run(tills_command.run(config, as_json=as_json)) else 0
 
 
 main = commands.run

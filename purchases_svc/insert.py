@@ -7,7 +7,7 @@ from typing import LiteralString
 
 from chassis.postgres import Connection
 from chassis.wire import cents_text
-from purchases_svc.sale import Purchase, rfc3339
+from purchases_svc.sale import JournalEntry, Purchase, rfc3339
 
 # One statement is one transaction. Everything hangs on `new_receipt` and `new_key`: what gets in has both, what does
 # not leaves nothing behind. Of sales whose key and customer allow it, those with a free receipt number get in.
@@ -64,6 +64,29 @@ WITH input AS MATERIALIZED (
 )
 SELECT n FROM input WHERE purchase_id NOT IN (SELECT purchase_id FROM accepted)
 """
+# The same, with places in tills' journals. A statement of its own, so that sales without one pay nothing. A place that
+# another sale has refuses nobody: both are noted, and the till's disk is what somebody has to look at.
+_WITH_JOURNALS: LiteralString = (
+    _INSERT.replace(
+        "r.event, e.event_id",
+        "r.event, r.epoch, r.sequence, r.clock_offset_ms, e.event_id",
+    )
+    .replace("event jsonb)", "event jsonb, epoch uuid, sequence bigint, clock_offset_ms bigint)")
+    .replace(
+        "), new_event AS (",
+        """), new_place AS (
+    INSERT INTO till_sales (branch_id, pos_id, epoch, sequence, purchase_id, clock_offset_ms)
+    SELECT branch_id, pos_id, epoch, sequence, purchase_id, clock_offset_ms FROM accepted WHERE epoch IS NOT NULL
+    ORDER BY branch_id, pos_id, epoch, sequence
+    ON CONFLICT DO NOTHING
+    RETURNING purchase_id
+), taken_place AS (
+    INSERT INTO till_conflicts (branch_id, pos_id, epoch, sequence, purchase_id)
+    SELECT branch_id, pos_id, epoch, sequence, purchase_id FROM accepted
+    WHERE epoch IS NOT NULL AND purchase_id NOT IN (SELECT purchase_id FROM new_place)
+), new_event AS (""",
+    )
+)
 
 
 NO_TRACES: Mapping[int, str] = MappingProxyType({})
@@ -75,7 +98,9 @@ async def insert(
     """Store purchases with their events; returns the positions of those that were not stored, because something in the
     database forbids it. `traceparents` go with the events of those that are traced, by their place."""
     rows = f"[{','.join(_row(n, purchase, traceparents.get(n)) for n, purchase in enumerate(purchases))}]"
-    cursor = await connection.execute(_INSERT, {"rows": rows}, prepare=True)
+    any_journal = any(purchase.sale.journal is not None for purchase in purchases)
+    statement = _WITH_JOURNALS if any_journal else _INSERT
+    cursor = await connection.execute(statement, {"rows": rows}, prepare=True)
     return {n for (n,) in await cursor.fetchall()}
 
 
@@ -83,7 +108,13 @@ def _row(n: int, purchase: Purchase, traceparent: str | None) -> str:
     """The event, which is all there is to know of a purchase; what else the statement needs beside it."""
     register = "true" if purchase.sale.register_customer else "false"
     trace = f'"traceparent":"{traceparent}",' if traceparent else ""
-    return f'{{"n":{n},"register_customer":{register},{trace}"event":{event_json(purchase)}}}'
+    place = _place(purchase.sale.journal) if purchase.sale.journal else ""
+    return f'{{"n":{n},"register_customer":{register},{trace}{place}"event":{event_json(purchase)}}}'
+
+
+def _place(journal: JournalEntry) -> str:
+    offset_ms = "null" if journal.clock_offset_ms is None else journal.clock_offset_ms
+    return f'"epoch":"{journal.epoch}","sequence":{journal.sequence},"clock_offset_ms":{offset_ms},'
 
 
 def event_json(purchase: Purchase) -> str:

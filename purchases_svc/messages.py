@@ -11,11 +11,21 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.type import decimal_pb2
 
 from chassis import wire
-from chassis.errors import VIOLATIONS_MAX, FieldReason, Violation
+from chassis.errors import VIOLATIONS_MAX, FieldReason, InvalidRequest, Violation
 from purchases_svc.answers import Recorded
 from purchases_svc.errors import InvalidPurchase
-from purchases_svc.sale import ITEMS_MAX, POS_ID_LENGTH_MAX, PRODUCT_ID_MAX, RECEIPT_ID_LENGTH_MAX, Item, Purchase, Sale
-from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
+from purchases_svc.sale import (
+    ITEMS_MAX,
+    POS_ID_LENGTH_MAX,
+    PRODUCT_ID_MAX,
+    RECEIPT_ID_LENGTH_MAX,
+    Item,
+    JournalEntry,
+    Purchase,
+    Sale,
+)
+from purchases_svc.tills import SEQUENCE_MAX, VOIDS_MAX, Report, State, Till
+from retail.purchases.v1 import purchase_pb2, purchases_service_pb2, till_pb2
 
 # No legal sale has more than 100,000. What is larger is not even read: half a million broken items fit into a megabyte.
 SALE_BYTES_MAX = 128 << 10
@@ -75,6 +85,7 @@ def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
         if purchase_time is None:
             violations.append(Violation("purchase.purchase_time", wire.TIME_RULE, FieldReason.NOT_A_TIME))
 
+    journal = _parse_journal_entry(request, violations) if request.HasField("journal_entry") else None
     items, sum_cents = _parse_items(purchase, violations)
     if purchase.HasField("total_amount"):
         total_cents = wire.parse_cents(purchase.total_amount.value)
@@ -98,6 +109,100 @@ def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:
         sum_cents,
         items,
         request.register_customer,
+        journal,
+    )
+
+
+def _parse_journal_entry(
+    request: purchases_service_pb2.CreatePurchaseRequest, violations: list[Violation]
+) -> JournalEntry:
+    entry = request.journal_entry
+    epoch = wire.parse_uuid(entry.epoch)
+    if epoch is None:
+        violations.append(Violation("journal_entry.epoch", wire.UUID_RULE, FieldReason.NOT_A_UUID))
+    wire.check_id("journal_entry.sequence", entry.sequence, violations, SEQUENCE_MAX)
+    return JournalEntry(
+        epoch or "", entry.sequence, entry.clock_offset_ms if entry.HasField("clock_offset_ms") else None
+    )
+
+
+def parse_till(
+    request: purchases_service_pb2.GetTillStateRequest,
+) -> tuple[Till, str | None]:
+    """The till, and the journal if one is named.
+
+    Raises:
+        InvalidRequest: naming every violation at once.
+    """
+    violations: list[Violation] = []
+    till = _parse_till(request, violations)
+    epoch = _parse_epoch(request.epoch, violations) if request.HasField("epoch") else None
+    if violations:
+        raise InvalidRequest(violations)
+    return till, epoch
+
+
+def parse_report(request: purchases_service_pb2.ReportTillRequest) -> Report:
+    """What a till says of its journal.
+
+    Raises:
+        InvalidRequest: naming every violation at once.
+    """
+    violations: list[Violation] = []
+    till, epoch = _parse_till(request, violations), _parse_epoch(request.epoch, violations)
+    wire.check_id("first_sequence", request.first_sequence, violations, SEQUENCE_MAX)
+    if not request.first_sequence - 1 <= request.last_sequence <= SEQUENCE_MAX:
+        rule = f"must be at least first_sequence - 1, and at most {SEQUENCE_MAX:,}"
+        violations.append(Violation("last_sequence", rule, FieldReason.BAD_RANGE))
+    if len(request.void_sequences) > VOIDS_MAX:
+        rule = f"must have at most {VOIDS_MAX:,} numbers"
+        violations.append(Violation("void_sequences", rule, FieldReason.TOO_MANY))
+    elif any(not request.first_sequence <= number <= request.last_sequence for number in request.void_sequences):
+        rule = "must be from first_sequence to last_sequence"
+        violations.append(Violation("void_sequences", rule, FieldReason.BAD_RANGE))
+    if violations:
+        raise InvalidRequest(violations)
+    return Report(
+        till,
+        epoch,
+        request.first_sequence,
+        request.last_sequence,
+        sorted(set(request.void_sequences)),
+        request.clock_offset_ms if request.HasField("clock_offset_ms") else None,
+    )
+
+
+def _parse_till(
+    request: purchases_service_pb2.GetTillStateRequest | purchases_service_pb2.ReportTillRequest,
+    violations: list[Violation],
+) -> Till:
+    wire.check_id("branch_id", request.branch_id, violations)
+    _check_pos_id(request.pos_id, violations, "pos_id")
+    return Till(request.branch_id, request.pos_id)
+
+
+def _parse_epoch(text: str, violations: list[Violation]) -> str:
+    epoch = wire.parse_uuid(text)
+    if epoch is None:
+        violations.append(Violation("epoch", wire.UUID_RULE, FieldReason.NOT_A_UUID))
+    return epoch or ""
+
+
+def to_till_state(state: State) -> till_pb2.TillState:
+    return till_pb2.TillState(
+        branch_id=state.till.branch_id,
+        pos_id=state.till.pos_id,
+        epoch=state.epoch,
+        first_sequence=state.first_sequence,
+        complete_through=state.complete_through,
+        highest_sequence=state.highest_sequence,
+        reported_through=state.reported_through,
+        missing=[till_pb2.SequenceRange(first=first, last=last) for first, last in state.missing],
+        missing_count=state.missing_count,
+        missing_since_time=wire.timestamp(state.missing_since) if state.missing_since else None,
+        conflict_count=state.conflict_count,
+        report_time=wire.timestamp(state.reported_at) if state.reported_at else None,
+        clock_offset_ms=state.clock_offset_ms,
     )
 
 
@@ -174,8 +279,7 @@ def _check_receipt_id(text: str, violations: list[Violation]) -> None:
         violations.append(Violation(path, CARD_RULE, FieldReason.CARD_NUMBER))
 
 
-def _check_pos_id(text: str, violations: list[Violation]) -> None:
-    path = "purchase.pos_id"
+def _check_pos_id(text: str, violations: list[Violation], path: str = "purchase.pos_id") -> None:
     if POS_ID.fullmatch(text):  # nearly always
         if wire.holds_card_number(text):
             violations.append(Violation(path, CARD_RULE, FieldReason.CARD_NUMBER))

@@ -22,6 +22,14 @@ class Item(NamedTuple):
     price_cents: int
 
 
+class JournalEntry(NamedTuple):
+    """Where a sale stands in its till's own journal. No part of the sale."""
+
+    epoch: str
+    sequence: int
+    clock_offset_ms: int | None
+
+
 class Sale(NamedTuple):
     """A sale that keeps the rules. Ids are UUIDs in canonical lower-case text, amounts whole cents."""
 
@@ -35,9 +43,12 @@ class Sale(NamedTuple):
     total_cents: int
     items: tuple[Item, ...]
     register_customer: bool
+    journal: JournalEntry | None = None
 
     def content(self) -> tuple[object, ...]:
-        """What makes two sales the same: everything but the order of items and how the customer got registered."""
+        """What makes two sales the same: everything but the order of items, how the customer got registered, and where
+        its till has it.
+        """
         return (
             self.receipt_id,
             self.branch_id,

@@ -15,7 +15,7 @@ from chassis.errors import DatabaseUnavailable, FieldReason, InvalidRequest, Ove
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool, on_standby
 from chassis.shares import Shares
-from purchases_svc import control_totals, customers, messages, pages, recorded_days, windows
+from purchases_svc import control_totals, customers, messages, pages, recorded_days, tills, windows
 from purchases_svc.errors import CustomerNotFound, PurchaseNotFound
 from purchases_svc.record import Recorder
 from purchases_svc.upload import Uploads
@@ -168,6 +168,26 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             as_of_time=wire.timestamp(recorded.as_of),
             time_zone=self._zone.key,
         )
+
+    async def ReportTill(
+        self, request: purchases_service_pb2.ReportTillRequest, context: Any
+    ) -> purchases_service_pb2.ReportTillResponse:
+        told = messages.parse_report(request)
+        async with _reading(self._shares, context) as connection:
+            state = await tills.report(connection, told)
+        return purchases_service_pb2.ReportTillResponse(
+            state=messages.to_till_state(state),
+            server_time=wire.timestamp(datetime.datetime.now(datetime.UTC)),
+            time_zone=self._zone.key,
+        )
+
+    async def GetTillState(
+        self, request: purchases_service_pb2.GetTillStateRequest, context: Any
+    ) -> purchases_service_pb2.GetTillStateResponse:
+        till, epoch = messages.parse_till(request)
+        async with _reading(self._shares, context) as connection:
+            states = [await tills.state(connection, till, epoch)] if epoch else await tills.states(connection, till)
+        return purchases_service_pb2.GetTillStateResponse(states=map(messages.to_till_state, states))
 
     @grpc_guard.reading(messages.unopened)
     async def UploadPurchases(

@@ -19,7 +19,8 @@ EVENTS = Path(__file__).parent.parent.parent / "proto" / "events"
 
 SERVICES = {
     "retail.purchases.v1.PurchasesService": (
-        "CreatePurchase GetPurchase ListPurchases UploadPurchases ListControlTotals ListRecordedDays ExportPurchases"
+        "CreatePurchase GetPurchase ListPurchases UploadPurchases ListControlTotals ListRecordedDays ReportTill"
+        " GetTillState ExportPurchases"
     ),
     "retail.purchases.v1.CustomersService": "CreateCustomer GetCustomer ListCustomers",
     "retail.relay.v1.OutboxService": "GetOutboxStatus ListOutboxEvents RequeueEvents ListCommittedEventIds",

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TIMEOUT_S = 300.0
-TILLS_MODULES = ("pos", "pos.client", "pos.upload", "pos.calls", "pos.errors")
+TILLS_MODULES = ("pos", "pos.client", "pos.journal", "pos.upload", "pos.calls", "pos.errors")
 COMMANDS = ("retail-purchases", "retail-relay", "retail-analytics", "retail-pos")
 
 SELL = """

@@ -12,6 +12,7 @@ from google.rpc import status_pb2 as _status_pb2
 from google.type import date_pb2 as _date_pb2
 from google.type import decimal_pb2 as _decimal_pb2
 from retail.purchases.v1 import purchase_pb2 as _purchase_pb2
+from retail.purchases.v1 import till_pb2 as _till_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -32,6 +33,7 @@ class CreatePurchaseRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     PURCHASE_FIELD_NUMBER: _builtins.int
     REGISTER_CUSTOMER_FIELD_NUMBER: _builtins.int
+    JOURNAL_ENTRY_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """UUID made by the client once per sale and sent again with every retry."""
     register_customer: _builtins.bool
@@ -42,16 +44,23 @@ class CreatePurchaseRequest(_message.Message):
     def purchase(self) -> _purchase_pb2.Purchase:
         """The sale. Output-only fields are ignored."""
 
+    @_builtins.property
+    def journal_entry(self) -> _till_pb2.JournalEntry:
+        """Where the sale stands in the till's own journal, if the till keeps one. It is
+        no part of the sale: a retry with another one is still the same sale.
+        """
+
     def __init__(
         self,
         *,
         idempotency_key: _builtins.str = ...,
         purchase: _purchase_pb2.Purchase | None = ...,
         register_customer: _builtins.bool = ...,
+        journal_entry: _till_pb2.JournalEntry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["purchase", b"purchase"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["journal_entry", b"journal_entry", "purchase", b"purchase"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "purchase", b"purchase", "register_customer", b"register_customer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "journal_entry", b"journal_entry", "purchase", b"purchase", "register_customer", b"register_customer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -625,3 +634,147 @@ class ExportPurchasesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportPurchasesResponse: _TypeAlias = ExportPurchasesResponse  # noqa: Y015
+
+@_typing.final
+class ReportTillRequest(_message.Message):
+    """Request of ReportTill."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BRANCH_ID_FIELD_NUMBER: _builtins.int
+    POS_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    VOID_SEQUENCES_FIELD_NUMBER: _builtins.int
+    CLOCK_OFFSET_MS_FIELD_NUMBER: _builtins.int
+    branch_id: _builtins.int
+    """Branch of the till."""
+    pos_id: _builtins.str
+    """The till."""
+    epoch: _builtins.str
+    """UUID of its journal."""
+    first_sequence: _builtins.int
+    """The journal's first number: 1 to 2^62."""
+    last_sequence: _builtins.int
+    """The last number that it has given out; first_sequence - 1 while there is
+    none.
+    """
+    clock_offset_ms: _builtins.int
+    """As in JournalEntry."""
+    @_builtins.property
+    def void_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers that no sale will ever come with, 1,000 at most: the disk refused
+        them, or a person has settled a sale that was refused.
+        """
+
+    def __init__(
+        self,
+        *,
+        branch_id: _builtins.int = ...,
+        pos_id: _builtins.str = ...,
+        epoch: _builtins.str = ...,
+        first_sequence: _builtins.int = ...,
+        last_sequence: _builtins.int = ...,
+        void_sequences: _abc.Iterable[_builtins.int] | None = ...,
+        clock_offset_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clock_offset_ms", b"_clock_offset_ms", "clock_offset_ms", b"clock_offset_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clock_offset_ms", b"_clock_offset_ms", "branch_id", b"branch_id", "clock_offset_ms", b"clock_offset_ms", "epoch", b"epoch", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "pos_id", b"pos_id", "void_sequences", b"void_sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clock_offset_ms: _TypeAlias = _typing.Literal["clock_offset_ms"]  # noqa: Y015
+    _WhichOneofArgType__clock_offset_ms: _TypeAlias = _typing.Literal["_clock_offset_ms", b"_clock_offset_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clock_offset_ms) -> _WhichOneofReturnType__clock_offset_ms | None: ...
+
+Global___ReportTillRequest: _TypeAlias = ReportTillRequest  # noqa: Y015
+
+@_typing.final
+class ReportTillResponse(_message.Message):
+    """Response of ReportTill."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    SERVER_TIME_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    time_zone: _builtins.str
+    """IANA name of the time zone that cuts the business days."""
+    @_builtins.property
+    def state(self) -> _till_pb2.TillState:
+        """What the server has of this journal."""
+
+    @_builtins.property
+    def server_time(self) -> _timestamp_pb2.Timestamp:
+        """The server's clock."""
+
+    def __init__(
+        self,
+        *,
+        state: _till_pb2.TillState | None = ...,
+        server_time: _timestamp_pb2.Timestamp | None = ...,
+        time_zone: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["server_time", b"server_time", "state", b"state"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["server_time", b"server_time", "state", b"state", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportTillResponse: _TypeAlias = ReportTillResponse  # noqa: Y015
+
+@_typing.final
+class GetTillStateRequest(_message.Message):
+    """Request of GetTillState."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BRANCH_ID_FIELD_NUMBER: _builtins.int
+    POS_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    branch_id: _builtins.int
+    """Branch of the till."""
+    pos_id: _builtins.str
+    """The till."""
+    epoch: _builtins.str
+    """Only this journal (UUID); all of the till's, 100 at most, when absent."""
+    def __init__(
+        self,
+        *,
+        branch_id: _builtins.int = ...,
+        pos_id: _builtins.str = ...,
+        epoch: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "epoch", b"epoch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "branch_id", b"branch_id", "epoch", b"epoch", "pos_id", b"pos_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
+    _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
+
+Global___GetTillStateRequest: _TypeAlias = GetTillStateRequest  # noqa: Y015
+
+@_typing.final
+class GetTillStateResponse(_message.Message):
+    """Response of GetTillState."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def states(self) -> _containers.RepeatedCompositeFieldContainer[_till_pb2.TillState]:
+        """The journals, that which reported last first."""
+
+    def __init__(
+        self,
+        *,
+        states: _abc.Iterable[_till_pb2.TillState] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["states", b"states"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTillStateResponse: _TypeAlias = GetTillStateResponse  # noqa: Y015

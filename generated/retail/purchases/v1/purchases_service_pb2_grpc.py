@@ -74,6 +74,16 @@ class PurchasesServiceStub:
                 request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysRequest.SerializeToString,
                 response_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysResponse.FromString,
                 _registered_method=True)
+        self.ReportTill = channel.unary_unary(
+                '/retail.purchases.v1.PurchasesService/ReportTill',
+                request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ReportTillRequest.SerializeToString,
+                response_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ReportTillResponse.FromString,
+                _registered_method=True)
+        self.GetTillState = channel.unary_unary(
+                '/retail.purchases.v1.PurchasesService/GetTillState',
+                request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateRequest.SerializeToString,
+                response_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateResponse.FromString,
+                _registered_method=True)
         self.ExportPurchases = channel.unary_stream(
                 '/retail.purchases.v1.PurchasesService/ExportPurchases',
                 request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ExportPurchasesRequest.SerializeToString,
@@ -151,6 +161,22 @@ class PurchasesServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportTill(self, request, context):
+        """Tells the server what a till's journal has given out, and is told what of it
+        is recorded. A till does so before it sends what waits: then it learns whether its
+        disk is an old copy of itself, and the server, what to wait for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTillState(self, request, context):
+        """Tells what is recorded of a till's journals, the latest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportPurchases(self, request, context):
         """Streams every purchase of a range of business days together with its
         event's id, one day after the other, each day from one snapshot. A server
@@ -196,6 +222,16 @@ def add_PurchasesServiceServicer_to_server(servicer, server):
                     servicer.ListRecordedDays,
                     request_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysRequest.FromString,
                     response_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysResponse.SerializeToString,
+            ),
+            'ReportTill': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportTill,
+                    request_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ReportTillRequest.FromString,
+                    response_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ReportTillResponse.SerializeToString,
+            ),
+            'GetTillState': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTillState,
+                    request_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateRequest.FromString,
+                    response_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateResponse.SerializeToString,
             ),
             'ExportPurchases': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportPurchases,
@@ -375,6 +411,60 @@ class PurchasesService:
             '/retail.purchases.v1.PurchasesService/ListRecordedDays',
             retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysRequest.SerializeToString,
             retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListRecordedDaysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportTill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/retail.purchases.v1.PurchasesService/ReportTill',
+            retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ReportTillRequest.SerializeToString,
+            retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ReportTillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTillState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/retail.purchases.v1.PurchasesService/GetTillState',
+            retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateRequest.SerializeToString,
+            retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

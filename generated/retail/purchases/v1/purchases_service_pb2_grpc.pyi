@@ -74,6 +74,13 @@ class PurchasesServiceStub:
     It costs a look-up for each day between the first and the last sale,
     however many purchases there are. Only the primary answers.
     """
+    ReportTill: _grpc.UnaryUnaryMultiCallable[_purchases_service_pb2.ReportTillRequest, _purchases_service_pb2.ReportTillResponse]
+    """Tells the server what a till's journal has given out, and is told what of it
+    is recorded. A till does so before it sends what waits: then it learns whether its
+    disk is an old copy of itself, and the server, what to wait for.
+    """
+    GetTillState: _grpc.UnaryUnaryMultiCallable[_purchases_service_pb2.GetTillStateRequest, _purchases_service_pb2.GetTillStateResponse]
+    """Tells what is recorded of a till's journals, the latest first."""
     ExportPurchases: _grpc.UnaryStreamMultiCallable[_purchases_service_pb2.ExportPurchasesRequest, _purchases_service_pb2.ExportPurchasesResponse]
     """Streams every purchase of a range of business days together with its
     event's id, one day after the other, each day from one snapshot. A server
@@ -130,6 +137,13 @@ class PurchasesServiceAsyncStub(PurchasesServiceStub):
     It costs a look-up for each day between the first and the last sale,
     however many purchases there are. Only the primary answers.
     """
+    ReportTill: _aio.UnaryUnaryMultiCallable[_purchases_service_pb2.ReportTillRequest, _purchases_service_pb2.ReportTillResponse]  # type: ignore[assignment]
+    """Tells the server what a till's journal has given out, and is told what of it
+    is recorded. A till does so before it sends what waits: then it learns whether its
+    disk is an old copy of itself, and the server, what to wait for.
+    """
+    GetTillState: _aio.UnaryUnaryMultiCallable[_purchases_service_pb2.GetTillStateRequest, _purchases_service_pb2.GetTillStateResponse]  # type: ignore[assignment]
+    """Tells what is recorded of a till's journals, the latest first."""
     ExportPurchases: _aio.UnaryStreamMultiCallable[_purchases_service_pb2.ExportPurchasesRequest, _purchases_service_pb2.ExportPurchasesResponse]  # type: ignore[assignment]
     """Streams every purchase of a range of business days together with its
     event's id, one day after the other, each day from one snapshot. A server
@@ -219,6 +233,25 @@ class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
         It costs a look-up for each day between the first and the last sale,
         however many purchases there are. Only the primary answers.
         """
+
+    @_abc_1.abstractmethod
+    def ReportTill(
+        self,
+        request: _purchases_service_pb2.ReportTillRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_purchases_service_pb2.ReportTillResponse, _abc.Awaitable[_purchases_service_pb2.ReportTillResponse]]:
+        """Tells the server what a till's journal has given out, and is told what of it
+        is recorded. A till does so before it sends what waits: then it learns whether its
+        disk is an old copy of itself, and the server, what to wait for.
+        """
+
+    @_abc_1.abstractmethod
+    def GetTillState(
+        self,
+        request: _purchases_service_pb2.GetTillStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_purchases_service_pb2.GetTillStateResponse, _abc.Awaitable[_purchases_service_pb2.GetTillStateResponse]]:
+        """Tells what is recorded of a till's journals, the latest first."""
 
     @_abc_1.abstractmethod
     def ExportPurchases(
