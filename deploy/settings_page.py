@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
+import pos.settings as pos
 from analytics_svc import settings as analytics
 from chassis.settings import settings_of
 from chassis.tls import TlsSettings
 from chassis.traces import TraceSettings
 from pages_svc import settings as pages
-from pos import demo
 from purchases_svc import settings as purchases
 from relay_svc import settings as relay
 
@@ -23,7 +23,7 @@ PROCESSES: dict[str, tuple[type, ...]] = {
     TRACES: (TraceSettings,),
     EVERYWHERE: (TlsSettings,),
     "Where commands find the services": (
-        demo.Settings,
+        pos.Settings,
         relay.ClientSettings,
         analytics.ConsumerClientSettings,
         analytics.ReportSettings,

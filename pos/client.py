@@ -35,6 +35,7 @@ from pos.values import (
     TillReport,
     TillState,
     Uploaded,
+    cents,
 )
 from retail.purchases.v1 import customers_service_pb2, purchases_service_pb2
 from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
@@ -55,6 +56,7 @@ __all__ = [
     "TillReport",
     "TillState",
     "Uploaded",
+    "cents",
     "connect",
 ]
 

@@ -8,27 +8,15 @@ unreadable file, 130 on Ctrl-C.
 import itertools
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.progress import Progress
 
 from chassis import cli, tls, traces
 from chassis.lifecycle import FORCED_EXIT_CODE
-from chassis.settings import setting, target, text
-from chassis.traces import TraceSettings
 from pos import report
 from pos.analytics import AnalyticsClient
 from pos.audit import AuditClient
@@ -36,35 +24,18 @@ from pos.backlog import Backlog
 from pos.client import PosClient, Sale, connect
 from pos.control_totals import Comparison, wait_until_equal
 from pos.errors import PosError
+from pos.importing.reading import UnreadableFile
 from pos.lines import Identities
-from pos.replay import UnreadableFile, read_sales
+from pos.progress import waiting_for, work_progress
+from pos.replay import read_sales
 from pos.report import Answers, Sent
+from pos.settings import Settings
 from pos.simulator import simulate
 from pos.tills import SaleFailed, Tills
 
 READ_TIMEOUT_S = 180.0  # as patient as the tills are
 REFRESH_S = 0.1
 SEED = 1
-
-
-@dataclass(frozen=True)
-class Settings(tls.TlsSettings, TraceSettings):
-    purchases_target: str = setting(
-        "PURCHASES_TARGET", target, "host:port", "where the purchases service is found", default="127.0.0.1:50051"
-    )
-    analytics_target: str = setting(
-        "ANALYTICS_TARGET", target, "host:port", "where the query server is found", default="127.0.0.1:50052"
-    )
-    consumer_target: str = setting(
-        "CONSUMER_TARGET", target, "host:port", "where the consumer, which audits, is found", default="127.0.0.1:50054"
-    )
-    till_certificates: str = setting(
-        "TILL_CERTIFICATES",
-        text,
-        "directory",
-        "of the tills' certificates, branch-1-till-POS-3.pem and its key in …-key.pem, and of ca.pem",
-        default="",
-    )
 
 
 class Asked(NamedTuple):
@@ -117,7 +88,7 @@ def run(args: Asked, settings: Settings, console: Console) -> bool:
         PosError: a service did not answer in time.
     """
     sales = _sales(args, console)
-    with _progress(console) as progress:
+    with work_progress(console) as progress:
         credentials = tls.credentials(settings)
         identities = Identities(credentials, Path(settings.till_certificates) if settings.till_certificates else None)
         target, seed = settings.purchases_target, args.seed
@@ -147,7 +118,7 @@ def send(sender: Tills | Backlog, sales: int, progress: Progress) -> Sent:
         finished = False
         while not finished:
             finished = tills.wait(REFRESH_S)
-            progress.update(bar, completed=tills.recorded, note=_waiting(tills.trouble))
+            progress.update(bar, completed=tills.recorded, note=waiting_for(tills.trouble))
         seconds = time.monotonic() - started
     return Sent(tills.recorded, tills.replayed, tills.duplicates_sent, seconds)
 
@@ -159,7 +130,7 @@ def wait_and_ask(
     bar = progress.add_task("counted", total=None, note="")
 
     def pause(pause_s: float, why: PosError) -> None:
-        progress.update(bar, note=_waiting(why))
+        progress.update(bar, note=waiting_for(why))
         time.sleep(pause_s)
 
     def show(comparison: Comparison) -> None:
@@ -194,25 +165,3 @@ def _sales(args: Asked, console: Console) -> list[Sale]:
         sales = list(itertools.islice(simulate(args.seed), args.limit))
         console.print(f"{len(sales):,} purchases of a simulated chain, seed {args.seed}")
     return sales
-
-
-def _waiting(trouble: PosError | None) -> str:
-    return f"waits for the service ({trouble.status.reason or trouble.status.code.name})" if trouble else ""
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("[yellow]{task.fields[note]}"),
-        console=console,
-    )
-
-
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f}/s" if speed else "")
