@@ -17,6 +17,7 @@ from tests.bench.load import Job, LoadClient, load_client
 
 PAIRS = 9  # measured one after the other, at least
 AT_ONCE = 64
+PER_S = 1_000  # purchases: at the same rate, both have commits of the same size
 SCRAPED_EVERY_S = 1.0  # far more often than any Prometheus
 TRACED = "0.01"
 
@@ -42,7 +43,7 @@ def telemetry(
         "OTEL_TRACES_SAMPLER_ARG": TRACED,
     }
     none_of_it = {**settings, "LOG_LEVEL": "ERROR", "OTEL_SDK_DISABLED": "true"}
-    job = Job("create", AT_ONCE, measure_s)
+    job = Job("create", AT_ONCE, measure_s, PER_S)
     with (
         collecting(collector),
         stage.service("purchases", ("purchases_svc", "serve"), all_of_it, directory, metrics=page) as told,
