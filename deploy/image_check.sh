@@ -62,7 +62,7 @@ for label in title description version revision; do
   [[ $labels == *"org.opencontainers.image.$label:"* ]] || { echo "no label for its $label: $labels"; exit 1; }
 done
 mounted=$(images mount "$container")
-python3 - "$mounted/app/sbom.cdx.json" requirements.txt <<'END'
+python3 - "$mounted/app/sbom.cdx.json" requirements-otlp.txt <<'END'
 import json, re, sys
 parts = {part["name"].lower().replace("_", "-") for part in json.load(open(sys.argv[1]))["components"]}
 locked = {name.lower() for name in re.findall(r"^([\w.-]+)(?:\[[^]]*\])?==", open(sys.argv[2]).read(), re.MULTILINE)}
