@@ -11,11 +11,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from pos.journal.rows import State
 from retail.analytics.v1.analytics_service_pb2 import GetCustomerLoyaltyRequest
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 from retail.purchases.v1.purchases_service_pb2 import (
@@ -25,6 +27,7 @@ from retail.purchases.v1.purchases_service_pb2 import (
 )
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.faults.identities import READER, Identities
+from tests.faults.journal_till import JournalTill
 from tests.faults.ledger import Ledger, Sale
 
 ATTEMPT_TIMEOUT_S = 4.0
@@ -175,12 +178,16 @@ class Till:
         self._channels.append(tills.identities.channel(tills.analytics, READER, OPTIONS))
         self._analytics = AnalyticsServiceStub(self._channels[-1])
         self._both = ThreadPoolExecutor(2)
+        self._disk = TemporaryDirectory(prefix="till-")
+        self._journal = JournalTill(self._disk.name, self._branch, self._pos, self._channels[: len(targets)])
 
     def __enter__(self) -> "Till":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._both.shutdown()
+        self._journal.close()
+        self._disk.cleanup()
         for channel in self._channels:
             channel.close()
 
@@ -189,6 +196,7 @@ class Till:
         acts: list[tuple[float, Callable[[], int]]] = [
             (70, self.sell),
             (7, self._upload),
+            (5, self._offline),
             (5, self._repeat),
             (5, self._twins),
             (3, self._contradict),
@@ -258,6 +266,28 @@ class Till:
             if left:
                 self._wait()
         return len(sales)
+
+    def _offline(self) -> int:
+        """A till with a journal of its own, that was offline: what is on its disk is stored, each once, and the service
+        says that none of it is missing.
+        """
+        recorded = self._journal.record([self.sale() for _ in range(self._random.randint(1, 10))])
+        for sale in recorded:
+            self._ledger.sale_sent(sale)
+        while not self._tills.give_up.is_set() and not self._journal.flush(self._random):
+            for sale in recorded:
+                self._ledger.sale_unknown(sale, "in the journal")
+            self._wait()
+        for sale, state, told in self._journal.settled(recorded):
+            if state is State.STORED:
+                self.answers += 1
+                self._ledger.sale_ok(sale, told, "")
+            elif state is State.REFUSED:
+                self.answers += 1
+                self._ledger.sale_refused(sale, told.partition(":")[0])
+        if (missing := self._journal.missing(self._random)) is not None:
+            self._ledger.write("wrong", number=recorded[0].number, why=f"the service lacks of the journal {missing}")
+        return len(recorded)
 
     def _repeat(self) -> int:
         """A sale that was acknowledged long ago, sent again as it was: its answer must be the same."""
