@@ -10,7 +10,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import grpc
 import structlog
@@ -23,6 +24,7 @@ from chassis.errors import AccessRefused, ServiceError
 from chassis.identity import Caller
 from chassis.in_flight import InFlight, Stream
 from chassis.logs import Sampled
+from chassis.parts import Parts
 from chassis.rules import Rule
 
 SLOW_CALL_S = 1.0
@@ -52,7 +54,6 @@ _KINDS = {  # by whether requests, and whether answers, are streams
     (True, True): "bidi_stream",
 }
 
-T = TypeVar("T", bound=Callable[..., Any])
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 log = structlog.get_logger()
@@ -60,16 +61,6 @@ _refusals = Sampled("info", "call refused")
 _slow = Sampled("warning", "slow call")
 _trouble = Sampled("warning", "database trouble")
 _bugs = Sampled("error", "bug")
-
-
-def reading(deserialize: Callable[[bytes], Any]) -> Callable[[T], T]:
-    """A handler whose requests are made of bytes by `deserialize`, such as not to read all of a large one in one go."""
-
-    def mark(handler: T) -> T:
-        handler.deserialize = deserialize  # type: ignore[attr-defined]
-        return handler
-
-    return mark
 
 
 class Door(NamedTuple):
@@ -137,8 +128,8 @@ class _Guard:
         )
         self._takes_stream = handler.request_streaming
         self._message_bytes_max = door.streamed_bytes_max if self._takes_stream else door.message_bytes_max
-        self._whole = handler.request_deserializer
-        self._deserialize = getattr(self._behavior, "deserialize", self._whole)
+        self._deserialize = handler.request_deserializer
+        self._unopened: type[message.Message] | None = getattr(self._behavior, "unopened", None)  # see `parts.py`
         self._kind = _KINDS[handler.request_streaming, handler.response_streaming]
         _, service, name = method.split("/")
         # What takes a stream makes a span for each thing that comes on it; health and reflection are of no interest.
@@ -272,22 +263,20 @@ class _Guard:
             yield self._permitted(caller, raw)
 
     def _permitted(self, caller: Caller, raw: bytes) -> Any:
-        request = self._parse(raw, self._deserialize)
-        if self._gate.knows_callers:  # whatever the handler makes of the bytes, the gate looks at all that they say
-            whole = request if self._deserialize is self._whole else self._parse(raw, self._whole)
-            self._gate.check(self._rule, caller, whole)
-        return request
-
-    def _parse(self, raw: bytes, deserialize: Callable[[bytes], Any]) -> Any:
         if len(raw) > self._message_bytes_max:
             raise errors.MessageTooLarge(
                 f"a message may have at most {self._message_bytes_max:,} bytes; this one has {len(raw):,}",
                 metadata={"bytes_max": str(self._message_bytes_max), "bytes": str(len(raw))},
             )
-        try:
-            return deserialize(raw)
-        except message.DecodeError:
-            raise errors.MalformedMessage("the bytes are not a message of the expected type") from None
+        if self._unopened is None:
+            return self._opened(caller, raw)
+        return Parts(_parsed(self._unopened.FromString, raw), partial(self._opened, caller))
+
+    def _opened(self, caller: Caller, raw: bytes) -> Any:
+        """What the handler gets is what the gate has looked at."""
+        request = _parsed(self._deserialize, raw)
+        self._gate.check(self._rule, caller, request)
+        return request
 
     def _explain(self, error: BaseException, span: traces.Span | None, context: Any) -> ServiceError:
         try:
@@ -316,6 +305,13 @@ class _Guard:
             # Not the caller gave up, but something inside was cancelled. Without a status, it would wait for nothing.
             return errors.ShuttingDown("the call was interrupted; try again")
         raise error
+
+
+def _parsed(deserialize: Callable[[bytes], Any], raw: bytes) -> Any:
+    try:
+        return deserialize(raw)
+    except message.DecodeError:
+        raise errors.MalformedMessage("the bytes are not a message of the expected type") from None
 
 
 async def _abort(context: Any, method: str, kind: str, error: ServiceError, domain: str) -> None:

@@ -3,13 +3,14 @@
 No server starts with a method that has no rule, or one that cannot be kept.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.descriptor_pb2 import MethodOptions
-from google.protobuf.message import Message
 
 from chassis.identity import OF_A_BRANCH, ROLES, Caller
 from retail.access.v1 import access_pb2
@@ -22,6 +23,7 @@ RULES_OF_OTHERS: Mapping[str, tuple[str, ...]] = {
 }
 
 Field = tuple[FieldDescriptor, ...]  # the way to a field, through the messages around it
+Reader = Callable[[Any], Iterable[Any]]  # what a request has there
 
 
 class RuleMissing(Exception):
@@ -33,22 +35,22 @@ class Rule(NamedTuple):
 
     method: str  # /package.Service/Method
     roles: frozenset[str]
-    branches: tuple[Field, ...] = ()  # what in a request must be the caller's branch, if the caller has one
-    tills: tuple[Field, ...] = ()  # and its till
+    branches: tuple[Reader, ...] = ()  # what in a request must be the caller's branch, if the caller has one
+    tills: tuple[Reader, ...] = ()  # and its till
     names_one: bool = False  # a request that names no branch means them all
     changes: bool = False  # something
-    reserved: tuple[tuple[Field, str], ...] = ()  # what only one caller may set, and the path of its URI
+    reserved: tuple[tuple[Reader, str], ...] = ()  # what only one caller may set, and the path of its URI
 
     def oversteps(self, caller: Caller, request: Any) -> str:
         """What a request is about that is not the caller's: `branch`, `till` or `field`; empty when nothing is."""
-        if any(path != caller.path and any(_values(request, field)) for field, path in self.reserved):
+        if any(path != caller.path and any(read(request)) for read, path in self.reserved):
             return "field"
         if caller.role not in OF_A_BRANCH:
             return ""
-        named = [branch for field in self.branches for branch in _values(request, field)]
-        if any(branch != caller.branch_id for branch in named) or (self.names_one and not named):
+        named = {branch for read in self.branches for branch in read(request)}
+        if named - {caller.branch_id} or (self.names_one and not named):
             return "branch"
-        if any(pos_id != caller.pos_id for field in self.tills for pos_id in _values(request, field)):
+        if {pos_id for read in self.tills for pos_id in read(request)} - {caller.pos_id}:
             return "till"
         return ""
 
@@ -80,10 +82,10 @@ def _rule(name: str, method: MethodDescriptor) -> Rule | None:
     roles = frozenset(access_pb2.Role.Name(role).removeprefix("ROLE_").lower() for role in said.roles)
     if not roles <= set(ROLES):
         return None
-    branches = tuple(_fields(method.input_type, ("branch_id", "branch_ids")))
-    tills = tuple(_fields(method.input_type, ("pos_id",)))
+    branches = tuple(map(_reader, _fields(method.input_type, ("branch_id", "branch_ids"))))
+    tills = tuple(map(_reader, _fields(method.input_type, ("pos_id",))))
     changes = options.idempotency_level != MethodOptions.NO_SIDE_EFFECTS
-    reserved = tuple(_reserved(method.input_type))
+    reserved = tuple((_reader(way), path) for way, path in _reserved(method.input_type))
     rule = Rule(name, roles, changes=changes, reserved=reserved)
     match said.binding:
         case access_pb2.BINDING_ANY | access_pb2.BINDING_FINDS_OWN_BRANCH:
@@ -117,17 +119,22 @@ def _ways(kind: Descriptor, around: Field = ()) -> Iterator[Field]:
             yield from _ways(field.message_type, way)
 
 
-def _values(request: Message, way: Field) -> Iterator[Any]:
-    """What a request has there. An optional field that is not given has no value, any other has its default."""
-    field, *rest = way
-    value = getattr(request, field.name)
+def _reader(way: Field) -> Reader:
+    """Reads a field of a request; made once, for speed. An optional field that is not given has no value, any other has
+    its default.
+    """
+    for depth, field in enumerate(way[:-1]):
+        if field.is_repeated:
+            messages, of_each = _attribute(way[: depth + 1]), _reader(way[depth + 1 :])
+            return lambda request: chain.from_iterable(map(of_each, messages(request)))
+    value, field = _attribute(way), way[-1]
     if field.is_repeated:
-        for each in value:
-            if rest:
-                yield from _values(each, tuple(rest))
-            else:
-                yield each
-    elif rest:
-        yield from _values(value, tuple(rest))
-    elif not field.has_presence or request.HasField(field.name):
-        yield value
+        return value
+    if not field.has_presence:
+        return lambda request: (value(request),)
+    holder = _attribute(way[:-1]) if way[:-1] else lambda request: request
+    return lambda request: (value(request),) if holder(request).HasField(field.name) else ()
+
+
+def _attribute(way: Field) -> Callable[[Any], Any]:
+    return attrgetter(".".join(field.name for field in way))

@@ -4,10 +4,7 @@ Written for speed where it is on the path of every sale: one pass, whole cents, 
 """
 
 import re
-from collections.abc import Callable
-from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.type import decimal_pb2
 
 from chassis import wire
@@ -31,23 +28,6 @@ from retail.purchases.v1 import purchase_pb2, purchases_service_pb2, till_pb2
 SALE_BYTES_MAX = 128 << 10
 CARD_RULE = "must not hold 13 to 19 digits that may be a payment card's number"
 POS_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{POS_ID_LENGTH_MAX}}}")
-
-
-def _unopened() -> Callable[[bytes], Any]:
-    """UploadPurchasesRequest as its sales travel: on the wire, a message in a message is bytes."""
-    name = "UnopenedUploads"
-    uploads = purchases_service_pb2.UploadPurchasesRequest.DESCRIPTOR.fields_by_name["uploads"]
-    file = descriptor_pb2.FileDescriptorProto(name=f"{name}.proto", syntax="proto3")
-    field = file.message_type.add(name=name).field.add(name=uploads.name, number=uploads.number)
-    field.type, field.label = field.TYPE_BYTES, field.LABEL_REPEATED
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(name)).FromString
-
-
-# The bytes of each upload, in `uploads`. A megabyte of them may be half a million items, which take tens of
-# milliseconds to read: whoever reads them one after the other can let others have their turn.
-unopened = _unopened()
 
 
 def parse_sale(request: purchases_service_pb2.CreatePurchaseRequest) -> Sale:

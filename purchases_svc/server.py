@@ -10,9 +10,10 @@ from zoneinfo import ZoneInfo
 from google.protobuf import message
 from uuid_utils import uuid7
 
-from chassis import grpc_guard, identity, wire
+from chassis import identity, wire
 from chassis.errors import DatabaseUnavailable, FieldReason, InvalidRequest, Overloaded, Violation
 from chassis.grpc_server import CALL_TIMEOUT_S
+from chassis.parts import in_parts
 from chassis.postgres import Connection, Pool, on_standby
 from chassis.shares import Shares
 from purchases_svc import control_totals, customers, messages, pages, recorded_days, tills, windows
@@ -189,7 +190,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             states = [await tills.state(connection, till, epoch)] if epoch else await tills.states(connection, till)
         return purchases_service_pb2.GetTillStateResponse(states=map(messages.to_till_state, states))
 
-    @grpc_guard.reading(messages.unopened)
+    @in_parts(purchases_service_pb2.UploadPurchasesRequest)
     async def UploadPurchases(
         self, request_iterator: Any, context: Any
     ) -> AsyncIterator[purchases_service_pb2.UploadPurchasesResponse]:

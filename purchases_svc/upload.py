@@ -3,13 +3,12 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakValueDictionary
-
-from google.protobuf.message import DecodeError
 
 from chassis import grpc_guard, grpc_server, traces
 from chassis.errors import (
+    AccessRefused,
     FieldReason,
     Internal,
     InvalidRequest,
@@ -20,6 +19,7 @@ from chassis.errors import (
     Violation,
     to_status,
 )
+from chassis.parts import Parts
 from chassis.traces import Span
 from purchases_svc import messages
 from purchases_svc.admission import SHARE_SALES_MIN
@@ -50,27 +50,37 @@ class Uploads:
         self._shares: WeakValueDictionary[str, Share] = WeakValueDictionary()  # by caller
 
     async def answer(
-        self, requests: AsyncIterator[Any], caller: str
+        self, requests: AsyncIterator[Parts], caller: str
     ) -> AsyncGenerator[pb2.UploadPurchasesResponse, None]:
-        """Each sale is answered once, after it is durable, in whatever order that comes. Requests are `unopened`.
+        """Each sale is answered once, after it is durable, in whatever order that comes.
 
         When the server drains, what was read is still answered; then the stream ends with SHUTTING_DOWN.
         """
         hand = InHand(self._host.in_flight, caller)
         share = self._shares.setdefault(caller, Share())
+        refused: ServiceError | None = None
         reader = asyncio.create_task(self._read(requests, caller, hand, share))
         draining = asyncio.create_task(self._host.draining.wait())
         draining.add_done_callback(lambda _: reader.cancel())
         try:
             async with aclosing(hand.answerable()) as answerable:
                 async for part in answerable:
-                    yield await part if isinstance(part, asyncio.Task) else await self._answer(part)
+                    try:
+                        response = await (part if isinstance(part, asyncio.Task) else self._answer(part))
+                    except (AccessRefused, MalformedMessage, MessageTooLarge) as error:
+                        refused = refused or error  # and ends the stream, once what came before is answered
+                        reader.cancel()
+                    else:
+                        yield response
+            if refused:
+                await asyncio.wait({reader})
+                raise refused
             await reader  # raises why the reading ended, if not by the client's own will
         finally:
             draining.cancel()  # and the reader with it
             hand.close()
 
-    async def _read(self, requests: AsyncIterator[Any], caller: str, hand: InHand, share: "Share") -> None:
+    async def _read(self, requests: AsyncIterator[Parts], caller: str, hand: InHand, share: "Share") -> None:
         iterator = aiter(requests)
         try:
             while True:
@@ -78,17 +88,19 @@ class Uploads:
                 request = await anext(iterator, None)  # chassis ends a stream that is idle for long
                 if request is None:
                     return  # the client has sent everything
-                if not 1 <= len(request.uploads) <= UPLOADS_PER_MESSAGE_MAX:
+                if not 1 <= len(request) <= UPLOADS_PER_MESSAGE_MAX:
                     rule = f"must have 1 to {UPLOADS_PER_MESSAGE_MAX} sales"
-                    reason = FieldReason.TOO_MANY if request.uploads else FieldReason.REQUIRED
+                    reason = FieldReason.TOO_MANY if len(request) else FieldReason.REQUIRED
                     raise InvalidRequest([Violation("uploads", rule, reason)])
-                if len(request.uploads) > SINGLES_PER_MESSAGE_MAX:
-                    hand.take_batch(asyncio.create_task(self._record_in_turn(request.uploads, caller, share)))
+                if len(request) > SINGLES_PER_MESSAGE_MAX:
+                    hand.take_batch(asyncio.create_task(self._record_in_turn(request, caller, share)))
                     continue
-                for part in _slices(request.uploads):
-                    for upload in _opened(part):
-                        self._take_in(upload, caller, hand)
+                opened: list[pb2.PurchaseUpload] = []
+                for first, last in _slices(request.sizes):
+                    opened += _opened(request, first, last)
                     await asyncio.sleep(0)
+                for upload in opened:  # all of it was looked at by now
+                    self._take_in(upload, caller, hand)
         except asyncio.CancelledError:
             if self._host.draining.is_set():
                 raise ShuttingDown("this server is shutting down; send what was not answered to another one") from None
@@ -119,18 +131,16 @@ class Uploads:
                 await asyncio.sleep(0)
         return response
 
-    async def _record_in_turn(
-        self, uploads: Sequence[bytes], caller: str, share: "Share"
-    ) -> pb2.UploadPurchasesResponse:
-        async with share.taken(len(uploads)):
-            return await self._record(uploads, caller)
+    async def _record_in_turn(self, request: Parts, caller: str, share: "Share") -> pb2.UploadPurchasesResponse:
+        async with share.taken(len(request)):
+            return await self._record(request, caller)
 
-    async def _record(self, uploads: Sequence[bytes], caller: str) -> pb2.UploadPurchasesResponse:
+    async def _record(self, request: Parts, caller: str) -> pb2.UploadPurchasesResponse:
         """Store the sales of one message. One that is refused does not affect its neighbours."""
-        opened = []
-        for part in _slices(uploads):
+        opened = []  # all of it before anything is recorded: the gate may refuse any of it
+        for first, last in _slices(request.sizes):
             async with self._turn():
-                opened.append(_opened(part))
+                opened.append(_opened(request, first, last))
         under_way = []
         for sales in opened:
             async with self._turn():
@@ -247,26 +257,22 @@ def _end(spans: Iterable[Span], outcome: Outcome | None) -> None:
         span.end()
 
 
-def _opened(uploads: Sequence[bytes]) -> list[pb2.PurchaseUpload]:
-    if (largest := max(map(len, uploads))) > messages.SALE_BYTES_MAX:
+def _opened(request: Parts, first: int, last: int) -> Sequence[pb2.PurchaseUpload]:
+    if (largest := max(request.sizes[first:last])) > messages.SALE_BYTES_MAX:
         raise MessageTooLarge(
             f"a sale may have at most {messages.SALE_BYTES_MAX:,} bytes; one of these has {largest:,}",
             metadata={"bytes_max": str(messages.SALE_BYTES_MAX), "bytes": str(largest)},
         )
-    try:
-        return [pb2.PurchaseUpload.FromString(upload) for upload in uploads]
-    except DecodeError:
-        raise MalformedMessage("the bytes are not a message of the expected type") from None
+    uploads: Sequence[pb2.PurchaseUpload] = request.open(first, last).uploads
+    return uploads
 
 
-def _slices(uploads: Iterable[bytes]) -> Iterator[list[bytes]]:
-    part: list[bytes] = []
-    size = 0
-    for upload in uploads:
-        if part and (len(part) == SLICE or size + len(upload) > SLICE_BYTES):
-            yield part
-            part, size = [], 0
-        part.append(upload)
-        size += len(upload)
-    if part:
-        yield part
+def _slices(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where each begins, and where it is over."""
+    first = in_it = 0
+    for place, size in enumerate(sizes):
+        if place > first and (place - first == SLICE or in_it + size > SLICE_BYTES):
+            yield first, place
+            first, in_it = place, 0
+        in_it += size
+    yield first, len(sizes)

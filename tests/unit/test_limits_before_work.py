@@ -9,6 +9,7 @@ import pytest
 from analytics_svc.serve import server as analytics
 from chassis import wire
 from chassis.errors import InvalidRequest, Violation
+from chassis.parts import Parts
 from purchases_svc.server import CUSTOMER_IDS_MAX, PurchasesServicer
 from relay_svc import server as relay
 from retail.purchases.v1.purchases_service_pb2 import (
@@ -65,11 +66,21 @@ async def test_events_of_the_outbox(looked_at: Counter[str]) -> None:
     assert looked_at["parse_uuid"] <= relay.REQUEUE_MAX + relay.EVENTS_PER_PAGE[1]
 
 
-def test_uploads_of_a_message_are_opened_one_by_one() -> None:
-    """A megabyte of them may be half a million items: nobody reads them all in one go."""
+def test_uploads_of_a_message_are_opened_part_by_part() -> None:
+    """A megabyte of them may be half a million items: nobody reads them all in one go. What the gate looks at and what
+    is recorded are the same, read once."""
     message = UploadPurchasesRequest(
-        uploads=[PurchaseUpload(sequence_number=n, create_purchase=CreatePurchaseRequest()) for n in range(3)]
+        uploads=[PurchaseUpload(sequence_number=n, create_purchase=CreatePurchaseRequest()) for n in range(5)]
     )
     read: Any = PurchasesServicer.UploadPurchases
-    unopened = read.deserialize(message.SerializeToString())
-    assert [PurchaseUpload.FromString(each) for each in unopened.uploads] == list(message.uploads)
+    looked_at: list[UploadPurchasesRequest] = []
+
+    def open_part(raw: bytes) -> UploadPurchasesRequest:
+        looked_at.append(UploadPurchasesRequest.FromString(raw))
+        return looked_at[-1]
+
+    parts = Parts(read.unopened.FromString(message.SerializeToString()), open_part)
+    assert (len(parts), looked_at) == (5, [])
+    opened = [parts.open(first, first + 2) for first in range(0, 5, 2)]
+    assert [upload for part in opened for upload in part.uploads] == list(message.uploads)
+    assert all(one is other for one, other in zip(opened, looked_at, strict=True))
