@@ -101,7 +101,7 @@ class Gate:
             caller = Caller(context.peer())
         else:
             caller = self._known(self._certificates, rule, context)
-            if caller.role not in rule.roles:
+            if not rule.permits(caller):
                 raise _on_record(PermissionDenied(), rule, caller.name, "role")
             if self._rates and self._rates.pause_s(caller.name):
                 _hasty(caller.name, caller=caller.name, method=rule.method)

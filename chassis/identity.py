@@ -19,7 +19,7 @@ CALLERS_MAX = 20_000  # remembered by their URIs, half a kilobyte each
 _NAME = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]{1,64}"  # SPIFFE: no path segment is `.` or `..`
 _PATH = re.compile(
     rf"/branch/(?P<branch>[1-9][0-9]{{0,9}})/(?P<kind>{'|'.join(OF_A_BRANCH)})/(?P<name>{_NAME})"
-    rf"|/(?P<role>reader|operator|service)/{_NAME}"
+    rf"|/(?P<role>reader|operator|service)/(?P<of_chain>{_NAME})"
 )
 
 
@@ -32,6 +32,7 @@ class Caller(NamedTuple):
     pos_id: str | None = None  # of a till
     until: float | None = None  # Unix time at which its token ends
     path: str = ""  # of its URI, within the trust domain; empty for who has a token
+    service: str = ""  # its name, if it is one
 
 
 NOBODY = Caller("")
@@ -54,7 +55,9 @@ def of_uri(uri: str, trust_domain: str) -> Caller | None:
     if match is None:
         return None
     if match["role"]:
-        return Caller(uri, match["role"], path=match[0])
+        return Caller(
+            uri, match["role"], path=match[0], service=match["of_chain"] if match["role"] == "service" else ""
+        )
     pos_id = match["name"] if match["kind"] == "till" else None
     return Caller(uri, match["kind"], int(match["branch"]), pos_id, path=match[0])
 

@@ -40,6 +40,13 @@ class Rule(NamedTuple):
     names_one: bool = False  # a request that names no branch means them all
     changes: bool = False  # something
     reserved: tuple[tuple[Reader, str], ...] = ()  # what only one caller may set, and the path of its URI
+    services: frozenset[str] = frozenset()  # of services, only these; empty: all
+
+    def permits(self, caller: Caller) -> bool:
+        """Whether such a caller may call it at all."""
+        return caller.role in self.roles and (
+            caller.role != "service" or not self.services or caller.service in self.services
+        )
 
     def oversteps(self, caller: Caller, request: Any) -> str:
         """What a request is about that is not the caller's: `branch`, `till` or `field`; empty when nothing is."""
@@ -80,13 +87,14 @@ def _rule(name: str, method: MethodDescriptor) -> Rule | None:
     options = method.GetOptions()
     said = options.Extensions[access_pb2.rule]
     roles = frozenset(access_pb2.Role.Name(role).removeprefix("ROLE_").lower() for role in said.roles)
-    if not roles <= set(ROLES):
+    services = frozenset(said.services)
+    if not roles <= set(ROLES) or (services and "service" not in roles):
         return None
     branches = tuple(map(_reader, _fields(method.input_type, ("branch_id", "branch_ids"))))
     tills = tuple(map(_reader, _fields(method.input_type, ("pos_id",))))
     changes = options.idempotency_level != MethodOptions.NO_SIDE_EFFECTS
     reserved = tuple((_reader(way), path) for way, path in _reserved(method.input_type))
-    rule = Rule(name, roles, changes=changes, reserved=reserved)
+    rule = Rule(name, roles, changes=changes, reserved=reserved, services=services)
     match said.binding:
         case access_pb2.BINDING_ANY | access_pb2.BINDING_FINDS_OWN_BRANCH:
             return rule

@@ -148,7 +148,8 @@ class Tokens:
             if branch_id is None:
                 return None
         until = float(claims["exp"]) + self._config.jwt_leeway_s
-        return Caller(f"{self._config.jwt_issuer}#{subject}", roles[0], branch_id, until=until)
+        service = subject if roles == ["service"] else ""
+        return Caller(f"{self._config.jwt_issuer}#{subject}", roles[0], branch_id, until=until, service=service)
 
 
 def _make_room(remembered: dict[bytes, Caller] | set[bytes]) -> None:

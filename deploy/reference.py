@@ -120,6 +120,8 @@ def _signature(method: MethodDescriptorProto) -> str:
 def _callers(method: MethodDescriptorProto) -> str:
     rule = method.options.Extensions[access_pb2.rule]
     roles = [access_pb2.Role.Name(role).removeprefix("ROLE_").lower() for role in rule.roles]
+    if rule.services:
+        roles[roles.index("service")] = " or ".join(f"service {name}" for name in rule.services)
     return f"[Callers](#retail.access.v1.Rule): {', '.join(roles)}{BOUND[rule.binding]}."
 
 

@@ -60,8 +60,9 @@ def test_every_method_of_ours_has_a_rule() -> None:
         # What GetPurchase is asked names no branch and no till, so that nobody could be held to it.
         access_pb2.Rule(roles=[access_pb2.ROLE_TILL], binding=access_pb2.BINDING_NAMES_OWN_BRANCH),
         access_pb2.Rule(roles=[access_pb2.ROLE_TILL], binding=access_pb2.BINDING_NAMES_OWN_TILL),
+        access_pb2.Rule(roles=[access_pb2.ROLE_TILL], binding=access_pb2.BINDING_ANY, services=["consumer"]),
     ],
-    ids=["none", "no binding", "no role", "no branch to look at", "no till to look at"],
+    ids=["none", "no binding", "no role", "no branch to look at", "no till to look at", "a service, but not the role"],
 )
 async def test_a_server_does_not_start_with_a_method_whose_rule_cannot_be_kept(rule: access_pb2.Rule | None) -> None:
     name = service(rule)
@@ -114,6 +115,19 @@ def _refusals(what: str) -> float:
 def test_a_rule_without_roles_lets_nobody_in() -> None:
     (rule,) = rules_of([service(access_pb2.Rule(binding=access_pb2.BINDING_ANY))]).values()
     assert not rule.roles
+
+
+def test_of_services_only_those_that_are_named_are_let_in() -> None:
+    roles, binding = [access_pb2.ROLE_SERVICE, access_pb2.ROLE_OPERATOR], access_pb2.BINDING_ANY
+    (named,) = rules_of([service(access_pb2.Rule(roles=roles, binding=binding, services=["consumer"]))]).values()
+    (every,) = rules_of([service(access_pb2.Rule(roles=roles, binding=binding))]).values()
+    of = {
+        it: identity.of_uri(f"spiffe://retail.example/service/{it}", "retail.example") for it in ("consumer", "relay")
+    }
+    operator = identity.of_uri("spiffe://retail.example/operator/relay", "retail.example")
+    assert of["consumer"] and of["relay"] and operator
+    assert named.permits(of["consumer"]) and named.permits(operator) and not named.permits(of["relay"])
+    assert every.permits(of["relay"])
 
 
 def sales(*tills: tuple[int, str]) -> purchases_service_pb2.UploadPurchasesRequest:
@@ -196,7 +210,7 @@ def test_what_only_one_may_set(path: str, overstepped: str) -> None:
 )
 def test_an_identity_is_read_strictly(path: str, caller: tuple[str, int | None, str | None] | None) -> None:
     uri = f"spiffe://retail.example{path}"
-    expected = caller and Caller(uri, *caller, path=path)
+    expected = caller and Caller(uri, *caller, path=path, service="consumer" if caller[0] == "service" else "")
     assert identity.of_uri(uri, "retail.example") == expected
     assert identity.of_uri(uri, "retail.exampl") is None
     assert identity.of_uri(f"x{uri}", "retail.example") is None

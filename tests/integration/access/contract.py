@@ -39,6 +39,7 @@ class Method:
     path: str
     roles: frozenset[str]
     binding: int
+    services: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         return f"{self.process} {self.path}"
@@ -106,7 +107,7 @@ def _ours(process: str, method: MethodDescriptor) -> Method:
     options = descriptor_pb2.MethodOptions.FromString(method.GetOptions().SerializeToString())
     rule = options.Extensions[access_pb2.rule]
     roles = frozenset(access_pb2.Role.Name(role)[len("ROLE_") :].lower() for role in rule.roles)
-    return Method(process, method, _path(method), roles, rule.binding)
+    return Method(process, method, _path(method), roles, rule.binding, frozenset(rule.services))
 
 
 def _others(process: str, method: Any, roles: frozenset[str]) -> Method:

@@ -38,6 +38,7 @@ class Comer:
     role: str = ""
     own_branch: bool = True  # the one that is asked for
     own_till: bool = True
+    service: str = ""
     plaintext: bool = False
     for_tokens: bool = False  # comes where no certificate is asked for
     metadata: tuple[tuple[str, str], ...] = ()
@@ -45,7 +46,7 @@ class Comer:
     def expected(self, method: Method) -> str:
         if self.otherwise != LET_IN:
             return self.otherwise
-        if self.role not in method.roles:
+        if self.role not in method.roles or (self.service and method.services and self.service not in method.services):
             return DENIED
         of_a_branch = self.role in ("till", "manager")
         named = method.binding in (access_pb2.BINDING_NAMES_OWN_BRANCH, access_pb2.BINDING_NAMES_OWN_TILL)
@@ -85,7 +86,7 @@ def comers(chain: Backbone) -> list[Comer]:
         Comer("manager of another branch", own("/branch/2/manager/anna"), role="manager", own_branch=False),
         Comer("reader", own("/reader/hq"), role="reader"),
         Comer("operator", own("/operator/kim"), role="operator"),
-        Comer("service", own("/service/consumer"), role="service"),
+        *(Comer(it, own(f"/service/{it}"), role="service", service=it) for it in ("consumer", "relay", "analytics")),
         *bearers(chain),
     ]
 
@@ -144,7 +145,10 @@ def bearers(chain: Backbone) -> list[Comer]:
         bearer("other branch", token("manager", branch_id=2), **other_branch),
         bearer("reader", token(["staff", "reader"]), otherwise=LET_IN, role="reader"),
         bearer("operator", good, otherwise=LET_IN, role="operator"),
-        bearer("service", token("service"), otherwise=LET_IN, role="service"),
+        *(
+            bearer(f"service {it}", token("service", sub=it), otherwise=LET_IN, role="service", service=it)
+            for it in ("consumer", "gateway")
+        ),
     ]
 
 

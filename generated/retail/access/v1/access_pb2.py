@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dretail/access/v1/access.proto\x12\x10retail.access.v1\x1a google/protobuf/descriptor.proto\"Y\n\x04Rule\x12%\n\x05roles\x18\x01 \x03(\x0e\x32\x16.retail.access.v1.Role\x12*\n\x07\x62inding\x18\x02 \x01(\x0e\x32\x19.retail.access.v1.Binding*s\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_TILL\x10\x01\x12\x10\n\x0cROLE_MANAGER\x10\x02\x12\x0f\n\x0bROLE_READER\x10\x03\x12\x11\n\rROLE_OPERATOR\x10\x04\x12\x10\n\x0cROLE_SERVICE\x10\x05*\x8b\x01\n\x07\x42inding\x12\x17\n\x13\x42INDING_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x42INDING_ANY\x10\x01\x12\x1c\n\x18\x42INDING_NAMES_OWN_BRANCH\x10\x02\x12\x1c\n\x18\x42INDING_FINDS_OWN_BRANCH\x10\x03\x12\x1a\n\x16\x42INDING_NAMES_OWN_TILL\x10\x04:1\n\x08only_for\x12\x1d.google.protobuf.FieldOptions\x18\xed\x89\x03 \x01(\t:F\n\x04rule\x12\x1e.google.protobuf.MethodOptions\x18\xec\x89\x03 \x01(\x0b\x32\x16.retail.access.v1.RuleB[\n\x18\x65xample.retail.access.v1P\x01Z*retail.example/backbone/access/v1;accessv1\xaa\x02\x10Retail.Access.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dretail/access/v1/access.proto\x12\x10retail.access.v1\x1a google/protobuf/descriptor.proto\"k\n\x04Rule\x12%\n\x05roles\x18\x01 \x03(\x0e\x32\x16.retail.access.v1.Role\x12*\n\x07\x62inding\x18\x02 \x01(\x0e\x32\x19.retail.access.v1.Binding\x12\x10\n\x08services\x18\x03 \x03(\t*s\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_TILL\x10\x01\x12\x10\n\x0cROLE_MANAGER\x10\x02\x12\x0f\n\x0bROLE_READER\x10\x03\x12\x11\n\rROLE_OPERATOR\x10\x04\x12\x10\n\x0cROLE_SERVICE\x10\x05*\x8b\x01\n\x07\x42inding\x12\x17\n\x13\x42INDING_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x42INDING_ANY\x10\x01\x12\x1c\n\x18\x42INDING_NAMES_OWN_BRANCH\x10\x02\x12\x1c\n\x18\x42INDING_FINDS_OWN_BRANCH\x10\x03\x12\x1a\n\x16\x42INDING_NAMES_OWN_TILL\x10\x04:1\n\x08only_for\x12\x1d.google.protobuf.FieldOptions\x18\xed\x89\x03 \x01(\t:F\n\x04rule\x12\x1e.google.protobuf.MethodOptions\x18\xec\x89\x03 \x01(\x0b\x32\x16.retail.access.v1.RuleB[\n\x18\x65xample.retail.access.v1P\x01Z*retail.example/backbone/access/v1;accessv1\xaa\x02\x10Retail.Access.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'retail.access.v1.access_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\030example.retail.access.v1P\001Z*retail.example/backbone/access/v1;accessv1\252\002\020Retail.Access.V1'
-  _globals['_ROLE']._serialized_start=176
-  _globals['_ROLE']._serialized_end=291
-  _globals['_BINDING']._serialized_start=294
-  _globals['_BINDING']._serialized_end=433
+  _globals['_ROLE']._serialized_start=194
+  _globals['_ROLE']._serialized_end=309
+  _globals['_BINDING']._serialized_start=312
+  _globals['_BINDING']._serialized_end=451
   _globals['_RULE']._serialized_start=85
-  _globals['_RULE']._serialized_end=174
+  _globals['_RULE']._serialized_end=192
 # @@protoc_insertion_point(module_scope)
