@@ -25,6 +25,7 @@ from retail.purchases.v1.purchases_service_pb2 import (
     UploadPurchasesRequest,
 )
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from tests.bench.isolation import certificates
 from tests.bench.load_client import sale
 
 PATIENCE_S = 5.0  # of each call of an attacker
@@ -32,6 +33,7 @@ PAUSE_S = 0.05  # so that what is measured is the server, not who of us gets the
 
 Attack = Callable[[Any, str], Awaitable[None]]
 ATTACKS: dict[str, Attack] = {}
+KNOWN = {"flooding_till"}  # attacks by callers who are known, as by TLS
 
 
 def attack(run: Attack) -> Attack:
@@ -152,6 +154,19 @@ async def one_refused_key(stub: Any, url: str) -> None:
     await over_and_over(1_000, lambda: stub.CreatePurchase(request, timeout=PATIENCE_S), 2.0)
 
 
+@attack
+async def flooding_till(stub: Any, url: str) -> None:
+    """A till with a certificate makes three times as many calls as a caller may, CALLER_CALLS_PER_S."""
+
+    def again() -> Awaitable[Any]:
+        request = sale()
+        request.purchase.branch_id, request.purchase.pos_id = certificates.BRANCH, certificates.ATTACKER
+        answered: Awaitable[Any] = stub.CreatePurchase(request, timeout=PATIENCE_S)
+        return answered
+
+    await over_and_over(100, again)
+
+
 def copy(request: CreatePurchaseRequest) -> CreatePurchaseRequest:
     twin = CreatePurchaseRequest()
     twin.CopyFrom(request)
@@ -171,7 +186,7 @@ async def main(name: str, address: str, url: str) -> None:
     give_way()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with certificates.channel(address, certificates.ATTACKER) as channel:
         attacking = asyncio.ensure_future(ATTACKS[name](PurchasesServiceStub(channel), url))  # type: ignore[arg-type, unused-ignore]
         await asyncio.wait({attacking, asyncio.ensure_future(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
         if attacking.done():

@@ -5,7 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from deploy.local.machine import Process, StackError, spawn, tail
 from tests.bench import stage
 from tests.bench.figures import Goal, Outcome, Plan, Score, percentile
-from tests.bench.isolation.attacks import ATTACKS
+from tests.bench.isolation import certificates
+from tests.bench.isolation.attacks import ATTACKS, KNOWN
+from tests.bench.isolation.victims import TILLS
 from tests.bench.show import Show
 
 DATABASE = "purchases"
@@ -36,18 +38,20 @@ def run(plan: Plan, show: Show) -> Outcome:
         show.say("Starting a private PostgreSQL and the purchases service …")
         url = stage.migrated(server, DATABASE, "purchases_svc")
         settings = {"PURCHASES_DATABASE_URL": url, "PURCHASES_OUTBOX_MAX": "0", "LOG_LEVEL": "ERROR"}
+        known = certificates.make(directory / "certificates", TILLS)
         figures: dict[str, dict[str, float]] = {}
         raw: dict[str, list[dict[str, Any]]] = {}
         for name in plan.attacks or ATTACKS:
+            whose = known if name in KNOWN else {}
             rounds: list[tuple[Seen, Seen]] = []
             peak_mib = 0.0
             for _ in range(plan.rounds):
                 # A service of its own for each: what an attack leaves behind is not the next one's.
-                with stage.service("purchases", ("purchases_svc", "serve"), settings, directory) as service:
-                    sell(service.address, WARM_UP_S, directory)
-                    alone = sell(service.address, plan.measure_s, directory)
-                    with attacking(name, service.address, url, directory):
-                        attacked = sell(service.address, plan.measure_s, directory)
+                with stage.service("purchases", ("purchases_svc", "serve"), settings | whose, directory) as service:
+                    sell(service.address, WARM_UP_S, directory, whose)
+                    alone = sell(service.address, plan.measure_s, directory, whose)
+                    with attacking(name, service.address, url, directory, whose):
+                        attacked = sell(service.address, plan.measure_s, directory, whose)
                     peak_mib = max(peak_mib, peak_memory_mib(service.process.pid))
                 rounds.append((alone, attacked))
             figures[name] = {
@@ -80,12 +84,13 @@ def as_words(found: dict[str, float], rounds: list[tuple[Seen, Seen]]) -> str:
     return f"p99 {alone:.1f} → {attacked:.1f} ms, {found['failed']:.0f} failed"
 
 
-def sell(address: str, seconds: float, directory: Path) -> Seen:
+def sell(address: str, seconds: float, directory: Path, whose: Mapping[str, str]) -> Seen:
     log = directory / "victims.log"
     with log.open("wb") as errors:
         ended = subprocess.run(
             [sys.executable, "-m", "tests.bench.isolation.victims", address, str(seconds)],
             cwd=stage.ROOT,
+            env={**os.environ, **whose},
             stdout=subprocess.PIPE,
             stderr=errors,
             timeout=seconds + SETTLE_S,
@@ -99,13 +104,12 @@ def sell(address: str, seconds: float, directory: Path) -> Seen:
 
 
 @contextmanager
-def attacking(name: str, address: str, url: str, directory: Path) -> Iterator[None]:
+def attacking(name: str, address: str, url: str, directory: Path, whose: Mapping[str, str]) -> Iterator[None]:
     log = directory / f"{name}.log"
-    attacker: Process = spawn(
-        [sys.executable, "-m", "tests.bench.isolation.attacks", name, address, url], dict(os.environ), stage.ROOT, log
-    )
+    command = [sys.executable, "-m", "tests.bench.isolation.attacks", name, address, url]
+    attacker: Process = spawn(command, {**os.environ, **whose}, stage.ROOT, log)
     try:
-        sell(address, WARM_UP_S, directory)  # while it begins
+        sell(address, WARM_UP_S, directory, whose)  # while it begins
         if not attacker.alive:
             raise StackError(f"the attack {name} failed:\n{tail(log)}")
         yield

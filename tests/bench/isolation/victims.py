@@ -11,6 +11,7 @@ from collections import Counter
 import grpc
 
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from tests.bench.isolation import certificates
 from tests.bench.load_client import sale
 
 TILLS = 4
@@ -23,20 +24,21 @@ async def main(address: str, seconds: float) -> None:
     failed: Counter[str] = Counter()
     end = time.monotonic() + seconds
 
-    async def till() -> None:
-        options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
-        async with grpc.aio.insecure_channel(address, options=options) as channel:
+    async def till(pos_id: str) -> None:
+        async with certificates.channel(address, pos_id) as channel:
             stub = PurchasesServiceStub(channel)  # type: ignore[arg-type, unused-ignore]
             while time.monotonic() < end:
+                request = sale(branches=certificates.BRANCH)
+                request.purchase.pos_id = pos_id
                 began = time.perf_counter()
                 try:
-                    await stub.CreatePurchase(sale(), timeout=DEADLINE_S)  # type: ignore[misc, unused-ignore]
+                    await stub.CreatePurchase(request, timeout=DEADLINE_S)  # type: ignore[misc, unused-ignore]
                 except grpc.aio.AioRpcError as error:
                     failed[error.code().name] += 1
                 times_ms.append((time.perf_counter() - began) * 1_000)
                 await asyncio.sleep(PAUSE_S)
 
-    await asyncio.gather(*(till() for _ in range(TILLS)))
+    await asyncio.gather(*(till(certificates.pos_id(number)) for number in range(TILLS)))
     print(json.dumps({"ms": sorted(times_ms), "failed": failed}))
 
 

@@ -1,11 +1,13 @@
 """Who floods is slowed down, by who it is and not by its connection; nobody else is."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 
 from retail.purchases.v1 import purchases_service_pb2 as pb
@@ -13,6 +15,7 @@ from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.integration.access.backbone import Backbone
 from tests.integration.sales import Refusal, sale
 
+SERVICE = "retail.purchases.v1.PurchasesService"
 PER_S, AT_ONCE = 5, 10
 
 
@@ -28,31 +31,42 @@ def purchases(purchases_url: str, tmp_path_factory: pytest.TempPathFactory) -> I
         chain.end_all()
 
 
-def refusal(stub: Any) -> str:
-    """What becomes of a call that is refused in any case."""
-    try:
-        stub.GetPurchase(pb.GetPurchaseRequest())
-    except grpc.RpcError as error:
-        refused = Refusal(error)  # type: ignore[arg-type]
-        if refused.reason == "RATE_EXCEEDED":
-            assert (refused.code, refused.retry.retry_delay.seconds) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)
-        return str(refused.reason)
-    raise AssertionError("not refused")
-
-
 def test_calls_over_any_number_of_connections_are_one_callers(purchases: Backbone) -> None:
     hasty, calm = purchases.certificate("/branch/95/till/POS-1"), purchases.certificate("/branch/95/till/POS-2")
     channels = [purchases.channel("purchases", pair) for pair in (hasty, hasty, hasty, calm)]
     stubs = [PurchasesServiceStub(channel) for channel in channels]
     began = time.monotonic()
     with ThreadPoolExecutor(30) as threads:
-        reasons = list(threads.map(lambda n: refusal(stubs[n % 3]), range(600)))
+        reasons = list(threads.map(lambda n: _outcome(stubs[n % 3].GetPurchase, pb.GetPurchaseRequest()), range(600)))
     let_in = reasons.count("INVALID_REQUEST")
     assert let_in + reasons.count("RATE_EXCEEDED") == 600
     assert AT_ONCE <= let_in <= AT_ONCE + PER_S * (time.monotonic() - began) + 1
     assert stubs[3].CreatePurchase(sale(branch_id=95, pos_id="POS-2"))
     for channel in channels:
         channel.close()
+
+
+def test_a_flood_is_refused_before_anything_is_done_for_it(purchases: Backbone, purchases_url: str) -> None:
+    """Nothing of it is read: bytes that are no message are refused as any other call is. Nothing of it is stored."""
+    with purchases.channel("purchases", purchases.certificate("/branch/97/till/POS-1")) as channel:
+        create = PurchasesServiceStub(channel).CreatePurchase
+        garbage: Any = channel.unary_unary(f"/{SERVICE}/CreatePurchase")
+        outcomes = Counter(_outcome(create, sale(branch_id=97, pos_id="POS-1")) for _ in range(10 * AT_ONCE))
+        assert set(outcomes) == {"OK", "RATE_EXCEEDED"}
+        assert {_outcome(garbage, b"\xff") for _ in range(AT_ONCE)} == {"RATE_EXCEEDED"}
+    with psycopg.connect(purchases_url) as connection:
+        assert connection.execute("SELECT count(*) FROM purchases WHERE branch_id = 97").fetchone() == (outcomes["OK"],)
+
+
+def _outcome(call: Any, request: Any) -> str:
+    try:
+        call(request)
+    except grpc.RpcError as error:
+        refused = Refusal(error)  # type: ignore[arg-type]
+        if refused.reason == "RATE_EXCEEDED":
+            assert (refused.code, refused.retry.retry_delay.seconds) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)
+        return str(refused.reason)
+    return "OK"
 
 
 def test_messages_of_a_stream_wait_and_are_answered(purchases: Backbone) -> None:
