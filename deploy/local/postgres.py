@@ -64,6 +64,9 @@ SETTINGS: Mapping[str, str] = {
 class Postgres:
     """One server. `preferred_port` is taken if it is free; `settings` adds to or overrides SETTINGS."""
 
+    # The builtin locale sorts by code point and is the same on every machine, whatever its C library has.
+    locale = "--locale=C --locale-provider=builtin --builtin-locale=C.UTF-8"
+
     def __init__(
         self,
         directory: Path,
@@ -79,6 +82,10 @@ class Postgres:
         self._preferred_port = preferred_port
         self._launched: Process | None = None
         self._settings = {**SETTINGS, **(settings or {})}
+
+    @property
+    def binaries(self) -> Path:
+        return binaries()
 
     @property
     def process(self) -> Process | None:
@@ -162,7 +169,7 @@ class Postgres:
 
     def _launch(self, port: int) -> Process:
         options = [f"-c{name}={value}" for name, value in {**self._settings, "port": str(port)}.items()]
-        command = [*as_ordinary_user(), str(binaries() / "postgres"), "-D", str(self._data), *options]
+        command = [*as_ordinary_user(), str(self.binaries / "postgres"), "-D", str(self._data), *options]
         self._launched = spawn(command, {**os.environ, MARK: str(self.directory)}, self.directory, self.log)
         return self._launched
 
@@ -171,10 +178,9 @@ class Postgres:
         fresh, password = self._data.with_name("data.new"), self.directory / "password"
         shutil.rmtree(fresh, ignore_errors=True)
         write_private(password, self.notes.password(SUPERUSER))
-        # The builtin locale sorts by code point and is the same on every machine, whatever its C library has.
-        how = "--auth=scram-sha-256 --encoding=UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8"
+        how = f"--auth=scram-sha-256 --encoding=UTF8 {self.locale}"
         where = ["-D", str(fresh), "-U", SUPERUSER, f"--pwfile={password}"]
-        command = [*as_ordinary_user(), str(binaries() / "initdb"), *where, *how.split()]
+        command = [*as_ordinary_user(), str(self.binaries / "initdb"), *where, *how.split()]
         done = subprocess.run(command, capture_output=True, text=True, cwd=self.directory, check=False)
         password.unlink()
         if done.returncode:
