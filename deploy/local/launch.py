@@ -17,7 +17,7 @@ from deploy import certificates
 from deploy.local import machine
 from deploy.local.machine import Process, StackError
 from deploy.local.postgres import Postgres
-from deploy.local.rabbitmq import RabbitMQ
+from deploy.local.rabbitmq import RabbitMQ, TlsFiles
 from deploy.local.services import (
     BROKER_SETTING,
     TLS_SETTING,
@@ -36,6 +36,7 @@ READY_TIMEOUT_S = 60.0
 MIGRATE_TIMEOUT_S = 300.0
 HEALTH_TIMEOUT_S = 1.0
 OPERATOR = "operator/kim"  # who asks and commands by hand, or by the pages
+BROKER = "server/rabbitmq"  # in its certificate: no caller of ours has such a name
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,11 @@ class Launcher:
         """Those that are on the stack's own server."""
         return [database for database in self.databases if database.setting not in settings]
 
-    def make_certificates(self, settings: Mapping[str, str]) -> None:
-        certificates.make(self.certificates, trust_domain=settings.get("TRUST_DOMAIN", certificates.TRUST_DOMAIN))
+    def make_certificates(self, settings: Mapping[str, str]) -> TlsFiles:
+        """Those of processes, people and tills, and the broker's, which are returned."""
+        wanted = {**certificates.EVERYBODY, BROKER: certificates.LOOPBACK}
+        certificates.make(self.certificates, wanted, settings.get("TRUST_DOMAIN", certificates.TRUST_DOMAIN))
+        return TlsFiles(*map(Path, certificates.environ(self.certificates, BROKER).values()))
 
     def migrate(self, settings: Mapping[str, str]) -> None:
         runs = {}

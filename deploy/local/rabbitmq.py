@@ -18,6 +18,8 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 from deploy.broker import PROCESSES, Rights, definitions
 from deploy.local import programs
@@ -57,14 +59,34 @@ log.console.use_colors = off
 log.file = false
 """
 
+# Beside the plain listener, which is on the loopback, too: with a certificate, for clients that check it.
+TLS_CONFIGURATION = """\
+listeners.ssl.1 = 127.0.0.1:{port}
+ssl_options.cacertfile = {files.ca}
+ssl_options.certfile = {files.certificate}
+ssl_options.keyfile = {files.key}
+ssl_options.versions.1 = tlsv1.3
+ssl_options.versions.2 = tlsv1.2
+ssl_options.verify = verify_none
+"""
+
 # Two schedulers, as the machine is shared; distribution on the loopback only; epmd is started by us, to be stopped
 # with the node. No paths in here: the start script splits this at spaces, and a checkout's path may hold some.
 ERLANG_OPTIONS = "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"
 
 
+class TlsFiles(NamedTuple):
+    """A server's certificate, its key, and the CA by which clients check it; PEM."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+
+
 class RabbitMQ:
     """One node. `preferred_port` is taken for AMQP if it is free; `settings` adds lines of rabbitmq.conf; without
-    `programs` it runs from what there is."""
+    `programs` it runs from what there is. With `tls`, to be set before it starts, it speaks TLS, too, and that is what
+    its URLs say."""
 
     def __init__(
         self,
@@ -83,6 +105,7 @@ class RabbitMQ:
         self._settings = settings or {}
         self._chosen = programs
         self._launched: Process | None = None
+        self.tls: TlsFiles | None = None
 
     @property
     def process(self) -> Process | None:
@@ -109,12 +132,16 @@ class RabbitMQ:
             listens = ["-port", environ["ERL_EPMD_PORT"], "-address", environ["ERL_EPMD_ADDRESS"]]
             spawn([str(self._programs.epmd), *listens], environ, self.directory, self.log)
         if running:
+            if self.tls and port_holder(self._port("amqps", True)) != node:
+                raise StackError("RabbitMQ runs without TLS: stop it first, `make stop`")
             return False
         if not self._complete.exists():  # a first start that was interrupted: half a database is no database
             shutil.rmtree(self.directory / "mnesia", ignore_errors=True)
         passwords = {user: self.notes.password(user) for user in USERS}
         write_private(self.directory / "definitions.json", json.dumps(definitions(passwords, USERS)))
         configuration = CONFIGURATION.format(port=self._port("amqp", False))
+        if self.tls:
+            configuration += TLS_CONFIGURATION.format(port=self._port("amqps", False), files=self.tls)
         configuration += "".join(f"{name} = {value}\n" for name, value in self._settings.items())
         write_private(self.directory / "rabbitmq.conf", configuration)
         write_private(self.directory / "enabled_plugins", "[].\n")
@@ -157,7 +184,11 @@ class RabbitMQ:
 
     def url_of(self, user: str) -> str:
         """The URL with which one of USERS logs in: a service has its name for that."""
-        return f"amqp://{user}:{self.notes.password(user)}@{self.address}/%2F"
+        login = f"{user}:{self.notes.password(user)}"
+        if not self.tls:
+            return f"amqp://{login}@{self.address}/%2F"
+        options = quote(str({"cafile": str(self.tls.ca)}))
+        return f"amqps://{login}@127.0.0.1:{self._port('amqps', True)}/%2F?ssl_options={options}"
 
     def ctl(self, *arguments: str) -> str:
         """What `rabbitmqctl` answers: list_queues, close_all_connections, set_vm_memory_high_watermark, …"""

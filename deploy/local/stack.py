@@ -140,6 +140,9 @@ class Stack:
     def _start_servers(self, settings: Mapping[str, str]) -> None:
         """RabbitMQ takes longest, so PostgreSQL is seen to while it starts."""
         local_broker, local_databases = BROKER_SETTING not in settings, self.launcher.local_databases(settings)
+        if settings.get(TLS_SETTING) == "1":
+            with terminal.step("certificates"):
+                self.rabbitmq.tls = self.launcher.make_certificates(settings)
         if local_broker:
             self._ensure_rabbitmq_is_there()
             self.rabbitmq.launch()
@@ -163,9 +166,6 @@ class Stack:
             programs.fetch()
 
     def _start_services(self, missing: Sequence[Program], settings: Mapping[str, str]) -> None:
-        if settings.get(TLS_SETTING) == "1":
-            with terminal.step("certificates"):
-                self.launcher.make_certificates(settings)
         if missing:
             with terminal.step("migrations"):
                 self.launcher.migrate(settings)
