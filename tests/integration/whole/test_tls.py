@@ -19,13 +19,12 @@ from chassis.tls import Credentials
 from deploy import certificates
 from deploy.healthcheck import is_serving
 from deploy.local.machine import wait_until
-from deploy.local.rabbitmq import RabbitMQ
+from deploy.local.rabbitmq import RabbitMQ, TlsFiles
 from pos.__main__ import commands
 from pos.backlog import Backlog
 from pos.lines import Identities
 from pos.simulator import simulate
 from pos.tills import SaleFailed
-from tests.integration.conftest import free_address
 from tests.integration.processes import COMMANDS, Processes, all_processes
 from tests.integration.tls_proxy import TlsProxy, tls_proxy
 
@@ -37,7 +36,7 @@ SERVERS = {f"server/{name}": certificates.LOOPBACK for name in ("postgres", "rab
 
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("certificates")
+    directory = tmp_path_factory.mktemp("all certificates")  # a space, as a checkout may have
     certificates.make(directory, {**certificates.EVERYBODY, **SERVERS})
     return directory
 
@@ -59,24 +58,13 @@ def by_tls(url: str, port: int, pki: Path, host: str = "localhost") -> str:
 
 @pytest.fixture(scope="module")
 def broker(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The amqps URL of a node that speaks TLS 1.2 or newer."""
-    address = free_address()
-    node = RabbitMQ(
-        tmp_path_factory.mktemp("rabbitmq"),
-        settings={
-            "listeners.ssl.1": address,
-            "ssl_options.cacertfile": str(pki / "ca.pem"),
-            "ssl_options.certfile": str(pki / "server-rabbitmq.pem"),
-            "ssl_options.keyfile": str(pki / "server-rabbitmq-key.pem"),
-            "ssl_options.verify": "verify_peer",
-            "ssl_options.fail_if_no_peer_cert": "false",
-        },
-    )
+    """The amqps URL of a node, as the local stack has one with certificates."""
+    node = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
+    node.tls = TlsFiles(pki / "server-rabbitmq.pem", pki / "server-rabbitmq-key.pem", pki / "ca.pem")
     node.start()
     try:
-        netloc = f"{urlsplit(node.url).netloc.rpartition('@')[0]}@localhost:{address.rpartition(':')[2]}"
-        options = quote(str({"cafile": str(pki / "ca.pem")}))
-        yield f"amqps://{netloc}/%2F?ssl_options={options}"
+        assert node.url.startswith("amqps://")
+        yield node.url
     finally:
         node.stop()
 
