@@ -58,6 +58,11 @@ def date(day: datetime.date) -> date_pb2.Date:
     return date_pb2.Date(year=day.year, month=day.month, day=day.day)
 
 
+def set_date(value: date_pb2.Date, day: datetime.date) -> None:
+    """In place, which costs half."""
+    value.year, value.month, value.day = day.year, day.month, day.day
+
+
 def parse_date(request: message.Message, field: str, violations: list[Violation]) -> datetime.date | None:
     """The day in a field; None when it is absent or broken. What is broken is added to `violations`."""
     if not request.HasField(field):
@@ -71,8 +76,15 @@ def parse_date(request: message.Message, field: str, violations: list[Violation]
 
 
 def timestamp(moment: datetime.datetime) -> timestamp_pb2.Timestamp:
-    micros = (moment - EPOCH) // _MICROSECOND
-    return timestamp_pb2.Timestamp(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1_000)
+    stamp = timestamp_pb2.Timestamp()
+    set_timestamp(stamp, moment)
+    return stamp
+
+
+def set_timestamp(stamp: timestamp_pb2.Timestamp, moment: datetime.datetime) -> None:
+    """In place, which costs half."""
+    since = moment - EPOCH
+    stamp.seconds, stamp.nanos = since.days * 86_400 + since.seconds, since.microseconds * 1_000
 
 
 def parse_timestamp(value: timestamp_pb2.Timestamp) -> datetime.datetime | None:
@@ -80,7 +92,7 @@ def parse_timestamp(value: timestamp_pb2.Timestamp) -> datetime.datetime | None:
     if not 0 <= value.nanos <= 999_999_999:
         return None
     try:
-        return EPOCH + datetime.timedelta(seconds=value.seconds, microseconds=value.nanos // 1_000)
+        return EPOCH + datetime.timedelta(0, value.seconds, value.nanos // 1_000)  # by name, it takes longer
     except OverflowError:
         return None
 

@@ -287,11 +287,11 @@ def answer(
     if sale.customer_id is not None:
         purchase.customer_id = sale.customer_id  # in its canonical form
     purchase.purchase_time.nanos -= purchase.purchase_time.nanos % 1_000
-    purchase.create_time.CopyFrom(wire.timestamp(stored.created_at))
+    wire.set_timestamp(purchase.create_time, stored.created_at)
     purchase.total_amount.value = wire.cents_text(sale.total_cents)
     for item, (_, cents) in zip(purchase.items, sale.items, strict=True):
         item.unit_price.value = item.line_total.value = wire.cents_text(cents)
-    purchase.business_day.CopyFrom(wire.date(stored.business_day))
+    wire.set_date(purchase.business_day, stored.business_day)
     response.consistency_token = stored.event_id
     return response
 

@@ -72,8 +72,8 @@ class Purchase(NamedTuple):
 
 
 def rfc3339(moment: datetime.datetime) -> str:
-    """`2026-01-06T10:14:59Z`; with microseconds only where there are any."""
-    return moment.replace(tzinfo=None).isoformat() + "Z"
+    """`2026-01-06T10:14:59Z`, of a moment in UTC; with microseconds only where there are any."""
+    return moment.isoformat().removesuffix("+00:00") + "Z"
 
 
 def nanoseconds(moment: datetime.datetime) -> int:
