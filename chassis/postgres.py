@@ -176,6 +176,8 @@ class Pool(AsyncConnectionPool[Connection]):
     async def putconn(self, conn: Connection) -> None:
         self._lent -= 1
         await super().putconn(conn)
+        if self._pool and self._pool[-1] is conn:
+            self._pool.rotate(1)  # the next to be lent: its server process has all at hand, the others have to fetch it
 
     def is_complete(self) -> bool:
         """Whether all its connections are there, lent or not: as far as we know, the database is."""

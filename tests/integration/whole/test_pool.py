@@ -45,6 +45,13 @@ async def test_what_ended_while_idle_fails_no_call(analytics_db: str) -> None:
                     pass
 
 
+async def test_one_call_after_the_other_has_the_same_connection(analytics_db: str) -> None:
+    """Its server process has all at hand that the others would have to fetch."""
+    async with pool(analytics_db, "analytics_consumer", SIZE) as opened:
+        await opened.wait(timeout=WAIT_S)
+        assert len({await ask(opened) for _ in range(SIZE)}) == 1
+
+
 async def test_only_the_call_in_flight_fails(analytics_db: str) -> None:
     async with pool(analytics_db, "analytics_consumer", 2) as opened:
         async with opened.connection() as connection:
