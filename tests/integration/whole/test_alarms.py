@@ -25,6 +25,15 @@ OTHERS = ("python_", "process_", "scrape_", "up")  # those of every program in P
 LABELS = {"grpc_code", "grpc_method", "grpc_service"}
 PATIENCE_S = 120.0
 
+# How something is set up, what a caller is told at once, and what no process of ours can measure: sales fail then.
+WITHOUT_ALARM = {
+    "Users of the broker",
+    "Clusters",
+    "A country changes its clocks",
+    "The disk of a database is full",
+    "REBUILD_RUNNING, and nobody runs one",
+}
+
 RULES = [rule for group in yaml.safe_load(ALARMS.read_text())["groups"] for rule in group["rules"]]
 NAMES = [rule["alert"] for rule in RULES]
 
@@ -51,6 +60,18 @@ def test_every_alarm_names_its_section_of_the_runbook(rule: dict[str, Any]) -> N
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     assert anchor in anchors
     assert rule["labels"]["severity"] in {"page", "ticket"}
+    (row,) = re.findall(
+        rf"^\| `{rule['alert']}` \| (\w+) \| .+ \| \[.+\]\(#(.+)\) \|$", RUNBOOK.read_text(), re.MULTILINE
+    )
+    assert row == (rule["labels"]["severity"], anchor), "the runbook's own table of alarms"
+
+
+def test_every_case_has_an_alarm() -> None:
+    """Of the runbook's other cases, but for those that nothing can tell, or that are none."""
+    cases = re.findall(r"^### (.*)$", RUNBOOK.read_text().partition("## Other cases")[2], re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", case.lower()).replace(" ", "-"): case for case in cases}
+    alarmed = {anchors.get(rule["annotations"]["runbook"].partition("#")[2]) for rule in RULES}
+    assert {*cases} - alarmed == WITHOUT_ALARM
 
 
 class Scraped(Processes):
