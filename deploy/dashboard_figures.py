@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 OURS = 'job=~"purchases|relay|consumer|analytics"'
+SOME = " > 0"  # of many lines, those that tell something
 
 
 class Query(NamedTuple):
@@ -131,7 +132,7 @@ ROWS: Sequence[tuple[str, Sequence[Lines]]] = [
                 "OK; UNAVAILABLE only while something restarts, INTERNAL never",
                 [
                     Query(
-                        rate("grpc_server_handled_total", "grpc_method, grpc_code", '{job="purchases"}'),
+                        rate("grpc_server_handled_total", "grpc_method, grpc_code", '{job="purchases"}') + SOME,
                         "{{grpc_method}} {{grpc_code}}",
                     )
                 ],
@@ -240,7 +241,7 @@ ROWS: Sequence[tuple[str, Sequence[Lines]]] = [
                 "OK",
                 [
                     Query(
-                        rate("grpc_server_handled_total", "grpc_method, grpc_code", '{job="analytics"}'),
+                        rate("grpc_server_handled_total", "grpc_method, grpc_code", '{job="analytics"}') + SOME,
                         "{{grpc_method}} {{grpc_code}}",
                     )
                 ],
@@ -280,7 +281,9 @@ ROWS: Sequence[tuple[str, Sequence[Lines]]] = [
                 "Connections to the databases, by pool",
                 "used now and then; nobody waits for long",
                 [
-                    Query('sum by (job, pool) (db_client_connection_count{state="used"})', "{{job}} {{pool}} used"),
+                    Query(
+                        'sum by (job, pool) (db_client_connection_count{state="used"})' + SOME, "{{job}} {{pool}} used"
+                    ),
                     Query("sum by (job) (db_client_connection_pending_requests)", "{{job}} waiting"),
                 ],
             ),
