@@ -26,6 +26,7 @@ from pages_svc.sign_in import SignIn
 from pages_svc.till import assortment
 from pages_svc.till.clients import Clients
 from pages_svc.till.page import TillPage
+from pages_svc.upstream.bell import Bell
 from pages_svc.upstream.insides import Insides
 from pages_svc.upstream.sales import Sales
 from pages_svc.upstream.services import Services
@@ -75,7 +76,9 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
 
     certificates = Path(config.till_certificates) if config.till_certificates else None
     clients = Clients(config.purchases_target, credentials, certificates)
-    till = TillPage(clients, assortment.sample(), templates, reader.zone)
+    journals = Path(config.journals) if config.journals and accepted is None else None
+    till = TillPage(clients, assortment.sample(), templates, reader.zone, journals)
+    till.live = Live(till.render, Bell(), static.version, viewers_max=config.viewers_max)
 
     async def health(_: Request) -> PlainTextResponse:
         return PlainTextResponse("SERVING\n")
@@ -108,11 +111,12 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     )
     try:
         with listening(config.listen) as listener:
-            work = [watch.run(), owner.live.run(), operations.live.run()]
+            lives = (owner.live, operations.live, till.live)
+            work = [watch.run(), till.run(), *(live.run() for live in lives)]
             if accepted is not None:
                 work.append(accepted.keys.follow(accepted.forget))
             async with metrics.serving_metrics(config.metrics_listen), lifecycle.beside(*work):
-                await _serve_until(server, listener, stop, owner.live.drain, operations.live.drain)
+                await _serve_until(server, listener, stop, *(live.drain for live in lives))
     finally:
         till.close()
         await services.close()

@@ -41,6 +41,13 @@ class ServeSettings(TokenSettings, TlsSettings, TraceSettings):
         "sells; empty: it sells as the pages themselves",
         default="",
     )
+    journals: str = setting(
+        "PAGES_JOURNALS",
+        text,
+        "path",
+        "of a directory for the journals of the tills that sell by the page; empty: they cannot go offline",
+        default="",
+    )
     viewers_max: int = setting(
         "PAGES_VIEWERS_MAX",
         integer(1, 10_000),

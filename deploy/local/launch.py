@@ -113,6 +113,8 @@ class Launcher:
         environ = service_environ(program, self.programs, settings, self._urls(program, settings))
         for_people = isinstance(program, Pages)
         environ |= self.identity(OPERATOR if for_people else f"service/{program.name}", settings)
+        if for_people:
+            environ["PAGES_JOURNALS"] = settings.get("PAGES_JOURNALS") or str(self.home / "journals")
         if for_people and settings.get(TLS_SETTING) == "1":
             environ["TILL_CERTIFICATES"] = str(self.certificates)
         by_hand = export_lines(common_environ(self.home) | targets(self.programs, settings) | environ)

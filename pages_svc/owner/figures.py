@@ -125,12 +125,12 @@ class Reader:
                 raise
         return self._calendar
 
-    async def zone(self) -> datetime.tzinfo:
-        """That of the chain; UTC while it was never known."""
+    async def zone(self) -> datetime.tzinfo | None:
+        """That of the chain; None while it was never known."""
         try:
             return (await self.calendar()).zone
         except Problem:
-            return datetime.UTC
+            return None
 
     async def _daily(self, first: datetime.date, last: datetime.date, branch_id: int | None) -> Rows:
         known = self._watch.between(first, last, branch_id)

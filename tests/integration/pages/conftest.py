@@ -34,6 +34,7 @@ class Site(Processes):
         self.environ |= {
             "PAGES_LISTEN": self.address["pages"],
             "PAGES_METRICS_LISTEN": self.metrics,
+            "PAGES_JOURNALS": str(logs / "journals"),
             "CONSUMER_TARGET": self.address["consumer"],
         }
 

@@ -19,6 +19,21 @@ async def scan(page: Page, product: str, price: str = "") -> None:
         await page.locator("#scan").press("Enter")
 
 
+async def form_of(page: Page) -> str:
+    """What a press of `Pay` sends."""
+    fields = await page.evaluate("new URLSearchParams(new FormData(document.querySelector('form.till'))).toString()")
+    return f"{fields}&do=pay"
+
+
+async def send_again(page: Page, site: Site, form: str) -> str:
+    """The heading of the receipt that is the answer."""
+    headers = {"Origin": site.url, "Content-Type": "application/x-www-form-urlencoded"}
+    reply = await page.request.post(f"{site.url}/till", data=form, headers=headers)
+    assert reply.status == 200
+    (heading,) = re.findall(r'<h1 id="paid-title">(.*)</h1>', await reply.text())
+    return str(heading)
+
+
 async def pay(page: Page) -> None:
     await page.get_by_role("button", name=re.compile("Pay|Send it again")).click()
 
@@ -112,12 +127,11 @@ async def test_a_sale_whose_answer_is_lost_is_sent_again_and_stored_once(
         await expect(page.get_by_role("button", name="Honey")).to_be_disabled()
         site.start("purchases")
         site.wait_ready("purchases")
+        form = await form_of(page)
         await pay(page)
         await expect(page.get_by_role("heading", level=1)).to_have_text("13.99", timeout=WAIT_MS)
         await page.reload()
-        await page.go_back()
-        await pay(page)
-        await expect(page.get_by_role("heading", level=1)).to_have_text("13.99", timeout=WAIT_MS)
+        assert await send_again(page, site, form) == "13.99"
     assert len(list(till.list_purchases())) == 1
 
 
