@@ -26,8 +26,6 @@ CONNECT_TIMEOUT_S = 5
 POOL_WAIT_S = 5.0  # a caller that waits longer for a connection gets OVERLOADED, or DATABASE_UNAVAILABLE if it is away
 RECONNECT_EVERY_S = 0.2  # while connections are missing
 IDLE_IN_TRANSACTION_MS = 30_000  # a stuck transaction holds back vacuum and locks; nothing of ours needs longer
-# Of what others wait for, and a session holds while it waits for somebody else: see `kept_alive`.
-HELD_IN_SILENCE_MAX_S, SIGN_OF_LIFE_EVERY_S = 8.0, 2.0
 TCP_OPTIONS = {  # a peer that vanished is noticed within seconds, not after the kernel's quarter of an hour
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -233,31 +231,6 @@ async def _give_up(connection: Connection) -> None:
     log.warning("a connection was cut off: the database did not answer", backend=backend)
     with socket.socket(fileno=os.dup(connection.fileno())) as ours:
         ours.shutdown(socket.SHUT_RDWR)
-
-
-@asynccontextmanager
-async def kept_alive(connection: Connection) -> AsyncIterator[None]:
-    """Ask something every now and then, while the block waits for somebody else with what others need in its hands.
-
-    So the server can take it away from a session that is silent for HELD_IN_SILENCE_MAX_S, as that of a process that is
-    frozen is: by `idle_in_transaction_session_timeout` or `idle_session_timeout`. Statements of the block take turns
-    with these. A connection that is lost shows at the block's own next statement.
-    """
-
-    over = asyncio.Event()
-
-    async def ask() -> None:
-        with suppress(psycopg.Error):
-            while not await wait_set(over, SIGN_OF_LIFE_EVERY_S):
-                await connection.execute("SELECT")
-
-    asking = asyncio.create_task(ask())
-    try:
-        yield
-    finally:
-        over.set()  # not cancelled in mid-statement, which would be the end of the transaction
-        await asyncio.wait({asking}, timeout=HELD_IN_SILENCE_MAX_S)
-        asking.cancel()
 
 
 def _has_ended(connection: Connection) -> bool:

@@ -8,7 +8,7 @@ import structlog
 from psycopg import sql
 from psycopg_pool import PoolTimeout
 
-from chassis import cli, grpc_server, lifecycle, logs, metrics, postgres, settings, tls, traces, wire
+from chassis import cli, grpc_server, lifecycle, logs, metrics, postgres, settings, signs_of_life, tls, traces, wire
 from chassis.errors import PortTaken
 from relay_svc import inspection, outbox, retention
 from relay_svc.commands import outbox as outbox_commands
@@ -23,7 +23,7 @@ CONNECTIONS = LANES + 2  # one sweeps; one makes sure that what is claimed will 
 SERVICE_CONNECTIONS = 4  # of the OutboxService: its calls never wait for the relay's windows
 STATEMENT_TIMEOUT_S = 10.0
 # What a relay that is frozen has claimed goes to another one.
-CLAIMS = {"idle_in_transaction_session_timeout": f"{postgres.HELD_IN_SILENCE_MAX_S:g}s"}
+CLAIMS = {"idle_in_transaction_session_timeout": f"{signs_of_life.HELD_IN_SILENCE_MAX_S:g}s"}
 
 log = structlog.get_logger()
 

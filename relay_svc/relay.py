@@ -13,7 +13,8 @@ from psycopg_pool import PoolTimeout
 
 from chassis import traces
 from chassis.lifecycle import Backoff, wait_set
-from chassis.postgres import Connection, Pool, kept_alive
+from chassis.postgres import Connection, Pool
+from chassis.signs_of_life import kept_alive
 from chassis.standby import make_durable
 from relay_svc import days, outbox
 from relay_svc.days import Day, Found

@@ -32,7 +32,8 @@ from analytics_svc.errors import RelayUnavailable
 from analytics_svc.ingest.announce import announce
 from analytics_svc.upstream.outbox import EventsDropped, Listed, SnapshotRefused
 from chassis.lifecycle import Backoff
-from chassis.postgres import HELD_IN_SILENCE_MAX_S, UNAVAILABLE, Connection, Pool, kept_alive
+from chassis.postgres import UNAVAILABLE, Connection, Pool
+from chassis.signs_of_life import HELD_IN_SILENCE_MAX_S, kept_alive
 
 KEEPER_LOCK = 7_265_746_171  # any number; advisory locks are per database
 LOCK_EVERY_S = 1.0  # how often a standby tries to become the keeper

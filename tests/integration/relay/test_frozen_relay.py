@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from chassis import postgres
+from chassis import postgres, signs_of_life
 from relay_svc import outbox
 from relay_svc.__main__ import CLAIMS, CONNECTIONS
 from relay_svc.publisher import Publisher
@@ -89,7 +89,7 @@ async def test_what_a_frozen_relay_has_claimed_goes_to_another(
 
 def test_how_long_a_frozen_one_keeps_its_claims() -> None:
     assert CLAIMS == {"idle_in_transaction_session_timeout": "8s"}
-    assert postgres.HELD_IN_SILENCE_MAX_S < 10
+    assert signs_of_life.HELD_IN_SILENCE_MAX_S < 10
 
 
 async def test_a_relay_that_waits_keeps_its_claims(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +110,6 @@ async def test_a_relay_that_waits_keeps_its_claims(purchases_db: str, monkeypatc
                 query(purchases_db, f"SELECT clock_timestamp() > '{since}'::timestamptz + interval '3 s'")[0][0]
             )
 
-        async with postgres.kept_alive(connection):
+        async with signs_of_life.kept_alive(connection):
             await eventually(long_after, "it has waited for longer than a silent one may")
         await connection.execute("SELECT")
