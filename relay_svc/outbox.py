@@ -138,11 +138,14 @@ async def claim_retries(connection: Connection, limit: int, among: Sequence[Day]
 
 
 async def _in_transaction(connection: Connection, statement: bytes, parameters: Mapping[str, object]) -> list[TupleRow]:
-    """The statement's rows; a transaction is begun on the way, unless there is one."""
-    async with connection.pipeline():
-        if connection.info.transaction_status == TransactionStatus.IDLE:
-            await connection.execute("BEGIN")
-        cursor = await connection.execute(statement, parameters, prepare=True)
+    """The statement's rows; a transaction is begun before, unless there is one.
+
+    Not in one pipeline: after that, PostgreSQL (18.4) does not end a session that idles in its transaction, as that of
+    a frozen relay does.
+    """
+    if connection.info.transaction_status == TransactionStatus.IDLE:
+        await connection.execute("BEGIN")
+    cursor = await connection.execute(statement, parameters, prepare=True)
     return await cursor.fetchall()
 
 
