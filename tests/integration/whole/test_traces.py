@@ -125,13 +125,11 @@ async def test_one_purchase_is_one_trace(
     assert (apply["db.system.name"], apply["db.operation.batch.size"]) == ("postgresql", 1)
     said = json.dumps([json.loads(span.to_json()) for span in spans])
     assert sold.customer_id and sold.customer_id not in said and sold.receipt_id not in said
-    for metric in (
-        "grpc_server_handling_seconds",
-        "purchases_flush_seconds",
-        "relay_confirm_seconds",
-        "analytics_batch_seconds",
-    ):
-        assert exemplar_of(metric) & {traces.Span(span).ids["trace_id"] for span in recorded.spans()}, metric  # type: ignore[arg-type]
+    measured = ["purchases_flush_seconds", "relay_confirm_seconds", "analytics_batch_seconds"]
+    if by == "a call":  # streams last as long as they like
+        measured.append("grpc_server_handling_seconds")
+    for metric in measured:
+        assert exemplar_of(metric) & {traces.Span(span).ids["trace_id"] for span in spans}, metric  # type: ignore[arg-type]
     ((stored,),) = query(purchases_db, "SELECT traceparent FROM outbox_events")
     assert stored == traces.Span(spans[2]).traceparent  # type: ignore[arg-type]
 
