@@ -12,7 +12,7 @@ import grpc
 import psycopg
 import pytest
 
-from pos.client import Item, PosClient, Sale, connect
+from pos.client import Item, PosClient, Reported, Sale, TillReport, connect
 from pos.errors import OutcomeUnknown, Status
 from pos.journal import Flushed, Journal, Receipt, Resolution
 from tests.integration.conftest import free_address
@@ -144,6 +144,12 @@ class Shaky:
 
     def __init__(self, client: PosClient, rng: random.Random) -> None:
         self._client, self._rng = client, rng
+
+    def report_till(self, report: TillReport, *, within_s: float) -> Reported:
+        reported = self._client.report_till(report, within_s=within_s)
+        if self._rng.random() < 0.2:
+            raise OutcomeUnknown(Status(grpc.StatusCode.UNAVAILABLE, "the line was cut"))
+        return reported
 
     def upload_purchases(self, sales: object, **options: object) -> Iterator[object]:
         left = self._rng.randrange(1, 40)
