@@ -18,7 +18,7 @@ from analytics_svc.errors import RelayUnavailable
 from analytics_svc.proof import keeper
 from analytics_svc.proof.keeper import KEEPER_LOCK, KEEPER_SESSION, Keeper
 from analytics_svc.upstream.outbox import EventsDropped, Listed, SnapshotRefused
-from chassis import postgres
+from chassis import postgres, signs_of_life
 from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.purchase_events import NOON, query
 
@@ -107,7 +107,7 @@ async def test_one_keeps_and_another_takes_over(analytics_db: str) -> None:
 async def test_a_frozen_keeper_loses_the_lock(analytics_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that waits for the relay shows that it lives; one that shows nothing any more is ended by the server."""
     monkeypatch.setitem(KEEPER_SESSION, "idle_session_timeout", "1s")
-    monkeypatch.setattr(postgres, "SIGN_OF_LIFE_EVERY_S", 0.1)
+    monkeypatch.setattr(signs_of_life, "SIGN_OF_LIFE_EVERY_S", 0.1)
     slow = FakeOutbox()
     answer = asyncio.Event()
 
@@ -133,7 +133,7 @@ async def test_a_frozen_keeper_loses_the_lock(analytics_db: str, monkeypatch: py
 
         await eventually(long_after, "it has waited for longer than a silent one may")
         assert query(analytics_db, HOLDERS) == [(pid,)]
-        monkeypatch.setattr(postgres, "SIGN_OF_LIFE_EVERY_S", WAIT_S)  # now it stands still
+        monkeypatch.setattr(signs_of_life, "SIGN_OF_LIFE_EVERY_S", WAIT_S)  # now it stands still
 
         async def gone() -> bool:
             return query(analytics_db, f"SELECT FROM pg_stat_activity WHERE pid = {pid}") == []

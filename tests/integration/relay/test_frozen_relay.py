@@ -94,7 +94,7 @@ def test_how_long_a_frozen_one_keeps_its_claims() -> None:
 
 async def test_a_relay_that_waits_keeps_its_claims(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the broker takes: it shows that it lives."""
-    monkeypatch.setattr(postgres, "SIGN_OF_LIFE_EVERY_S", 0.1)
+    monkeypatch.setattr(signs_of_life, "SIGN_OF_LIFE_EVERY_S", 0.1)
     limit = {"idle_in_transaction_session_timeout": "1s"}
     async with (
         postgres.open_pool(
