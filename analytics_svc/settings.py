@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chassis.access import AccessSettings
+from chassis.cells import CellsSettings
 from chassis.plaintext import PlaintextSettings
 from chassis.settings import (
     address,
@@ -21,13 +22,13 @@ from chassis.traces import TraceSettings
 
 
 def _purchases_target() -> Any:
-    return setting(
-        "PURCHASES_TARGET", target, "host:port", "where the purchases service is found", default="127.0.0.1:50051"
-    )
+    meaning = "where the purchases service is found, unless CELLS_FILE says it"
+    return setting("PURCHASES_TARGET", target, "host:port", meaning, default="127.0.0.1:50051")
 
 
 def _relay_target() -> Any:
-    return setting("RELAY_TARGET", target, "host:port", "where the relay is found", default="127.0.0.1:50053")
+    meaning = "where the relay is found, unless CELLS_FILE says it"
+    return setting("RELAY_TARGET", target, "host:port", meaning, default="127.0.0.1:50053")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class MigrateSettings(PlaintextSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProveSettings(MigrateSettings, TlsSettings):
+class ProveSettings(MigrateSettings, CellsSettings):
     purchases_target: str = _purchases_target()
 
 
@@ -112,6 +113,6 @@ class ReportSettings(TlsSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RebuildSettings(MigrateSettings, TlsSettings):
+class RebuildSettings(MigrateSettings, CellsSettings):
     purchases_target: str = _purchases_target()
     relay_target: str = _relay_target()

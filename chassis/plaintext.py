@@ -52,8 +52,11 @@ def is_local(host: str) -> bool:
         return False
 
 
-def _called(address: str, certified: bool) -> Iterator[str]:
-    """Of `host:port`, or of a target as gRPC has them: dns:///host:port, ipv4:1.2.3.4:5,6.7.8.9:10, unix:/path."""
+def called(address: str, certified: bool) -> Iterator[str]:
+    """The hosts beyond this machine that would be called in plaintext.
+
+    Of `host:port`, or of a target as gRPC has them: dns:///host:port, ipv4:1.2.3.4:5,6.7.8.9:10, unix:/path.
+    """
     scheme, colon, rest = address.partition(":")
     if certified or (colon and scheme in ("unix", "unix-abstract")):
         return
@@ -95,8 +98,8 @@ def _collectors(url: str, _: bool) -> Iterator[str]:
 
 
 _REACHED: Mapping[Callable[[str], Any], Callable[[str, bool], Iterator[str]]] = {
-    settings.listen_address: _called,
-    settings.target: _called,
+    settings.listen_address: called,
+    settings.target: called,
     settings.postgres_url: _databases,
     settings.amqp_url: _brokers,
     settings.collector_url: _collectors,

@@ -1,8 +1,8 @@
 """`python -m analytics_svc consume`: the wiring of the process that keeps the read models and proves them."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 
 import structlog
 
@@ -20,9 +20,9 @@ from analytics_svc.proof.audit_server import CALL_TIMEOUT_S as AUDIT_TIMEOUT_S
 from analytics_svc.proof.audit_server import AuditServicer
 from analytics_svc.proof.keeper import KEEPER_SESSION, Keeper
 from analytics_svc.settings import ConsumeSettings
-from analytics_svc.upstream import SERVICE_CONFIG, source
-from analytics_svc.upstream.outbox import Outbox
-from chassis import grpc_client, grpc_server, lifecycle, metrics, postgres, tls, zones
+from analytics_svc.upstream import chain
+from analytics_svc.upstream.chain import Asked
+from chassis import grpc_server, lifecycle, metrics, postgres, tls, zones
 from chassis.wire import PageTokens
 from retail.analytics.v1 import audit_service_pb2_grpc as audit_grpc
 from retail.analytics.v1 import quarantine_service_pb2_grpc as quarantine_grpc
@@ -47,12 +47,10 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
         _pool(config, "consume", CONSUMER_CONNECTIONS) as pool,
         _pool(config, "upkeep", UPKEEP_CONNECTIONS) as upkeep_pool,
         _pool(config, "audit", AUDIT_CONNECTIONS, AUDIT_STATEMENT_TIMEOUT_S) as audit_pool,
-        grpc_client.connect(config.purchases_target, SERVICE_CONFIG, credentials) as purchases,
-        grpc_client.connect(config.relay_target, SERVICE_CONFIG, credentials) as relay,
-        source.connect(config.purchases_target, zone, credentials) as truth,
+        chain.connect(config, zone, credentials, purchases=config.purchases_target, relay=config.relay_target) as cells,
     ):
-        outbox = Outbox(relay)
-        quarantine = QuarantineServicer(upkeep_pool, Settler(upkeep_pool, zone, config.deaths_max), purchases, outbox)
+        settlers = [Settler(of, zone, config.deaths_max, lambda: cells.cells) for of in (pool, upkeep_pool)]
+        quarantine = QuarantineServicer(upkeep_pool, settlers[1], cells)
         services = [
             grpc_server.Service(
                 quarantine_grpc.add_QuarantineServiceServicer_to_server,
@@ -61,7 +59,7 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             ),
             grpc_server.Service(
                 audit_grpc.add_AuditServiceServicer_to_server,
-                AuditServicer(audit_pool, config.database_url, truth),
+                AuditServicer(audit_pool, config.database_url, cells),
                 "retail.analytics.v1.AuditService",
                 AUDIT_TIMEOUT_S,
             ),
@@ -73,7 +71,7 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
                 quarantine.tokens = PageTokens(await database.page_token_key(connection))
             consumer = Consumer(
                 config.amqp_url,
-                Settler(pool, zone, config.deaths_max),
+                settlers[0],
                 batch_max=config.batch_max,
                 prefetch=config.prefetch,
                 health=health,
@@ -81,9 +79,13 @@ async def consume(config: ConsumeSettings, stop: asyncio.Event) -> None:
             upkeep = Upkeep(upkeep_pool, health, config.log_retention_days)
             log.info("ready", listen=config.listen, metrics=config.metrics_listen, time_zone=config.business_time_zone)
             async with (
-                _keeping(config, outbox),
                 proving(config),
-                lifecycle.beside(upkeep.run(), Summing(upkeep_pool).run(), gauges.show(audit_pool)),
+                lifecycle.beside(
+                    upkeep.run(),
+                    Summing(upkeep_pool).run(),
+                    gauges.show(audit_pool),
+                    cells.follow(partial(_keep, config)),
+                ),
             ):
                 await _consume_until(stop, consumer, health)
     log.info("stopped")
@@ -107,14 +109,11 @@ def _pool(
     )
 
 
-@asynccontextmanager
-async def _keeping(config: ConsumeSettings, outbox: Outbox) -> AsyncIterator[None]:
-    """Keep complete_through_time while the block lasts, or stand by for the process that does."""
-    async with (
-        _pool(config, "keeper", 1, settings=KEEPER_SESSION) as pool,
-        lifecycle.beside(Keeper(pool, outbox.list_committed, outbox.requeue_lost).run()),
-    ):
-        yield
+async def _keep(config: ConsumeSettings, asked: Asked) -> None:
+    """Keep a cell's complete_through_time until cancelled, or stand by for the process that does."""
+    name, outbox = asked.cell.name, asked.outbox
+    async with _pool(config, "keeper", 1, settings=KEEPER_SESSION) as pool:
+        await Keeper(pool, outbox.list_committed, outbox.requeue_lost, cell=name).run()
 
 
 async def _consume_until(stop: asyncio.Event, consumer: Consumer, health: Health) -> None:

@@ -15,7 +15,7 @@ from prometheus_client import Counter
 from analytics_svc import database
 from analytics_svc.proof.auditor import Auditor
 from analytics_svc.settings import ProveSettings
-from analytics_svc.upstream import source
+from analytics_svc.upstream import chain
 from chassis import lifecycle, postgres, tls, zones
 from chassis.lifecycle import Backoff, wait_set
 
@@ -41,12 +41,15 @@ async def prove(config: ProveSettings, stop: asyncio.Event) -> None:
             size=CONNECTIONS,
             statement_timeout_s=STATEMENT_TIMEOUT_S,
         ) as pool,
-        source.connect(
-            config.purchases_target, zones.load(config.business_time_zone), tls.credentials(config)
-        ) as truth,
+        chain.connect(
+            config,
+            zones.load(config.business_time_zone),
+            tls.credentials(config),
+            purchases=config.purchases_target,
+        ) as cells,
     ):
         if await database.wait_until_ready(pool, config.business_time_zone, stop):
-            async with lifecycle.beside(Auditor(pool, truth).run()):
+            async with lifecycle.beside(cells.follow(), Auditor(pool, cells).run()):
                 await stop.wait()
 
 
@@ -68,6 +71,7 @@ async def _keep_running(config: ProveSettings) -> None:
         "ANALYTICS_DATABASE_URL": config.database_url,
         "BUSINESS_TIME_ZONE": config.business_time_zone,
         "PURCHASES_TARGET": config.purchases_target,
+        "CELLS_FILE": config.cells_file,
         "LOG_LEVEL": config.log_level,
         "TLS_CERTIFICATE_FILE": config.certificate_file,
         "TLS_KEY_FILE": config.key_file,

@@ -7,9 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from analytics_svc.settings import RebuildSettings
-from analytics_svc.upstream import SERVICE_CONFIG, source
-from analytics_svc.upstream.outbox import Outbox
-from chassis import cli, grpc_client, logs, tls, zones
+from analytics_svc.upstream import chain
+from chassis import cli, logs, tls, zones
 from chassis.errors import ServiceError
 
 FOREIGN_SHOWN = 1_000
@@ -48,16 +47,15 @@ async def run(config: RebuildSettings, *, console: Console) -> int:
             )
 
         try:
-            async with (
-                source.connect(config.purchases_target, zone, credentials) as truth,
-                grpc_client.connect(config.relay_target, SERVICE_CONFIG, credentials) as relay,
-            ):
+            async with chain.connect(
+                config, zone, credentials, purchases=config.purchases_target, relay=config.relay_target
+            ) as cells:
                 rebuilt = await rebuild.rebuild_all(
                     config.database_url,
-                    truth,
-                    truth.today(),
+                    cells,
+                    cells.today(),
                     show=show,
-                    position=Outbox(relay).position,
+                    positions={each.cell.name: each.outbox.position for each in cells.asked()},
                 )
         except ServiceError as error:
             console.print(f"not done: {error.message}", style="red", markup=False)

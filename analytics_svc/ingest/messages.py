@@ -11,9 +11,11 @@ from analytics_svc.errors import Rejected, quoted
 from analytics_svc.ingest import events
 from analytics_svc.ingest.quarantine import QuarantinedEvent
 from analytics_svc.purchase import PurchaseCreated
+from chassis.cells import Cells
 from chassis.traces import TRACEPARENT
 
 READ_FAILED = "READ_FAILED"  # a reason, see `events`: a bug of ours
+UNKNOWN_CELL = "UNKNOWN_CELL"  # of a cell that is not listed: nobody would wait for its sales, or compare them
 HEADER_LEVELS_MAX = 8  # of tables in tables; those of dead-lettering have three
 
 log = structlog.get_logger()
@@ -37,16 +39,23 @@ class Message(NamedTuple):
 Event: TypeAlias = PurchaseCreated | QuarantinedEvent
 
 
-def read(message: Message, zone: ZoneInfo) -> Event:
+def read(message: Message, zone: ZoneInfo, cells: Cells) -> Event:
     properties = message.properties
+    headers = properties.get("headers") or {}
     try:
-        return events.decode(
+        event = events.decode(
             message.body,
             zone,
             message_id=properties.get("message_id"),
             message_type=properties.get("type"),
-            schema_version=(properties.get("headers") or {}).get("schema_version"),
+            schema_version=headers.get("schema_version"),
         )
+        cell = headers.get("cell")  # a relay that knows of no cells does not say
+        if cell is not None and not (isinstance(cell, str) and cell in cells.by_name):
+            return unfit(message, event.event_id, UNKNOWN_CELL, f"it comes from {quoted(cell)}, which is not listed")
+        if cells.of_branch(event.branch_id) is None:
+            return unfit(message, event.event_id, UNKNOWN_CELL, f"branch {event.branch_id} is in no cell")
+        return event
     except Rejected as rejected:
         return unfit(message, rejected.event_id, rejected.reason, rejected.detail)
     except Exception as error:

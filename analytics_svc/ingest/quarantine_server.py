@@ -5,25 +5,20 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import grpc
-
-from analytics_svc.errors import PurchaseExists, PurchasesUnavailable
+from analytics_svc.errors import PurchaseExists
 from analytics_svc.ingest import quarantine
 from analytics_svc.ingest.announce import announce
 from analytics_svc.ingest.quarantine import Kept
 from analytics_svc.ingest.settling import OLDER_THAN_FLOOR, Settler
-from analytics_svc.upstream.outbox import Outbox
+from analytics_svc.upstream.chain import Chain
 from chassis import wire
 from chassis.errors import VIOLATIONS_MAX, DatabaseUnavailable, FieldReason, InvalidRequest, Violation
 from chassis.postgres import Pool
 from retail.analytics.v1 import quarantine_service_pb2 as pb
 from retail.analytics.v1 import quarantine_service_pb2_grpc
-from retail.purchases.v1 import purchases_service_pb2
-from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 
 EVENTS_PER_PAGE = (50, 500)  # by default, at most
 IDS_MAX = 1_000  # in one request
-ASK_TIMEOUT_S = 5.0  # for the purchases service to say whether it has a purchase
 NAMED_MAX = 10  # refused entries that an error names in words
 PURCHASES_MAX = 100  # that one body may name; an event of ours names one
 
@@ -35,9 +30,8 @@ _REASON = re.compile(r"[A-Z][A-Z_]{0,62}")
 class QuarantineServicer(quarantine_service_pb2_grpc.QuarantineServiceServicer):
     """`retail.analytics.v1.QuarantineService`."""
 
-    def __init__(self, pool: Pool, settler: Settler, purchases: grpc.aio.Channel, outbox: Outbox) -> None:
-        self._pool, self._settler, self._outbox = pool, settler, outbox
-        self._purchases: Any = PurchasesServiceStub(purchases)
+    def __init__(self, pool: Pool, settler: Settler, chain: Chain) -> None:
+        self._pool, self._settler, self._chain = pool, settler, chain
         self.tokens: wire.PageTokens | None = None  # comes when the database is up and proven to be ours
 
     async def ListQuarantinedEvents(
@@ -112,7 +106,7 @@ class QuarantineServicer(quarantine_service_pb2_grpc.QuarantineServiceServicer):
         )
 
     async def _has_purchase(self, kept: Kept) -> bool:
-        """Whether the purchases service has a purchase that the body names, or the outbox an event with that id.
+        """Whether a purchases service has a purchase that the body names, or an outbox an event with that id.
 
         The body alone does not tell: who sends another one with the id of a real event would have that event settled,
         as far as `complete_through_time` goes.
@@ -120,20 +114,12 @@ class QuarantineServicer(quarantine_service_pb2_grpc.QuarantineServiceServicer):
         Raises:
             PurchasesUnavailable, RelayUnavailable: one of them does not say.
         """
-        if kept.event_id and await self._outbox.holds(kept.event_id):
+        if kept.event_id and await self._chain.holds_event(kept.event_id):
             return True
         named = {wire.parse_uuid(match.decode()) for match in _PURCHASE_ID.findall(kept.body)}
         for purchase_id in list(filter(None, named))[:PURCHASES_MAX]:
-            request = purchases_service_pb2.GetPurchaseRequest(purchase_id=purchase_id)
-            try:
-                await self._purchases.GetPurchase(request, timeout=ASK_TIMEOUT_S)
-            except grpc.aio.AioRpcError as error:
-                if error.code() == grpc.StatusCode.NOT_FOUND:
-                    continue
-                raise PurchasesUnavailable(
-                    f"the purchases service does not answer: {error.code().name}: {error.details()}"
-                ) from error
-            return True
+            if await self._chain.recorded_day(purchase_id):
+                return True
         return False
 
     def _ids(self, asked: Sequence[str]) -> list[str]:

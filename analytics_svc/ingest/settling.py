@@ -10,7 +10,7 @@ An event is at fault only when something else is not:
 import asyncio
 import uuid
 from collections import Counter as Tally
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from typing import NamedTuple
@@ -29,7 +29,8 @@ from analytics_svc.ingest.events import ID_MAX
 from analytics_svc.ingest.messages import Event, Message
 from analytics_svc.ingest.quarantine import QuarantinedEvent
 from analytics_svc.purchase import PRODUCT_ID_MAX, Item, PurchaseCreated
-from chassis import traces
+from chassis import cells, traces
+from chassis.cells import Cells
 from chassis.postgres import Connection, Pool
 from chassis.standby import make_durable
 
@@ -59,6 +60,8 @@ EVENTS = Counter("analytics_events_total", "Deliveries that were settled.", ["ou
 COUNTED, DUPLICATE, QUARANTINED = (EVENTS.labels(outcome) for outcome in ("counted", "duplicate", "quarantined"))
 ALONE = Counter("analytics_events_tried_alone_total", "Trials of single messages, since a process died with them.")
 
+ANY = cells.only("", "")  # where nobody says which cells there are
+
 log = structlog.get_logger()
 
 
@@ -71,14 +74,14 @@ class Case(NamedTuple):
 class Settler:
     """Settles messages in transactions of its own. What it cannot settle now, it raises for: then ask again later."""
 
-    def __init__(self, pool: Pool, zone: ZoneInfo, deaths_max: int) -> None:
+    def __init__(self, pool: Pool, zone: ZoneInfo, deaths_max: int, listed: Callable[[], Cells] = lambda: ANY) -> None:
         """`deaths_max`: how many processes may die of a message, tried alone, before it is quarantined unread."""
-        self._pool, self._zone, self._deaths_max = pool, zone, deaths_max
+        self._pool, self._zone, self._deaths_max, self._listed = pool, zone, deaths_max, listed
         self._failures: Tally[bytes] = Tally()  # by digest: that a message failed alone, and the process survived
         self._survived: Tally[bytes] = Tally()  # by digest: trials that are to be withdrawn
 
     def read(self, message: Message) -> Case:
-        return Case(message, messages.read(message, self._zone))
+        return Case(message, messages.read(message, self._zone, self._listed()))
 
     async def settle(self, cases: Sequence[Case], *, tried: bool = False) -> None:
         """Settle all of them, in as few transactions as the database takes; with `tried`, it ends their trials.

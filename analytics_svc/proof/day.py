@@ -83,7 +83,7 @@ async def prove_day(
         return Proof(day, 0, await _contradictions(pool, day), Difference({}, {}), [], [], None)
     snapshot = await _read_day(pool, day)
     truth = _Truth(snapshot)
-    async with aclosing(source.export(day, day)) as chunks:  # type: ignore[type-var]
+    async with aclosing(source.export(day, day)) as chunks:
         async for chunk in chunks:
             if missing := truth.add(chunk):
                 elsewhere = await _logged_elsewhere(pool, day, missing)

@@ -1,8 +1,10 @@
 """Keeps the promise of `complete_through_time`: every purchase committed before it is counted or quarantined.
 
-One tick: list what was committed since the last one (the relay reads the time first, then the ids), wait until each of
-these ids is counted or quarantined, then store the listing's snapshot and time. One keeper works at a time, whoever
-holds the lock. It does all on the connection that holds the lock: one that lost it can store nothing any more.
+Each cell of the chain has a keeper of its own, and the time that answers bear is that of the cell which is the furthest
+behind. One tick: list what was committed there since the last one (the relay reads the time first, then the ids), wait
+until each of these ids is counted or quarantined, then store the listing's snapshot and time. One keeper of a cell
+works at a time, whoever holds the lock. It does all on the connection that holds the lock: one that lost it can store
+nothing any more.
 
 - What holds the time back: an event that is FAILED, or lost between outbox and log, until it is requeued or its day is
   rebuilt. Quarantined events do not. An outage of the relay or a database does, too: no news, no promise.
@@ -23,6 +25,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from datetime import datetime
 from typing import NamedTuple
+from zlib import crc32
 
 import psycopg
 import structlog
@@ -31,11 +34,12 @@ from prometheus_client import Counter, Gauge
 from analytics_svc.errors import RelayUnavailable
 from analytics_svc.ingest.announce import announce
 from analytics_svc.upstream.outbox import EventsDropped, Listed, SnapshotRefused
+from chassis.cells import DEFAULT
 from chassis.lifecycle import Backoff
 from chassis.postgres import UNAVAILABLE, Connection, Pool
 from chassis.signs_of_life import HELD_IN_SILENCE_MAX_S, kept_alive
 
-KEEPER_LOCK = 7_265_746_171  # any number; advisory locks are per database
+KEEPER_LOCK = 7_265_746_171  # any number; advisory locks are per database. The other cells' are far above
 LOCK_EVERY_S = 1.0  # how often a standby tries to become the keeper
 TICK_EVERY_S = 0.5  # from start to start; the time lags by half of it, and by what an event takes to be counted
 CHECK_FIRST_S, CHECK_MOST_S = 0.05, 0.5  # pauses before an id that is waited for is looked up again
@@ -49,16 +53,25 @@ LOST_AFTER_S, LOST_EVERY_S = 30.0, 5.0  # of waiting: from then on the relay is 
 # For the keeper's sessions. One that is frozen or cut off must lose the lock, so that another process takes over.
 KEEPER_SESSION = {"idle_session_timeout": f"{HELD_IN_SILENCE_MAX_S:g}s"}
 
-TICKS = Counter("analytics_keeper_ticks_total", "Times that complete_through_time was stored.")
+CELL = ["cell"]
+TICKS = Counter("analytics_keeper_ticks_total", "Times that complete_through_time was stored.", CELL)
 TAKEN_BACK = Counter(
-    "analytics_complete_through_taken_back_total", "Times that complete_through_time had to go back: a clock was wrong."
+    "analytics_complete_through_taken_back_total",
+    "Times that complete_through_time had to go back: a clock was wrong.",
+    CELL,
 )
-LISTED = Counter("analytics_keeper_listed_total", "Event ids that the relay listed as committed.")
-KEEPING = Gauge("analytics_keeper_active", "1 while this process is the keeper of complete_through_time.")
-AWAITED = Gauge("analytics_keeper_awaited", "Committed events that the present tick still waits for.")
+LISTED = Counter("analytics_keeper_listed_total", "Event ids that the relay listed as committed.", CELL)
+KEEPING = Gauge("analytics_keeper_active", "1 while this process is the keeper of complete_through_time.", CELL)
+AWAITED = Gauge("analytics_keeper_awaited", "Committed events that the present tick still waits for.", CELL)
 REBUILD_NEEDED = Gauge(
     "analytics_keeper_rebuild_needed",
     "1 while complete_through_time stands still because the outbox has dropped events that may not be counted.",
+    CELL,
+)
+THROUGH = Gauge(
+    "analytics_cell_complete_through_timestamp_seconds",
+    "What the cell has committed before it is counted or quarantined; told by the cell's keeper, 0 by others.",
+    CELL,
 )
 
 log = structlog.get_logger()
@@ -80,7 +93,7 @@ class Awaited(NamedTuple):
 
 
 class Keeper:
-    """Moves complete_through_time; any number of processes may run one, and one of them works."""
+    """Moves a cell's complete_through_time; any number of processes may run one, and one of them works."""
 
     def __init__(
         self,
@@ -88,11 +101,16 @@ class Keeper:
         list_committed: Callable[[str], AsyncGenerator[Listed, None]],
         requeue_lost: Callable[[Sequence[str]], Awaitable[int]],
         *,
+        cell: str = DEFAULT,
         awaited_max: int = AWAITED_MAX,
     ) -> None:
         """`requeue_lost` has those of the events published again that will never come by themselves."""
         self._pool, self._list_committed, self._requeue_lost = pool, list_committed, requeue_lost
-        self._awaited_max = awaited_max
+        self._cell, self._awaited_max = cell, awaited_max
+        self._log = log.bind(cell=cell)
+        self._keeping, self._awaited, self._through = KEEPING.labels(cell), AWAITED.labels(cell), THROUGH.labels(cell)
+        self._rebuild_needed, self._ticks = REBUILD_NEEDED.labels(cell), TICKS.labels(cell)
+        self._listed, self._taken_back = LISTED.labels(cell), TAKEN_BACK.labels(cell)
 
     async def run(self) -> None:
         """Keep, or stand by for the one that does, until cancelled. Trouble only means that nothing new is promised."""
@@ -104,13 +122,13 @@ class Keeper:
                         async with kept_alive(connection):
                             await self._keep(connection, backoff)
                     finally:
-                        KEEPING.set(0)
-                        AWAITED.set(0)
+                        for gauge in (self._keeping, self._awaited, self._through):
+                            gauge.set(0)
                         await connection.close()  # and with it goes the lock
             except Exception as error:
                 known = isinstance(error, (*UNAVAILABLE, psycopg.Error, RelayUnavailable, EventsDropped))
                 pause_s = backoff.next_s()
-                log.warning(
+                self._log.warning(
                     "complete_through_time stands still; trying again",
                     error=error,
                     pause_s=round(pause_s, 1),
@@ -119,11 +137,12 @@ class Keeper:
                 await asyncio.sleep(pause_s)
 
     async def _keep(self, connection: Connection, backoff: Backoff) -> None:
-        while not await try_lock(connection):
-            REBUILD_NEEDED.set(0)  # the other one tells
+        while not await try_lock(connection, self._cell):
+            self._rebuild_needed.set(0)  # the other one tells
             await asyncio.sleep(LOCK_EVERY_S)
-        KEEPING.set(1)
-        log.info("this process keeps complete_through_time")
+        self._keeping.set(1)
+        await hold_back(connection, self._cell)
+        self._log.info("this process keeps complete_through_time")
         while True:
             started = time.monotonic()
             await self.run_once(connection)
@@ -132,34 +151,35 @@ class Keeper:
 
     async def run_once(self, connection: Connection) -> bool:
         """One tick on the connection that holds the lock; True when the time has moved."""
-        mark = await read_mark(connection)
+        mark = await read_mark(connection, self._cell)
         try:
             try:
                 awaited, listed = await self._list(connection, mark.snapshot or "")
             except SnapshotRefused as error:
-                log.warning("the relay does not know the stored snapshot; listing everything", error=error)
+                self._log.warning("the relay does not know the stored snapshot; listing everything", error=error)
                 awaited, listed = await self._list(connection, "")
         except EventsDropped:
-            REBUILD_NEEDED.set(1)
+            self._rebuild_needed.set(1)
             raise
-        REBUILD_NEEDED.set(0)
+        self._rebuild_needed.set(0)
         await self._wait_settled(connection, awaited)
         if listed is None:
             return False  # there was more than could be kept: the next tick lists it
         assert listed.as_of is not None
         async with connection.transaction():
-            moved = await store(connection, mark, listed.snapshot, listed.as_of)
+            moved = await store(connection, self._cell, mark, listed.snapshot, listed.as_of)
         if not moved:
-            log.warning("complete_through_time was changed by others; starting over")
+            self._log.warning("complete_through_time was changed by others; starting over")
             return False
         if mark.complete_through and listed.as_of < mark.complete_through:
-            TAKEN_BACK.inc()
-            log.error(
+            self._taken_back.inc()
+            self._log.error(
                 "complete_through_time is taken back: the purchases database's clock was ahead, or is set back",
                 promised=str(mark.complete_through),
                 now=str(listed.as_of),
             )
-        TICKS.inc()
+        self._ticks.inc()
+        self._through.set(listed.as_of.timestamp())
         return True
 
     async def _list(self, connection: Connection, after_snapshot: str) -> tuple[list[Awaited], Listed | None]:
@@ -168,11 +188,11 @@ class Keeper:
         count = 0
         async with aclosing(self._list_committed(after_snapshot)) as parts:
             async for part in parts:
-                LISTED.inc(len(part.event_ids))
+                self._listed.inc(len(part.event_ids))
                 if part.event_ids and (rest := await unsettled(connection, "{" + ",".join(part.event_ids) + "}")):
                     awaited.append(rest)
                     count += rest.size
-                    AWAITED.set(count)
+                    self._awaited.set(count)
                 if part.snapshot:
                     return awaited, part
                 if count >= self._awaited_max:
@@ -193,33 +213,41 @@ class Keeper:
             awaited[0] = rest
             count = sum(part.size for part in awaited)
             oldest = min(part.oldest for part in awaited)
-            AWAITED.set(count)
+            self._awaited.set(count)
             now = time.monotonic()
             if now > begin + SHOW_AFTER_S and oldest != shown:
-                await show_oldest(connection, oldest)
+                await show_oldest(connection, self._cell, oldest)
                 shown = oldest
             if now > warn_at:
-                log.warning("complete_through_time waits for events", awaited=count, oldest_event_id=oldest)
+                self._log.warning("complete_through_time waits for events", awaited=count, oldest_event_id=oldest)
                 warn_at = now + WARN_AFTER_S
             if now > lost_at:
                 with suppress(RelayUnavailable):
                     await self._requeue_lost(rest.ids.strip("{}").split(","))
                 lost_at = time.monotonic() + LOST_EVERY_S
             await asyncio.sleep(pauses.next_s())
-        AWAITED.set(0)
+        self._awaited.set(0)
 
 
-async def try_lock(connection: Connection) -> bool:
-    """Become the keeper, for as long as the connection lives; False when there is another one."""
-    cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", [KEEPER_LOCK])
+async def try_lock(connection: Connection, cell: str) -> bool:
+    """Become the cell's keeper, for as long as the connection lives; False when there is another one."""
+    lock = KEEPER_LOCK + (0 if cell == DEFAULT else crc32(cell.encode()) << 30)
+    cursor = await connection.execute("SELECT pg_try_advisory_lock(%s)", [lock])
     ((locked,),) = await cursor.fetchall()
     return bool(locked)
 
 
-async def read_mark(connection: Connection) -> Mark:
-    cursor = await connection.execute("SELECT after_snapshot, complete_through_at FROM freshness")
-    (row,) = await cursor.fetchall()
-    return Mark(*row)
+async def hold_back(connection: Connection, cell: str) -> None:
+    """From now on the time of all cells is not later than this one's, of which maybe nothing is known yet."""
+    await connection.execute("INSERT INTO cell_marks (cell) VALUES (%s) ON CONFLICT DO NOTHING", [cell])
+
+
+async def read_mark(connection: Connection, cell: str) -> Mark:
+    cursor = await connection.execute(
+        "SELECT after_snapshot, complete_through_at FROM cell_marks WHERE cell = %s", [cell]
+    )
+    rows = await cursor.fetchall()
+    return Mark(*rows[0]) if rows else Mark(None, None)
 
 
 async def unsettled(connection: Connection, ids: str) -> Awaited | None:
@@ -241,26 +269,51 @@ async def unsettled(connection: Connection, ids: str) -> Awaited | None:
     return Awaited(*row) if row[1] else None
 
 
-async def show_oldest(connection: Connection, event_id: str) -> None:
+async def show_oldest(connection: Connection, cell: str, event_id: str) -> None:
     """Show what is waited for: the log's retention stops there."""
-    await connection.execute("UPDATE freshness SET oldest_awaited_id = %s", [event_id])
+    async with connection.transaction():
+        await _alone(connection)
+        await connection.execute("UPDATE cell_marks SET oldest_awaited_id = %s WHERE cell = %s", [event_id, cell])
+        await connection.execute(_SUM_UP)
 
 
-async def store(connection: Connection, before: Mark, snapshot: str, as_of: datetime) -> bool:
+async def store(connection: Connection, cell: str, before: Mark, snapshot: str, as_of: datetime) -> bool:
     """Promise that everything up to a listing is settled; False when the mark is no longer the one it started from.
 
     Later than the listing's time, the promise would be false: purchases that commit from now on are not in it.
     """
+    await _alone(connection)
     cursor = await connection.execute(
         """
-        UPDATE freshness SET
-            after_snapshot = %(snapshot)s,
-            complete_through_at = %(as_of)s,
+        INSERT INTO cell_marks AS mark (cell, after_snapshot, complete_through_at)
+        VALUES (%(cell)s, %(snapshot)s, %(as_of)s)
+        ON CONFLICT (cell) DO UPDATE SET
+            after_snapshot = excluded.after_snapshot,
+            complete_through_at = excluded.complete_through_at,
             oldest_awaited_id = NULL
-        WHERE after_snapshot IS NOT DISTINCT FROM %(before)s
+        WHERE mark.after_snapshot IS NOT DISTINCT FROM %(before)s
         """,
-        {"snapshot": snapshot, "as_of": as_of, "before": before.snapshot},
+        {"cell": cell, "snapshot": snapshot, "as_of": as_of, "before": before.snapshot},
     )
     if cursor.rowcount:
+        await connection.execute(_SUM_UP)
         await announce(connection, (), counted=False)
     return bool(cursor.rowcount)
+
+
+async def _alone(connection: Connection) -> None:
+    """Until the commit no other keeper stores: in what it reads then, all cells' marks are the newest."""
+    await connection.execute("SELECT FROM freshness FOR UPDATE")
+
+
+# What holds of all cells: the time stands still while nothing is known of one of them.
+_SUM_UP = """
+    UPDATE freshness SET
+        complete_through_at = CASE WHEN known THEN least_through ELSE complete_through_at END,
+        oldest_awaited_id = lowest_id
+    FROM (
+        SELECT bool_and(complete_through_at IS NOT NULL) AS known, min(complete_through_at) AS least_through,
+            min(oldest_awaited_id::text)::uuid AS lowest_id
+        FROM cell_marks
+    ) AS marks
+"""

@@ -7,7 +7,7 @@ A repair that dies leaves what it has repaired so far; its locks end with its se
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -97,21 +97,19 @@ async def rebuild_all(
     today: date,
     *,
     show: Callable[[Progress], None] = lambda _: None,
-    position: Callable[[], Awaitable[Listed]] | None = None,
+    positions: Mapping[str, Callable[[], Awaitable[Listed]]] | None = None,
 ) -> Rebuilt:
     """Repair every day that is recorded or counted, then whatever follows from the days.
 
-    With `position`, which asks the relay, the keeper goes on from where this began, unless it has come further itself,
-    or the retention has dropped what this would have had to count.
+    With `positions`, which ask each cell's relay, its keeper goes on from where this began, unless it has come further
+    itself, or the retention has dropped what this would have had to count.
 
     Raises:
         HistoryDropped, PurchaseExists: as `rebuild_day`.
         RebuildRunning, PurchasesUnavailable, TimeZonesDiffer: try again; what is repaired is.
     """
     async with _repairing(url) as pool:
-        async with pool.connection() as connection:
-            mark = await keeper.read_mark(connection)
-        began = await _ask(position) if position else None
+        began = {cell: await _began(pool, cell, position) for cell, position in (positions or {}).items()}
         done = Rebuilt((await source.control_totals(today, today)).complete_from)
         days = await _days(pool, source)
         days = [day for day in days if not done.complete_from or day >= done.complete_from]
@@ -122,9 +120,12 @@ async def rebuild_all(
             show(Progress(len(days), len(days), done.purchases, kind))
             done.repaired += await _rebuild_ranges(pool, kind)
         await _require_history_since(source, today, done.complete_from)
-        if began and began.as_of and not done.complete_from:  # what the retention has dropped, this has not counted
-            async with pool.connection() as connection, connection.transaction():
-                await keeper.store(connection, mark, began.snapshot, began.as_of)
+        for cell, (mark, listed) in began.items():
+            if (
+                listed and listed.as_of and not done.complete_from
+            ):  # what the retention has dropped, this has not counted
+                async with pool.connection() as connection, connection.transaction():
+                    await keeper.store(connection, cell, mark, listed.snapshot, listed.as_of)
     _tell(done)
     return done
 
@@ -251,7 +252,7 @@ async def _recorded_elsewhere(pool: Pool, source: Source, day: date, event_ids: 
     elsewhere: dict[str, date] = {}
     exported = set()
     for other in sorted(set(recorded.values())):
-        async with aclosing(source.export(other, other)) as chunks:  # type: ignore[type-var]
+        async with aclosing(source.export(other, other)) as chunks:
             async for chunk in chunks:
                 for event in chunk:
                     if event.purchase_id in recorded:
@@ -298,12 +299,17 @@ async def _days(pool: Pool, source: Source) -> list[date]:
     return sorted(days.union((await source.recorded_days("")).days))
 
 
-async def _ask(position: Callable[[], Awaitable[Listed]]) -> Listed | None:
+async def _began(pool: Pool, cell: str, position: Callable[[], Awaitable[Listed]]) -> tuple[keeper.Mark, Listed | None]:
+    """How far the cell's keeper has come, and how far the cell itself."""
+    async with pool.connection() as connection:
+        mark = await keeper.read_mark(connection, cell)
     try:
-        return await position()
+        return mark, await position()
     except RelayUnavailable as error:
-        log.warning("the relay cannot be asked, so this rebuild does not move complete_through_time", error=error)
-        return None
+        log.warning(
+            "the relay cannot be asked, so this rebuild does not move complete_through_time", cell=cell, error=error
+        )
+        return mark, None
 
 
 @asynccontextmanager

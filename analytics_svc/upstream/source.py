@@ -3,19 +3,16 @@
 The only file here that knows its messages.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
 from datetime import UTC, date, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from zoneinfo import ZoneInfo
 
 import grpc
 
 from analytics_svc.errors import PurchasesUnavailable, TimeZonesDiffer
 from analytics_svc.purchase import Item, PurchaseCreated
-from analytics_svc.upstream import SERVICE_CONFIG
-from chassis import grpc_client, wire
-from chassis.tls import Credentials
+from chassis import wire
 from chassis.zones import business_day
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
@@ -54,20 +51,14 @@ class RecordedDays(NamedTuple):
     as_of: datetime  # by the purchases' clock: all that was committed before is told of, here or in the answers before
 
 
-class Source:
-    """Asks the purchases service. Every method may raise PurchasesUnavailable."""
-
-    def __init__(self, channel: grpc.aio.Channel, zone: ZoneInfo) -> None:
-        self._stub: Any = PurchasesServiceStub(channel)
-        self._zone = zone
+class Source(Protocol):
+    """What was recorded, in one cell or in all. Every method may raise PurchasesUnavailable."""
 
     def today(self) -> date:
         """The business day that it is now."""
-        return self.day_of(datetime.now(UTC))
 
     def day_of(self, moment: datetime) -> date:
         """The business day on which a purchase of that moment was recorded."""
-        return business_day(moment, self._zone)
 
     async def control_totals(self, first: date, last: date) -> Recorded:
         """Sums by business day and branch, of 31 days at most.
@@ -75,6 +66,37 @@ class Source:
         Raises:
             TimeZonesDiffer: the other side's days are not ours.
         """
+
+    async def recorded_days(self, after: str) -> RecordedDays:
+        """The days since the position of an earlier answer; all that are recorded, where it is empty or means nothing.
+
+        Raises:
+            TimeZonesDiffer: the other side's days are not ours.
+        """
+
+    def export(
+        self, first: date, last: date, customer_ids: Sequence[str] = ()
+    ) -> AsyncGenerator[list[PurchaseCreated], None]:
+        """The purchases of these business days as the events that announced them, some at a time."""
+
+    async def recorded_day(self, purchase_id: str) -> date | None:
+        """The business day of a recorded purchase; None when none has this id."""
+
+
+class CellSource:
+    """Asks one purchases service."""
+
+    def __init__(self, channel: grpc.aio.Channel, zone: ZoneInfo) -> None:
+        self._stub: Any = PurchasesServiceStub(channel)
+        self._zone = zone
+
+    def today(self) -> date:
+        return self.day_of(datetime.now(UTC))
+
+    def day_of(self, moment: datetime) -> date:
+        return business_day(moment, self._zone)
+
+    async def control_totals(self, first: date, last: date) -> Recorded:
         request = purchases_service_pb2.ListControlTotalsRequest(
             page_size=PAGE_ROWS, first_date=wire.date(first), last_date=wire.date(last)
         )
@@ -102,11 +124,6 @@ class Source:
         )
 
     async def recorded_days(self, after: str) -> RecordedDays:
-        """The days since the position of an earlier answer; all that are recorded, where it is empty or means nothing.
-
-        Raises:
-            TimeZonesDiffer: the other side's days are not ours.
-        """
         request = purchases_service_pb2.ListRecordedDaysRequest(after_position=after)
         try:
             reply = await self._stub.ListRecordedDays(request, timeout=CALL_TIMEOUT_S)
@@ -125,8 +142,7 @@ class Source:
 
     async def export(
         self, first: date, last: date, customer_ids: Sequence[str] = ()
-    ) -> AsyncIterator[list[PurchaseCreated]]:
-        """The purchases of these business days as the events that announced them, some at a time."""
+    ) -> AsyncGenerator[list[PurchaseCreated], None]:
         request = purchases_service_pb2.ExportPurchasesRequest(
             first_date=wire.date(first), last_date=wire.date(last), customer_ids=customer_ids
         )
@@ -146,7 +162,6 @@ class Source:
             yield chunk
 
     async def recorded_day(self, purchase_id: str) -> date | None:
-        """The business day of a recorded purchase; None when none has this id."""
         request = purchases_service_pb2.GetPurchaseRequest(purchase_id=purchase_id)
         try:
             reply = await self._stub.GetPurchase(request, timeout=CALL_TIMEOUT_S)
@@ -155,13 +170,6 @@ class Source:
                 return None
             raise _unavailable(error) from error
         return _day(reply.purchase.business_day)
-
-
-@asynccontextmanager
-async def connect(target: str, zone: ZoneInfo, credentials: Credentials | None) -> AsyncIterator[Source]:
-    """A source at `target`, which need not be up yet."""
-    async with grpc_client.connect(target, SERVICE_CONFIG, credentials) as channel:
-        yield Source(channel, zone)
 
 
 def _event(event_id: str, purchase: purchase_pb2.Purchase) -> PurchaseCreated:

@@ -13,7 +13,7 @@ import grpc
 
 from analytics_svc.ingest.apply import apply
 from analytics_svc.purchase import PurchaseCreated
-from analytics_svc.upstream.source import Source
+from analytics_svc.upstream.source import CellSource, Source
 from chassis import postgres
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.integration.purchase_events import query
@@ -69,7 +69,7 @@ class Chain(NamedTuple):
 def open_chain(channel: grpc.aio.Channel, pool: postgres.Pool, url: str) -> Chain:
     chance = random.Random(1)
     customers = [str(uuid.UUID(int=chance.getrandbits(128))) for _ in range(12)]
-    return Chain(PurchasesServiceStub(channel), Source(channel, UTC_ZONE), pool, url, customers)
+    return Chain(PurchasesServiceStub(channel), CellSource(channel, UTC_ZONE), pool, url, customers)
 
 
 @asynccontextmanager

@@ -33,6 +33,9 @@ DRAIN_STEPS_MAX = 3_000  # when nothing hinders any more, the keeper arrives lon
 List = Callable[[str], AsyncGenerator[Listed, None]]
 
 
+_MARK = "SELECT (SELECT after_snapshot FROM cell_marks), complete_through_at FROM freshness"
+
+
 class Lied(AssertionError):
     """complete_through_time promised what was not so."""
 
@@ -162,7 +165,8 @@ class World:
         await self._owner.execute("DELETE FROM outbox_events")
         for table in ("analytics_event_log", "quarantined_events"):
             await self._analyst.execute(f"DELETE FROM {table}".encode())
-        await self._analyst.execute("UPDATE freshness SET complete_through_at = NULL, after_snapshot = NULL")
+        await self._analyst.execute("DELETE FROM cell_marks")
+        await self._analyst.execute("UPDATE freshness SET complete_through_at = NULL")
         self._committed: dict[str, datetime] = {}  # every sale, and a time by which its commit was over
         self._poison: set[str] = set()
         self._open_writes: dict[int, list[str]] = {}
@@ -318,9 +322,7 @@ class World:
         rows = await (await self._owner.execute("SELECT event_id::text, status FROM outbox_events")).fetchall()
         log = await (await self._analyst.execute("SELECT event_id::text FROM analytics_event_log")).fetchall()
         bad = await (await self._analyst.execute("SELECT event_id::text FROM quarantined_events")).fetchall()
-        mark = await (
-            await self._analyst.execute("SELECT after_snapshot, complete_through_at FROM freshness")
-        ).fetchone()
+        mark = await (await self._analyst.execute(_MARK)).fetchone()
         self._backups = dict(rows), {i for (i,) in log}, {i for (i,) in bad}, mark
 
     async def _end_transactions(self) -> None:
@@ -349,15 +351,15 @@ class World:
         self._committed = {i: over for i, over in self._committed.items() if i in statuses}
         await self._analyst.execute(
             """
-            UPDATE freshness SET after_snapshot = CASE
+            UPDATE cell_marks SET after_snapshot = CASE
                 WHEN %s THEN regexp_replace(after_snapshot, '^[0-9]+', '1') -- another server
                 ELSE regexp_replace(after_snapshot, ':[0-9]+:[0-9]+:.*$', ':90000000:90000000:') -- its own future
             END
             """,
             [self._chance.random() < 0.5],
         )
-        cursor = await self._analyst.execute("SELECT after_snapshot FROM freshness")
-        ((self._snapshot,),) = await cursor.fetchall()
+        cursor = await self._analyst.execute(_MARK)
+        ((self._snapshot, _),) = await cursor.fetchall()
 
     async def _restore_analytics(self) -> None:
         """As of the backup: the log, the quarantine and the promise; what was counted since is missing."""
@@ -367,7 +369,9 @@ class World:
         _, log, bad, mark = self._backups
         await self._analyst.execute("DELETE FROM analytics_event_log WHERE event_id <> ALL(%s::uuid[])", [list(log)])
         await self._analyst.execute("DELETE FROM quarantined_events WHERE event_id <> ALL(%s::uuid[])", [list(bad)])
-        await self._analyst.execute("UPDATE freshness SET (after_snapshot, complete_through_at) = (%s, %s)", list(mark))
+        marked = "UPDATE cell_marks SET (after_snapshot, complete_through_at) = (%s, %s)"
+        await self._analyst.execute(marked, list(mark))
+        await self._analyst.execute("UPDATE freshness SET complete_through_at = %s", [mark[1]])
         self._snapshot, self._complete_through = mark
 
     async def _turn_clock(self) -> None:
@@ -380,8 +384,8 @@ class World:
     # The truth.
 
     async def _check(self) -> None:
-        cursor = await self._analyst.execute("SELECT complete_through_at, after_snapshot FROM freshness")
-        ((promised, snapshot),) = await cursor.fetchall()
+        cursor = await self._analyst.execute(_MARK)
+        ((snapshot, promised),) = await cursor.fetchall()
         if (promised, snapshot) == (self._complete_through, self._snapshot):
             return
         went_back = promised is None or (self._complete_through is not None and promised < self._complete_through)

@@ -125,8 +125,8 @@ async def test_never_going_back_is_caught(world: World, analytics_db: str) -> No
             " greatest(NEW.complete_through_at, OLD.complete_through_at); RETURN NEW; END $$"
         )
         await owner.execute(
-            "CREATE TRIGGER highest BEFORE UPDATE OF after_snapshot ON freshness FOR EACH ROW"
-            " WHEN (NEW.after_snapshot IS NOT NULL) EXECUTE FUNCTION keep_highest()"
+            "CREATE TRIGGER highest BEFORE UPDATE OF complete_through_at ON freshness FOR EACH ROW"
+            " WHEN (NEW.complete_through_at IS NOT NULL) EXECUTE FUNCTION keep_highest()"
         )
         await owner.execute("GRANT EXECUTE ON FUNCTION keep_highest() TO analytics_consumer")
     assert await is_caught(world)

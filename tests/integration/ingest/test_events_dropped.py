@@ -12,6 +12,7 @@ import relay_svc.__main__ as relay
 from analytics_svc.proof import rebuild
 from analytics_svc.proof.keeper import REBUILD_NEEDED, Keeper
 from analytics_svc.upstream.outbox import EventsDropped, Outbox
+from chassis.cells import DEFAULT
 from relay_svc import retention
 from relay_svc.settings import ServeSettings
 from tests.conftest import WAIT_S, eventually, pool, today
@@ -53,7 +54,9 @@ def send_long_ago(purchases_url: str) -> None:
 
 
 def mark(url: str) -> tuple[str | None, datetime.datetime | None]:
-    ((snapshot, moment),) = query(url, "SELECT after_snapshot, complete_through_at FROM freshness")
+    ((snapshot, moment),) = query(
+        url, "SELECT (SELECT after_snapshot FROM cell_marks), complete_through_at FROM freshness"
+    )
     return snapshot, moment
 
 
@@ -75,17 +78,17 @@ async def test_analytics_lost_after_the_outbox_has_dropped_days(
         assert await keeper.run_once(connection)
 
         query(chain.url, f"TRUNCATE {TABLES}")
-        query(chain.url, "UPDATE freshness SET after_snapshot = NULL, complete_through_at = NULL")
+        query(chain.url, "DELETE FROM cell_marks; UPDATE freshness SET complete_through_at = NULL")
         with pytest.raises(EventsDropped):
             await keeper.run_once(connection)
-        assert (mark(chain.url), REBUILD_NEEDED._value.get()) == ((None, None), 1)
+        assert (mark(chain.url), REBUILD_NEEDED.labels(DEFAULT)._value.get()) == ((None, None), 1)
         await rebuild.rebuild_all(chain.url, chain.source, FIRST)  # without the relay
         assert mark(chain.url) == (None, None)
 
         query(chain.url, f"TRUNCATE {TABLES}")
         asked = 1 + 2 * DAYS  # times, until all has been exported
         source: Any = Meanwhile(chain.source, asked + 1, lambda: chain.sell(5, seed=32))
-        rebuilt = await rebuild.rebuild_all(chain.url, source, FIRST, position=outbox.position)
+        rebuilt = await rebuild.rebuild_all(chain.url, source, FIRST, positions={DEFAULT: outbox.position})
         assert rebuilt.purchases == 60
         _, promised = mark(chain.url)
         assert promised is not None
@@ -101,7 +104,7 @@ async def test_analytics_lost_after_the_outbox_has_dropped_days(
         await chain.apply(await chain.recorded())
         assert await asyncio.wait_for(tick, WAIT_S)
         assert (mark(chain.url)[1] or promised) > sold_at
-        assert REBUILD_NEEDED._value.get() == 0
+        assert REBUILD_NEEDED.labels(DEFAULT)._value.get() == 0
     counted = read_models(chain.url)
     query(chain.url, f"TRUNCATE {TABLES}")
     await chain.apply(await chain.recorded())
@@ -118,7 +121,7 @@ async def test_a_keeper_that_goes_on_is_not_set_back(chain: Chain, purchases_db:
             assert await keeper.run_once(connection)
 
         source: Any = Meanwhile(chain.source, 1, tick)
-        await rebuild.rebuild_all(chain.url, source, FIRST, position=outbox.position)
+        await rebuild.rebuild_all(chain.url, source, FIRST, positions={DEFAULT: outbox.position})
         ((given,),) = query(purchases_db, "SELECT realm || ':' || given_snapshot FROM outbox_listing")
         assert mark(chain.url)[0] == given
 
@@ -127,5 +130,5 @@ async def test_purchases_that_were_dropped_are_not_promised(chain: Chain, purcha
     """A rebuild of what is left has not counted them, so it says nothing about them."""
     await chain.sell(20, seed=34)
     query(purchases_db, "UPDATE chain_settings SET dropped_before = '2026-03-02'")
-    await rebuild.rebuild_all(chain.url, chain.source, FIRST, position=outbox.position)
+    await rebuild.rebuild_all(chain.url, chain.source, FIRST, positions={DEFAULT: outbox.position})
     assert mark(chain.url) == (None, None)

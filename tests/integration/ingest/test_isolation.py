@@ -273,6 +273,6 @@ async def test_event_that_breaks_the_transaction(
 def test_event_that_our_decoder_does_not_cope_with() -> None:
     """A bug of ours quarantines its event instead of blocking the queue."""
     body = sold("1.00").body()
-    found = read(Message(body, {"message_id": "019B92CD-80A0-7C3E-8F5A-2B6D1C0E4F77"}), "no time zone")  # type: ignore[arg-type]
+    found = read(Message(body, {"message_id": "019B92CD-80A0-7C3E-8F5A-2B6D1C0E4F77"}), "no time zone", settling.ANY)  # type: ignore[arg-type]
     assert (found.reason, found.event_id) == (READ_FAILED, "019b92cd-80a0-7c3e-8f5a-2b6d1c0e4f77")  # type: ignore[union-attr]
     assert found.body == body  # type: ignore[union-attr]

@@ -19,6 +19,7 @@ from analytics_svc.proof import keeper
 from analytics_svc.proof.keeper import KEEPER_LOCK, KEEPER_SESSION, Keeper
 from analytics_svc.upstream.outbox import EventsDropped, Listed, SnapshotRefused
 from chassis import postgres, signs_of_life
+from chassis.cells import DEFAULT
 from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.purchase_events import NOON, query
 
@@ -205,7 +206,7 @@ async def test_what_holds_it_back_is_shown_and_let_go(analytics_db: str, monkeyp
 
 
 async def rebuild_needed() -> float:
-    return float(keeper.REBUILD_NEEDED._value.get())
+    return float(keeper.REBUILD_NEEDED.labels(DEFAULT)._value.get())
 
 
 async def _equal(value: Any, wanted: Any) -> bool:
@@ -214,25 +215,25 @@ async def _equal(value: Any, wanted: Any) -> bool:
 
 async def test_a_clock_that_ran_ahead_and_others_who_set_the_mark(analytics_db: str) -> None:
     """A promise that has turned out false is taken back and counted; a tick from another mark stores nothing."""
-    query(analytics_db, "UPDATE freshness SET complete_through_at = '2030-01-01Z'")
+    query(analytics_db, "INSERT INTO cell_marks (cell, complete_through_at) VALUES ('default', '2030-01-01Z')")
     fake = FakeOutbox()
-    taken_back = keeper.TAKEN_BACK._value.get()
+    taken_back = keeper.TAKEN_BACK.labels(DEFAULT)._value.get()
     async with pool(analytics_db, "analytics_consumer") as opened, opened.connection() as connection:
         worker = Keeper(opened, fake.list_committed, fake.requeue_lost)
         assert await worker.run_once(connection)
         assert complete_through(analytics_db) == NOON + SECOND
-        assert keeper.TAKEN_BACK._value.get() == taken_back + 1
+        assert keeper.TAKEN_BACK.labels(DEFAULT)._value.get() == taken_back + 1
         assert await worker.run_once(connection)
-        assert keeper.TAKEN_BACK._value.get() == taken_back + 1
-        assert query(analytics_db, "SELECT after_snapshot FROM freshness") == [("2",)]
+        assert keeper.TAKEN_BACK.labels(DEFAULT)._value.get() == taken_back + 1
+        assert query(analytics_db, "SELECT after_snapshot FROM cell_marks") == [("2",)]
 
         async def disturbed(after: str) -> AsyncGenerator[Listed, None]:
-            query(analytics_db, "UPDATE freshness SET after_snapshot = 'restored'")
+            query(analytics_db, "UPDATE cell_marks SET after_snapshot = 'restored'")
             async for part in fake.list_committed(after):
                 yield part
 
         assert not await Keeper(opened, disturbed, fake.requeue_lost).run_once(connection)
-        assert query(analytics_db, "SELECT after_snapshot FROM freshness") == [("restored",)]
+        assert query(analytics_db, "SELECT after_snapshot FROM cell_marks") == [("restored",)]
 
 
 async def test_events_that_never_come_are_asked_for(analytics_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +271,7 @@ async def test_a_million_ids(analytics_db: str) -> None:
         tick = asyncio.ensure_future(worker.run_once(connection))
 
         async def kept() -> bool:
-            return bool(keeper.AWAITED._value.get() >= 2_000)
+            return bool(keeper.AWAITED.labels(DEFAULT)._value.get() >= 2_000)
 
         await eventually(kept, "it waits")
         query(

@@ -23,7 +23,7 @@ from analytics_svc.proof.auditor import Auditor
 from analytics_svc.proof.day import FOREIGN_IDS_MAX, prove_day
 from analytics_svc.proof.verdicts import Comparison, Row, Verdict
 from analytics_svc.purchase import PurchaseCreated
-from analytics_svc.upstream.source import Source, Totals
+from analytics_svc.upstream.source import CellSource, Source, Totals
 from chassis import grpc_server, lifecycle, wire
 from retail.analytics.v1 import audit_service_pb2 as pb
 from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub, add_AuditServiceServicer_to_server
@@ -700,7 +700,7 @@ async def test_another_zone_and_a_missing_service_are_refused(
     compare = pb.CompareControlTotalsRequest(first_date=wire.date(FIRST), last_date=wire.date(LAST))
     refusals = []
     async with grpc.aio.insecure_channel(free_address()) as nowhere:
-        for source in (Source(purchases_channel, ZoneInfo("Asia/Tokyo")), Source(nowhere, UTC_ZONE)):
+        for source in (CellSource(purchases_channel, ZoneInfo("Asia/Tokyo")), CellSource(nowhere, UTC_ZONE)):
             async with serving(chain, source) as stub:
                 for call in (
                     stub.CompareControlTotals(compare),

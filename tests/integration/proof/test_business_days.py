@@ -24,7 +24,7 @@ from analytics_svc.proof import audit, rebuild
 from analytics_svc.proof.day import prove_day
 from analytics_svc.proof.verdicts import Verdict
 from analytics_svc.settings import ServeSettings as AnalyticsSettings
-from analytics_svc.upstream.source import Source
+from analytics_svc.upstream.source import CellSource, Source
 from chassis import wire, zones
 from chassis.postgres import Pool
 from purchases_svc.answers import Recorded
@@ -163,7 +163,7 @@ async def test_labels_of_all_zones_side_by_side(
     await check_exports(tills, sales)
     await count(purchases_db, analytics_db)
     await check_answers(analytics_db, "UTC", sales)
-    await check_proofs(analytics_db, Source(purchases_channel, zones.load("UTC")), sales, rebuilt=5)
+    await check_proofs(analytics_db, CellSource(purchases_channel, zones.load("UTC")), sales, rebuilt=5)
     await check_answers(analytics_db, "UTC", sales)
 
 
@@ -192,7 +192,7 @@ async def test_all_have_a_sale_on_one_day(purchases_db: str, analytics_db: str, 
         await check_exports(tills, sales)
         await count(purchases_db, analytics_db)
         await check_answers(analytics_db, zone, sales)
-        await check_proofs(analytics_db, Source(channel, zones.load(zone)), sales)
+        await check_proofs(analytics_db, CellSource(channel, zones.load(zone)), sales)
         await check_answers(analytics_db, zone, sales)
         await check_receipts(tills, sales)
 
