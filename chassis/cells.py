@@ -151,6 +151,19 @@ class CellsSettings(TlsSettings):
     )
 
 
+def own_cell() -> Any:
+    """The setting of a process that belongs to one of the cells."""
+    meaning = "the name of this process's cell in CELLS_FILE, and on its events"
+    return setting("CELL", cell_name, "name", meaning, default=DEFAULT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellSettings(CellsSettings):
+    """Of a process that belongs to one of them."""
+
+    cell: str = own_cell()
+
+
 def follow(config: CellsSettings) -> Followed[Cells]:
     """What the file says, now and later.
 

@@ -12,8 +12,11 @@ Times are aware datetimes. Calls retry by themselves and raise `pos.errors.PosEr
 
 import datetime
 import math
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import grpc
 
@@ -21,6 +24,7 @@ from chassis import wire
 from chassis.tls import Credentials
 from pos import errors, values
 from pos.calls import ATTEMPT_TIMEOUT_S, Calls, Pause, connect, sleep
+from pos.cells import HOPS_MAX, Cells, Reach, reaching
 from pos.open_stream import OpenStream
 from pos.sale import Item, Sale, create_request
 from pos.service_config import TOTAL_TIMEOUT_S
@@ -74,12 +78,23 @@ class PosClient:
         attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
         total_timeout_s: float = TOTAL_TIMEOUT_S,
         pause: Pause = sleep,
+        reach: Reach | None = None,
     ) -> None:
-        """`pause(seconds, why)` waits between two attempts; what it raises ends the call."""
+        """`pause(seconds, why)` waits between two attempts; what it raises ends the call. `reach` is for `at`."""
+        self._cells = Cells(channel, reach)
         self._purchases = PurchasesServiceStub(channel)
         self._customers = CustomersServiceStub(channel)
         self._call = Calls(attempt_timeout_s=attempt_timeout_s, total_timeout_s=total_timeout_s, pause=pause)
         self._timeouts_s, self._pause = (attempt_timeout_s, total_timeout_s), pause
+
+    @classmethod
+    @contextmanager
+    def at(cls, target: str, credentials: Credentials | None = None, **options: Any) -> Iterator["PosClient"]:
+        """A client of the service at `host:port` which, where the chain has cells, goes on to the one that has a sale's
+        branch, and remembers it. For the block; other calls than sales go to `target`.
+        """
+        with reaching(credentials) as reach:
+            yield cls(reach(target), reach=reach, **options)
 
     def create_purchase(self, sale: Sale, *, register_customer: bool = False) -> Recorded:
         """Send a sale; when this returns, it is stored for good. Sending it again changes nothing.
@@ -92,7 +107,7 @@ class PosClient:
             CallFailed: the service does not let this client send sales.
         """
         request = create_request(sale, register_customer)
-        reply = self._call(self._purchases.CreatePurchase, request, errors.of_sale)
+        reply = self._call(self._cells.create, request, errors.of_sale)
         with errors.reading(errors.OutcomeUnknown):
             return values.recorded(reply)
 
@@ -100,11 +115,12 @@ class PosClient:
         """One stream for sales as they happen, for a till or all tills of a branch; to be closed, as by `with`.
 
         `record` on it does what `create_purchase` does, for a fraction of what that costs the service. The stream is
-        opened when there is a sale, renewed by itself, and replaced by calls while it is broken or refused.
+        opened when there is a sale, renewed by itself, and replaced by calls while it is broken or refused, and for the
+        sales of branches that another cell has.
         """
         return OpenStream(
             self._purchases.UploadPurchases,
-            self._purchases.CreatePurchase,
+            self._cells,
             self._call,
             values.recorded,
             answer_timeout_s=self._timeouts_s[0],
@@ -129,16 +145,33 @@ class PosClient:
             CallFailed: the service does not let this client send sales.
         """
         registers = register_customers if callable(register_customers) else lambda _: register_customers
+        yield from self._upload(self._purchases, sales, registers, time.monotonic() + within_s, HOPS_MAX)
+
+    def _upload(
+        self,
+        service: PurchasesServiceStub,
+        sales: Iterable[Sale],
+        registers: Callable[[Sale], bool],
+        until: float,
+        hops: int,
+    ) -> Iterator[Uploaded]:
         uploader: Uploader[Sale, Recorded] = Uploader(
-            self._purchases.UploadPurchases,
+            service.UploadPurchases,
             lambda sale: create_request(sale, registers(sale)),
             values.recorded,
             answer_timeout_s=self._timeouts_s[0],
             total_timeout_s=self._timeouts_s[1],
             pause=self._pause,
         )
-        for sale, outcome in uploader.send(sales, within_s):
-            yield Uploaded(sale, outcome)
+        elsewhere: dict[PurchasesServiceStub, list[Sale]] = {}  # kept until those of this cell are through
+        for sale, outcome in uploader.send(sales, until - time.monotonic()):
+            wrong = isinstance(outcome, errors.WrongCell) and hops > 1
+            if wrong and self._cells.learn(sale.branch_id, outcome.status):  # type: ignore[union-attr]
+                elsewhere.setdefault(self._cells.of(sale.branch_id), []).append(sale)
+            else:
+                yield Uploaded(sale, outcome)
+        for other, theirs in elsewhere.items():
+            yield from self._upload(other, theirs, registers, until, hops - 1)
 
     def report_till(self, report: TillReport, *, within_s: float = math.inf) -> Reported:
         """Tell what a till's journal has given out, and learn what of it is stored; `pos.journal` does so by itself."""

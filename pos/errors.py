@@ -6,7 +6,8 @@ PosError
 │   ├── ReceiptTaken           another sale of that till and day has the number: `purchase_id` names it
 │   ├── IdempotencyKeyReused   the key belongs to another sale: `purchase_id` names it
 │   ├── CustomerUnknown        register the customer first, or with the sale
-│   └── PurchaseTimeOutOfRange too long ago
+│   ├── PurchaseTimeOutOfRange too long ago
+│   └── WrongCell              another cell records that branch's sales, at `address`; see `PosClient.at`
 ├── OutcomeUnknown             the sale may or may not be stored: send it again with the same key
 │   └── ClockAhead             it is not stored yet: its time lies ahead of the service's clock, `ahead` tells how far
 ├── NotFound
@@ -86,6 +87,15 @@ class PurchaseTimeOutOfRange(SaleRefused):
     pass
 
 
+class WrongCell(SaleRefused):
+    """Refused here, and nothing is wrong with the sale: it is to be sent to another service, with its key."""
+
+    @property
+    def address(self) -> str:
+        """Of the service that records the branch's sales; empty when no cell has the branch."""
+        return self.status.metadata.get("address", "")
+
+
 class OutcomeUnknown(PosError):
     pass
 
@@ -131,12 +141,14 @@ _UNCLEAR = RETRYABLE | {
 }
 
 TIME_AHEAD = "PURCHASE_TIME_AHEAD"
+WRONG_CELL = _named(reasons.WRONG_CELL)
 _REFUSALS: Mapping[str, type[SaleRefused]] = {
     _named(reasons.INVALID_PURCHASE): InvalidSale,
     _named(reasons.RECEIPT_EXISTS): ReceiptTaken,
     _named(reasons.IDEMPOTENCY_KEY_REUSED): IdempotencyKeyReused,
     _named(reasons.CUSTOMER_NOT_FOUND): CustomerUnknown,
     _named(reasons.PURCHASE_TIME_OUT_OF_RANGE): PurchaseTimeOutOfRange,
+    WRONG_CELL: WrongCell,
 }
 _REFUSING_CODES: Mapping[StatusCode, type[SaleRefused]] = {
     StatusCode.INVALID_ARGUMENT: InvalidSale,

@@ -20,6 +20,7 @@ import grpc
 from chassis.traces import TRACEPARENT
 from pos import errors
 from pos.calls import Calls, pause_before_retry
+from pos.cells import Cells
 from pos.errors import OutcomeUnknown, PosError, Status
 from pos.sale import Sale, create_request
 from pos.service_config import BACKOFF_FACTOR, FIRST_BACKOFF_S, MOST_BACKOFF_S
@@ -44,14 +45,14 @@ class OpenStream(Generic[A]):
     def __init__(
         self,
         upload: Any,
-        create: Callable[..., pb2.CreatePurchaseResponse],
+        cells: Cells,
         call: Calls,
         decode: Callable[[pb2.CreatePurchaseResponse], A],
         *,
         answer_timeout_s: float,
     ) -> None:
-        """`upload` and `create` are the service's methods; `call` is patient with each sale."""
-        self._upload, self._create, self._call, self._decode = upload, create, call, decode
+        """`upload` is the method of the service at which the client begins; `call` is patient with each sale."""
+        self._upload, self._cells, self._call, self._decode = upload, cells, call, decode
         self._answer_timeout_s = answer_timeout_s
         self._lock = threading.Lock()
         self._all_answered = threading.Condition(self._lock)
@@ -127,11 +128,15 @@ class OpenStream(Generic[A]):
         """
         deadline = time.monotonic() + timeout
         with suppress(_Unanswered):
-            if stream := self._current():
-                return stream.send(request, timeout, dict(metadata).get(TRACEPARENT, ""))
+            if not self._cells.is_elsewhere(request.purchase.branch_id) and (stream := self._current()):
+                try:
+                    return stream.send(request, timeout, dict(metadata).get(TRACEPARENT, ""))
+                except PosError as error:
+                    if error.status.reason != errors.WRONG_CELL:
+                        raise  # otherwise a call finds out where it belongs
         if self._ended:
             raise ValueError("the stream is closed")
-        return self._create(request, timeout=max(deadline - time.monotonic(), 0.0), metadata=metadata)
+        return self._cells.create(request, timeout=max(deadline - time.monotonic(), 0.0), metadata=metadata)
 
     def _current(self) -> "_Stream | None":
         with self._lock:

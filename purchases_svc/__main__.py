@@ -10,7 +10,7 @@ import psycopg
 import structlog
 from psycopg_pool import PoolTimeout
 
-from chassis import cli, grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, tls, traces, zones
+from chassis import cells, cli, grpc_server, lifecycle, logs, metrics, migrate, postgres, settings, tls, traces, zones
 from chassis.errors import PortTaken
 from chassis.shares import Shares
 from chassis.wire import PageTokens
@@ -99,6 +99,9 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         backlog = Backlog(watch_pool, config.outbox_max)
         retaining = retention.Retention(retention_pool, kept_months)
         primary = Primary(watch_pool, host.set_serving, standby_required=config.require_sync_standby)
+        listed = cells.follow(config) if config.cells_file else None
+        if listed and config.cell not in listed.value.by_name:
+            raise settings.SettingsError([f"CELL={config.cell}: {config.cells_file} has no such cell"])
         recorder = record.Recorder(
             write_pool,
             partitions,
@@ -111,6 +114,8 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             backlog_months=config.backlog_months,
             retention_months=lambda: retaining.months,
             standby_required=config.require_sync_standby,
+            cell=config.cell,
+            listed=(lambda: listed.value) if listed else None,
         )
         tokens = PageTokens(page_token_key)
         shares = Shares(read_pool, max(config.read_connections // server.READ_KINDS, 1), short={server.ONE})
@@ -141,6 +146,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
                 backlog.watch(),
                 primary.watch(),
                 TillWatch(watch_pool).watch(),
+                *([listed.follow(lambda: log.info("the file of cells has changed"))] if listed else []),
             ),
         ):
             await primary.look()

@@ -5,6 +5,7 @@ ServiceError
 ├── PurchaseTimeOutOfRange                too long ago
 ├── PurchaseTimeAhead                     too far in the future: it is taken when that time has come
 ├── ClocksDiffer                          ours and the database's: no sale is refused for its time
+├── WrongCell                            another cell records the sales of that branch
 ├── MonthNotOpen                          so long ago that an operator has to open its month
 ├── IdempotencyKeyReused                  the key belongs to a sale with other content
 ├── ReceiptExists                         another sale of that branch, till and day has the receipt number
@@ -45,6 +46,11 @@ class ClocksDiffer(ServiceError):
 class MonthNotOpen(ServiceError):
     code = StatusCode.FAILED_PRECONDITION
     reason = _named(reasons.MONTH_NOT_OPEN)
+
+
+class WrongCell(ServiceError):
+    code = StatusCode.FAILED_PRECONDITION
+    reason = _named(reasons.WRONG_CELL)
 
 
 class IdempotencyKeyReused(ServiceError):

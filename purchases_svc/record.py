@@ -7,7 +7,8 @@ from zoneinfo import ZoneInfo
 
 from uuid_utils import uuid7
 
-from chassis import traces
+from chassis import cells, traces
+from chassis.cells import Cells
 from chassis.postgres import Pool
 from chassis.traces import Span
 from chassis.zones import business_day
@@ -15,7 +16,7 @@ from purchases_svc.admission import Admission
 from purchases_svc.answers import Outcome, Recorded
 from purchases_svc.backlog import Backlog
 from purchases_svc.entry import Call, Entry
-from purchases_svc.errors import OutboxFull
+from purchases_svc.errors import OutboxFull, WrongCell
 from purchases_svc.flush import Flushes
 from purchases_svc.months import Months
 from purchases_svc.partitions import Partitions
@@ -43,13 +44,16 @@ class Recorder:
         backlog_months: int = 0,
         retention_months: Callable[[], int] = lambda: 0,
         standby_required: bool = False,
+        cell: str = cells.DEFAULT,
+        listed: Callable[[], Cells] | None = None,
     ) -> None:
         """`pool` has `flush.CONNECTIONS` connections; `zone` cuts business days. `batch_max` sales go in one flush,
         which has `flush_timeout_s` for all that may happen to it. `waiting_max` sales may be on their way, with
-        `waiting_items_max` items in all.
+        `waiting_items_max` items in all. This is `cell`, of those that are `listed`, if there are several.
         """
         self._partitions, self._backlog, self._zone = partitions, backlog, zone
         self._flush_timeout_s = flush_timeout_s
+        self._cell, self._listed = cell, listed
         self._admission = Admission(waiting_max, waiting_items_max)
         self._tasks = Tasks()
         writing = Writing(pool, flush_timeout_s, standby_required=standby_required)
@@ -112,6 +116,23 @@ class Recorder:
         if apart:
             self._months.send(apart, limits)
         return call
+
+    def ours(self, sale: Sale) -> Sale:
+        """The sale, if this is the cell that records its branch's.
+
+        Raises:
+            WrongCell
+        """
+        if self._listed:
+            found = self._listed().of_branch(sale.branch_id)
+            if found is None:
+                raise WrongCell(f"no cell has branch {sale.branch_id}", metadata={"branch_id": str(sale.branch_id)})
+            if found.name != self._cell:
+                raise WrongCell(
+                    f"the sales of branch {sale.branch_id} are recorded in cell {found.name}, at {found.purchases}",
+                    metadata={"cell": found.name, "address": found.purchases},
+                )
+        return sale
 
     def require_room(self, caller: str, sales: int) -> None:
         """Whether so many sales could be taken in now, to be asked before they are looked at.

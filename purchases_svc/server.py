@@ -62,7 +62,8 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     async def CreatePurchase(
         self, request: purchases_service_pb2.CreatePurchaseRequest, context: Any
     ) -> purchases_service_pb2.CreatePurchaseResponse:
-        recorded = await self._recorder.record(messages.parse_sale(request), identity.current().name)
+        sale = self._recorder.ours(messages.parse_sale(request))
+        recorded = await self._recorder.record(sale, identity.current().name)
         return messages.answer(request, recorded)
 
     async def GetPurchase(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from chassis.access import AccessSettings
+from chassis.cells import CellSettings
 from chassis.plaintext import PlaintextSettings
 from chassis.settings import (
     address,
@@ -15,7 +16,6 @@ from chassis.settings import (
     switch,
     time_zone,
 )
-from chassis.tls import TlsSettings
 from chassis.traces import TraceSettings
 
 
@@ -29,7 +29,7 @@ class MigrateSettings(PlaintextSettings):
 
 
 @dataclass(frozen=True)
-class ServeSettings(AccessSettings, MigrateSettings, TlsSettings, TraceSettings):
+class ServeSettings(AccessSettings, MigrateSettings, CellSettings, TraceSettings):
     listen: str = setting(
         "PURCHASES_LISTEN", listen_address, "host:port", "where it is called", default="127.0.0.1:50051"
     )

@@ -113,7 +113,8 @@ class Uploads:
         spans = _spans([upload])
         try:
             self._recorder.require_room(caller, 1)  # before anything is made of it
-            single.call = self._recorder.take_in([messages.parse_sale(upload.create_purchase)], caller, spans)
+            sale = self._recorder.ours(messages.parse_sale(upload.create_purchase))
+            single.call = self._recorder.take_in([sale], caller, spans)
         except ServiceError as error:
             _end(spans.values(), error)
             single.refusal = error.with_traceback(None)  # which holds this frame, which holds the sale: a ring
@@ -172,7 +173,7 @@ class Uploads:
         spans = _spans(uploads)
         for place, upload in enumerate(uploads):
             try:
-                sales[place] = messages.parse_sale(upload.create_purchase)
+                sales[place] = self._recorder.ours(messages.parse_sale(upload.create_purchase))
             except ServiceError as error:
                 refused[place] = error.with_traceback(None)  # which would keep all that it was made of
                 _end(filter(None, [spans.pop(place, None)]), error)

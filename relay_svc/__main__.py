@@ -55,7 +55,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         async with service_pool.connection() as connection:
             tokens = wire.PageTokens(await inspection.page_token_key(connection))
         await retention.begin(service_pool, stop)
-        publisher = Publisher(config.amqp_url, config.confirm_timeout_s)
+        publisher = Publisher(config.amqp_url, config.confirm_timeout_s, config.cell)
         relay = Relay(
             pool,
             publisher,

@@ -12,6 +12,7 @@ from typing import Any
 import pika
 from pika import frame, spec
 
+from chassis.cells import DEFAULT
 from relay_svc.outbox import OutboxEvent
 from relay_svc.topology import EXCHANGE, ROUTING_KEY
 
@@ -26,10 +27,12 @@ _ID_MARK, _TRACE_MARK = "i", "t"  # stand for the event's id and trace, in the m
 _ID_LENGTH = 36
 
 
-def properties(event: OutboxEvent) -> pika.BasicProperties:
+def properties(event: OutboxEvent, cell: str) -> pika.BasicProperties:
     headers: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     if event.traceparent:
         headers["traceparent"] = event.traceparent
+    if cell != DEFAULT:
+        headers["cell"] = cell
     return pika.BasicProperties(
         message_id=event.event_id,
         type=event.event_type,
@@ -39,15 +42,15 @@ def properties(event: OutboxEvent) -> pika.BasicProperties:
     )
 
 
-def encode(channel_number: int, frame_max: int, events: Sequence[OutboxEvent]) -> Iterator[bytes]:
-    """Basic.Publish of each event, `mandatory`, in chunks. `frame_max` is what the connection agreed on."""
+def encode(channel_number: int, frame_max: int, events: Sequence[OutboxEvent], cell: str) -> Iterator[bytes]:
+    """Basic.Publish of each event of the cell, `mandatory`, in chunks. `frame_max` is what the connection agreed on."""
     channel = channel_number.to_bytes(2, "big")
     chunk: list[bytes] = []
     size = 0
     for event in events:
         body = event.payload.encode()
         before_size, before_id, before_trace, rest = _template(
-            channel_number, event.event_type, len(event.traceparent or "")
+            channel_number, event.event_type, len(event.traceparent or ""), cell
         )
         chunk += (before_size, len(body).to_bytes(8, "big"), before_id, event.event_id.encode())
         if event.traceparent:  # `headers` come before `message_id` on the wire
@@ -65,13 +68,13 @@ def encode(channel_number: int, frame_max: int, events: Sequence[OutboxEvent]) -
 
 
 @lru_cache(256)
-def _template(channel_number: int, event_type: str, trace_length: int) -> tuple[bytes, bytes, bytes, bytes]:
+def _template(channel_number: int, event_type: str, trace_length: int, cell: str) -> tuple[bytes, bytes, bytes, bytes]:
     """What comes before the body's size, after it, (after the trace,) and after the id."""
     id_mark, trace_mark = _ID_MARK * _ID_LENGTH, _TRACE_MARK * trace_length
     publish = spec.Basic.Publish(exchange=EXCHANGE, routing_key=ROUTING_KEYS[event_type], mandatory=True)
     like = OutboxEvent(id_mark, event_type, "", trace_mark or None)
     method = frame.Method(channel_number, publish).marshal()
-    header = frame.Header(channel_number, 0, properties(like)).marshal()
+    header = frame.Header(channel_number, 0, properties(like, cell)).marshal()
     size_at = 7 + 2 + 2  # after the frame's own header, class and weight
     before_size, after_size = method + header[:size_at], header[size_at + 8 :]
     up_to_id, rest = after_size.split(id_mark.encode())

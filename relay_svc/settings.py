@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chassis.access import AccessSettings
+from chassis.cells import own_cell
 from chassis.plaintext import PlaintextSettings
 from chassis.settings import (
     address,
@@ -28,6 +29,7 @@ def _database_url() -> Any:
 class ServeSettings(AccessSettings, TlsSettings, TraceSettings):
     database_url: str = _database_url()
     amqp_url: str = setting("AMQP_URL", amqp_url, "URL", "the RabbitMQ that events are published to")
+    cell: str = own_cell()
     listen: str = setting("RELAY_LISTEN", listen_address, "host:port", "where it is called", default="127.0.0.1:50053")
     metrics_listen: str = setting(
         "RELAY_METRICS_LISTEN", address, "host:port", "where Prometheus reads", default="127.0.0.1:9466"

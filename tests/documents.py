@@ -26,7 +26,7 @@ PAGES = (
     ROOT / "tests" / "faults" / "README.md",
 )
 RUN = ("sh", "python")
-SHOWN = ("text", "mermaid", "js", "sql", "json", "yaml")
+SHOWN = ("text", "toml", "mermaid", "js", "sql", "json", "yaml")
 NOT_RUN = "not-run:"
 
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -50,17 +50,22 @@ def read(message: Message, zone: ZoneInfo, cells: Cells) -> Event:
             message_type=properties.get("type"),
             schema_version=headers.get("schema_version"),
         )
-        cell = headers.get("cell")  # a relay that knows of no cells does not say
-        if cell is not None and not (isinstance(cell, str) and cell in cells.by_name):
-            return unfit(message, event.event_id, UNKNOWN_CELL, f"it comes from {quoted(cell)}, which is not listed")
-        if cells.of_branch(event.branch_id) is None:
-            return unfit(message, event.event_id, UNKNOWN_CELL, f"branch {event.branch_id} is in no cell")
+        if unknown := _of_no_cell(event, headers.get("cell"), cells):
+            return unfit(message, event.event_id, UNKNOWN_CELL, unknown)
         return event
     except Rejected as rejected:
         return unfit(message, rejected.event_id, rejected.reason, rejected.detail)
     except Exception as error:
         log.exception("event that our decoder does not cope with")
         return unread(message, READ_FAILED, f"{type(error).__name__}: {quoted(str(error))}")
+
+
+def _of_no_cell(event: PurchaseCreated, cell: Any, cells: Cells) -> str | None:
+    """Why nobody looks after the event. Where a relay knows of no cells, its branch tells whose it is."""
+    if cell is None:
+        return None if cells.of_branch(event.branch_id) else f"branch {event.branch_id} is in no cell"
+    listed = isinstance(cell, str) and cell in cells.by_name
+    return None if listed else f"it comes from {quoted(cell)}, which is not listed"
 
 
 def unread(message: Message, reason: str, detail: str) -> QuarantinedEvent:

@@ -121,9 +121,7 @@ async def rebuild_all(
             done.repaired += await _rebuild_ranges(pool, kind)
         await _require_history_since(source, today, done.complete_from)
         for cell, (mark, listed) in began.items():
-            if (
-                listed and listed.as_of and not done.complete_from
-            ):  # what the retention has dropped, this has not counted
+            if listed and listed.as_of and not done.complete_from:  # it has not counted what was dropped
                 async with pool.connection() as connection, connection.transaction():
                     await keeper.store(connection, cell, mark, listed.snapshot, listed.as_of)
     _tell(done)

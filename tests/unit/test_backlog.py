@@ -122,7 +122,7 @@ def sales() -> list[Sale]:
     return list(islice(simulate(1), 2_900))
 
 
-def upload(target: str, sales: list[Sale], **settings: float) -> tuple[dict[str, Recorded | PosError], list[float]]:
+def upload(target: str, sales: list[Sale], **settings: Any) -> tuple[dict[str, Recorded | PosError], list[float]]:
     """The outcomes by key, and the pauses that were asked for and not slept."""
     pauses: list[float] = []
     with connect(target) as channel:

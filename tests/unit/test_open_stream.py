@@ -150,7 +150,7 @@ def pauses() -> list[float]:
 
 
 @contextmanager
-def opened(target: str, pauses: list[float], **settings: float) -> Iterator[OpenStream[Recorded]]:
+def opened(target: str, pauses: list[float], **settings: Any) -> Iterator[OpenStream[Recorded]]:
     """A stream whose pauses are noted; they are slept, but not for long."""
 
     def pause(pause_s: float, _: PosError) -> None:

@@ -43,7 +43,7 @@ class Service:
         self.pauses: list[float] = []  # the client's pauses between attempts, asked for and not slept
         self._threads = ThreadPoolExecutor()
 
-    def client(self, **settings: float) -> PosClient:
+    def client(self, **settings: Any) -> PosClient:
         return PosClient(self.channel, pause=lambda pause_s, _: self.pauses.append(pause_s), **settings)
 
     def during(self, call: Callable[[], T]) -> Future[T]:

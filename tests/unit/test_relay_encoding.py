@@ -4,6 +4,7 @@ import pytest
 from pika import channel, connection
 from uuid_utils import uuid7
 
+from chassis.cells import DEFAULT
 from relay_svc import encoding, topology
 from relay_svc.outbox import OutboxEvent
 
@@ -24,8 +25,9 @@ class Recorder:
         self.sent += b"".join(frames)
 
 
+@pytest.mark.parametrize("cell", [DEFAULT, "north"])
 @pytest.mark.parametrize("length", [2, 4_087, 4_088, 4_089, 8_176, 8_177, 600_000])
-def test_same_bytes_as_pika(length: int) -> None:
+def test_same_bytes_as_pika(length: int, cell: str) -> None:
     events = [
         OutboxEvent(str(uuid7()), "PurchaseCreated", "é" * (length // 2) + "x" * (length % 2), trace)
         for trace in (None, TRACE, "00-short-01", None)
@@ -38,10 +40,10 @@ def test_same_bytes_as_pika(length: int) -> None:
             topology.EXCHANGE,
             encoding.ROUTING_KEYS[event.event_type],
             event.payload.encode(),
-            encoding.properties(event),
+            encoding.properties(event, cell),
             mandatory=True,
         )
-    ours = list(encoding.encode(7, 4_096, events))
+    ours = list(encoding.encode(7, 4_096, events, cell))
     assert b"".join(ours) == pikas.sent
     assert len(ours) == (4 if length == 600_000 else 1)
 

@@ -12,9 +12,9 @@ CAUGHT_AS = {"lost", "falsely_sent", "rescued"}
 def plant() -> None:
     from relay_svc import encoding, publisher, topology
 
-    def send(channel: Any, events: Sequence[Any]) -> None:
+    def send(channel: Any, events: Sequence[Any], cell: str) -> None:
         for event in events:
             key = encoding.ROUTING_KEYS[event.event_type]
-            channel.basic_publish(topology.EXCHANGE, key, event.payload.encode(), encoding.properties(event))
+            channel.basic_publish(topology.EXCHANGE, key, event.payload.encode(), encoding.properties(event, cell))
 
     replace(publisher, "_send", send)

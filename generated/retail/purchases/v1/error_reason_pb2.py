@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&retail/purchases/v1/error_reason.proto\x12\x13retail.purchases.v1*\xb7\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x0c\n\x08INTERNAL\x10\x01\x12\x12\n\x0eUNKNOWN_METHOD\x10\x02\x12\x15\n\x11MESSAGE_TOO_LARGE\x10\x03\x12\x15\n\x11MALFORMED_MESSAGE\x10\x04\x12\x13\n\x0fINVALID_REQUEST\x10\x05\x12\x11\n\rINVALID_TOKEN\x10\x06\x12\x0e\n\nOVERLOADED\x10\x07\x12\x11\n\rSHUTTING_DOWN\x10\x08\x12\x18\n\x14\x44\x41TABASE_UNAVAILABLE\x10\t\x12\x18\n\x14TRANSACTION_CONFLICT\x10\n\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\x0b\x12\x14\n\x10INVALID_PURCHASE\x10\x0c\x12\x1e\n\x1aPURCHASE_TIME_OUT_OF_RANGE\x10\r\x12\x1a\n\x16IDEMPOTENCY_KEY_REUSED\x10\x0e\x12\x12\n\x0eRECEIPT_EXISTS\x10\x0f\x12\x16\n\x12\x43USTOMER_NOT_FOUND\x10\x10\x12\x16\n\x12PURCHASE_NOT_FOUND\x10\x11\x12\x0f\n\x0bOUTBOX_FULL\x10\x12\x12\x17\n\x13PURCHASE_TIME_AHEAD\x10\x13\x12\x11\n\rCLOCKS_DIFFER\x10\x14\x12\x12\n\x0eMONTH_NOT_OPEN\x10\x15\x12\x13\n\x0fUNAUTHENTICATED\x10\x16\x12\x15\n\x11PERMISSION_DENIED\x10\x17\x12\x11\n\rRATE_EXCEEDED\x10\x18\x42g\n\x1b\x65xample.retail.purchases.v1P\x01Z0retail.example/backbone/purchases/v1;purchasesv1\xaa\x02\x13Retail.Purchases.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&retail/purchases/v1/error_reason.proto\x12\x13retail.purchases.v1*\xc7\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x0c\n\x08INTERNAL\x10\x01\x12\x12\n\x0eUNKNOWN_METHOD\x10\x02\x12\x15\n\x11MESSAGE_TOO_LARGE\x10\x03\x12\x15\n\x11MALFORMED_MESSAGE\x10\x04\x12\x13\n\x0fINVALID_REQUEST\x10\x05\x12\x11\n\rINVALID_TOKEN\x10\x06\x12\x0e\n\nOVERLOADED\x10\x07\x12\x11\n\rSHUTTING_DOWN\x10\x08\x12\x18\n\x14\x44\x41TABASE_UNAVAILABLE\x10\t\x12\x18\n\x14TRANSACTION_CONFLICT\x10\n\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\x0b\x12\x14\n\x10INVALID_PURCHASE\x10\x0c\x12\x1e\n\x1aPURCHASE_TIME_OUT_OF_RANGE\x10\r\x12\x1a\n\x16IDEMPOTENCY_KEY_REUSED\x10\x0e\x12\x12\n\x0eRECEIPT_EXISTS\x10\x0f\x12\x16\n\x12\x43USTOMER_NOT_FOUND\x10\x10\x12\x16\n\x12PURCHASE_NOT_FOUND\x10\x11\x12\x0f\n\x0bOUTBOX_FULL\x10\x12\x12\x17\n\x13PURCHASE_TIME_AHEAD\x10\x13\x12\x11\n\rCLOCKS_DIFFER\x10\x14\x12\x12\n\x0eMONTH_NOT_OPEN\x10\x15\x12\x13\n\x0fUNAUTHENTICATED\x10\x16\x12\x15\n\x11PERMISSION_DENIED\x10\x17\x12\x11\n\rRATE_EXCEEDED\x10\x18\x12\x0e\n\nWRONG_CELL\x10\x19\x42g\n\x1b\x65xample.retail.purchases.v1P\x01Z0retail.example/backbone/purchases/v1;purchasesv1\xaa\x02\x13Retail.Purchases.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\033example.retail.purchases.v1P\001Z0retail.example/backbone/purchases/v1;purchasesv1\252\002\023Retail.Purchases.V1'
   _globals['_ERRORREASON']._serialized_start=64
-  _globals['_ERRORREASON']._serialized_end=631
+  _globals['_ERRORREASON']._serialized_end=647
 # @@protoc_insertion_point(module_scope)

@@ -128,6 +128,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED. Retry after 1 s: this caller, known by its certificate or
     token, makes more calls than one may (CALLER_CALLS_PER_S).
     """
+    WRONG_CELL: _ErrorReason.ValueType  # 25
+    """FAILED_PRECONDITION. Final: the branch's sales are recorded in another
+    cell, metadata's cell, by the service at metadata's address: send the same
+    sale there, with its key. Without an address, no cell has the branch.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the reason of google.rpc.ErrorInfo, whose domain is
@@ -242,5 +247,10 @@ names exists or not. A till keeps the sale: nothing says that it is wrong.
 RATE_EXCEEDED: ErrorReason.ValueType  # 24
 """RESOURCE_EXHAUSTED. Retry after 1 s: this caller, known by its certificate or
 token, makes more calls than one may (CALLER_CALLS_PER_S).
+"""
+WRONG_CELL: ErrorReason.ValueType  # 25
+"""FAILED_PRECONDITION. Final: the branch's sales are recorded in another
+cell, metadata's cell, by the service at metadata's address: send the same
+sale there, with its key. Without an address, no cell has the branch.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
