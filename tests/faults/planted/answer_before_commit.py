@@ -11,9 +11,9 @@ CAUGHT_AS = {"lost"}
 def plant() -> None:
     from purchases_svc import answers, flush
 
-    async def store(self: Any, batch: Any) -> None:
+    async def store(self: Any, batch: Any, *more: Any) -> None:
         for entry in batch:
             entry.settle(answers.Recorded(entry.purchase, replayed=False))
-        await original(self, batch)
+        await original(self, batch, *more)
 
     original = replace(flush.Flushes, "_store", store)

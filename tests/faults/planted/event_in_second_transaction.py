@@ -15,8 +15,8 @@ def plant() -> None:
     begin, end = insert._INSERT.index(", new_event AS ("), insert._INSERT.index("SELECT n FROM input")
     replace(insert, "_INSERT", insert._INSERT[:begin] + "\n" + insert._INSERT[end:])
 
-    async def insert_twice(connection: Any, purchases: Any) -> Any:
-        refused = await original(connection, purchases)
+    async def insert_twice(connection: Any, purchases: Any, *more: Any) -> Any:
+        refused = await original(connection, purchases, *more)
         await asyncio.sleep(0.02)
         for n, purchase in enumerate(purchases):
             if n not in refused:

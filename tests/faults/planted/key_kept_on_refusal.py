@@ -11,8 +11,8 @@ CAUGHT_AS = {"leftover", "refused", "wrong_answer"}
 def plant() -> None:
     from purchases_svc import flush
 
-    async def insert(connection: Any, purchases: Any) -> Any:
-        refused = await original(connection, purchases)
+    async def insert(connection: Any, purchases: Any, *more: Any) -> Any:
+        refused = await original(connection, purchases, *more)
         for purchase in (purchases[n] for n in refused):
             await connection.execute(
                 "INSERT INTO idempotency_keys VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING",
