@@ -229,9 +229,10 @@ def _retention(keep_months: int | None, keep_outbox_days: int | None) -> None:
 @commands.command("tills")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def _tills(as_json: bool) -> int:
-    """Show tills whose sales are missing for more than a day, or came with a number twice.
+    """Show the tills whose sales are missing.
 
-    The exit code is 1 if there are any. Of one till, GetTillState tells which numbers.
+    Those of which some have been missing for more than a day, or came with a number twice. The exit code is 1 if there
+    are any. Of one till, GetTillState tells which numbers.
     """
     config = cli.of_environment_or_local_stack(ServeSettings, "purchases")
     logs.configure("purchases-tills", config.log_level)

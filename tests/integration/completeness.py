@@ -346,7 +346,8 @@ class World:
         await self._owner.execute("DELETE FROM outbox_events WHERE event_id <> ALL(%s::uuid[])", [list(statuses)])
         for event_id, status in statuses.items():
             await self._owner.execute(
-                "UPDATE outbox_events SET status = %s, next_attempt_at = NULL WHERE event_id = %s", [status, event_id]
+                "UPDATE outbox_events SET status = %s, next_attempt_at = %s WHERE event_id = %s",
+                [status, "infinity" if status == "FAILED" else None, event_id],
             )
         self._committed = {i: over for i, over in self._committed.items() if i in statuses}
         await self._analyst.execute(

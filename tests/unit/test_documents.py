@@ -23,7 +23,7 @@ GROUPS: dict[str, click.Group] = {
     "retail-pos": pos.__main__.commands,
 }
 ELSEWHERE = re.compile(r"https?://\S+|google/protobuf/\S+")
-FILE = re.compile(r"(?<![\w./*<-])[\w*][\w./*-]*\.(?:py|sql|md|proto|toml|sh|yaml|binpb)\b(?![\w/])")
+FILE = re.compile(r"(?<![\w./*<$-])[\w*][\w./*-]*\.(?:py|sql|md|proto|toml|sh|yaml|binpb)\b(?![\w/])")
 FOLDER = re.compile(r"(?:`|^)(\w[\w./-]*/)(?:`| {2})", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 WORDS = re.compile(r"`([^`\n]+)`")

@@ -40,7 +40,10 @@ async def test_what_is_stuck_is_shown_and_set_going(
         till.create_purchase(sale())
         await expect(page.locator(".stage").nth(1)).to_contain_text("No answer from the relay", timeout=WAIT_MS)
         with psycopg.connect(purchases_db) as connection:
-            given_up = "UPDATE outbox_events SET status = 'FAILED', attempts = 5, last_error = %s WHERE status = 'NEW'"
+            given_up = (
+                "UPDATE outbox_events SET status = 'FAILED', attempts = 5, next_attempt_at = 'infinity',"
+                " last_error = %s WHERE status = 'NEW'"
+            )
             assert connection.execute(given_up, ["no <b>luck</b>"]).rowcount == 1
         with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
             connection.channel().basic_publish("", "purchases.created", b"<script>alert(1)</script>")
