@@ -84,7 +84,7 @@ TABLES = {
     ),
 }
 OTHER_TABLES = {
-    "analytics_event_log", "quarantined_events", "freshness", "analytics_settings", "schema_migrations",
+    "analytics_event_log", "quarantined_events", "freshness", "cell_marks", "analytics_settings", "schema_migrations",
     "message_trials", "audit_status", "audit_parts", "forgotten_visits", "apply_lock",
     "product_sales_of_chain_notes",
 }  # fmt: skip
