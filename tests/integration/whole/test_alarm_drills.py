@@ -133,7 +133,7 @@ def test_the_numbers(processes: Drilled, purchases_db: str, analytics_db: str, a
                 for seed in range(100, 108):
                     sell(processes, seed, 2)
                 watch.sees("NotSummedUp")
-            ahead = "UPDATE freshness SET complete_through_at = now() + interval '1 hour'"
+            ahead = "UPDATE cell_marks SET complete_through_at = now() + interval '1 hour'"
             watch.sees("PromiseTakenBack", lambda: database.execute(ahead))  # the keeper may store its own just then
 
         dead = processes.audit_pid()

@@ -147,7 +147,7 @@ def test_nobody_without_a_certificate_of_ours_gets_an_answer(processes: Processe
         with socket.create_connection((host, int(port)), TIMEOUT_S) as plain, pytest.raises((ssl.SSLError, OSError)):
             old.wrap_socket(plain, server_hostname="localhost")
     for name in COMMANDS:  # strangers do not fill the log
-        assert all(line.startswith("{") for line in processes.log(name).splitlines())
+        assert [line for line in processes.log(name).splitlines() if not line.startswith("{")] == []
 
 
 def test_a_server_that_is_another_is_not_talked_to(processes: Processes, pki: Path, tmp_path: Path) -> None:
