@@ -50,6 +50,7 @@ class MigrateSettings(PlaintextSettings):
 @dataclass(frozen=True, kw_only=True)
 class ProveSettings(MigrateSettings, CellsSettings):
     purchases_target: str = _purchases_target()
+    relay_target: str = _relay_target()  # whom the keeper asks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,6 @@ class ConsumeSettings(AccessSettings, ProveSettings, TraceSettings):
         "that the ids of counted events are kept, at least; events with an older id are quarantined; 0: for ever",
         default=0,
     )
-    relay_target: str = _relay_target()  # whom the keeper asks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,7 @@ async def prove(config: ProveSettings, stop: asyncio.Event) -> None:
             zones.load(config.business_time_zone),
             tls.credentials(config),
             purchases=config.purchases_target,
+            relay=config.relay_target,
         ) as cells,
     ):
         if await database.wait_until_ready(pool, config.business_time_zone, stop):

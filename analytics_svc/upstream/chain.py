@@ -146,7 +146,7 @@ class Chain:
 
 @asynccontextmanager
 async def connect(
-    config: CellsSettings, zone: ZoneInfo, credentials: Credentials | None, *, purchases: str, relay: str = ""
+    config: CellsSettings, zone: ZoneInfo, credentials: Credentials | None, *, purchases: str, relay: str
 ) -> AsyncIterator[Chain]:
     """The chain, as the file of cells says; without one, its only cell is at these addresses, which need not be up yet.
 

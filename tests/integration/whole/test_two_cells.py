@@ -87,7 +87,7 @@ class World:
     async def asking(self) -> AsyncIterator[Chain]:
         config = CellsSettings(cells_file=str(self.file))
         async with (
-            chain.connect(config, zones.load("UTC"), None, purchases="") as cells,
+            chain.connect(config, zones.load("UTC"), None, purchases="", relay="") as cells,
             lifecycle.beside(cells.follow()),
         ):
             yield cells
