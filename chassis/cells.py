@@ -27,6 +27,7 @@ from chassis.tls import TlsSettings
 DEFAULT = "default"  # also whose an event is that does not say so
 BRANCH_MAX = 2**31 - 1
 CELLS_MAX = 1_000
+_ADDRESSES = ("purchases", "relay")
 _RANGE = re.compile(r"([0-9]{1,10})-([0-9]{1,10})")
 
 
@@ -101,7 +102,7 @@ def _cell(name: str, table: Any, reaches: Callable[[str], Iterable[str]], proble
     if not isinstance(table, dict):
         table = {}
         own.append("must be a table")
-    own += [f"{key} is not known" for key in table if key not in ("branches", "purchases", "relay")]
+    own += [f"{key} is not known" for key in table if key not in ("branches", *_ADDRESSES)]
     listed = table.get("branches")
     if not isinstance(listed, list) or not listed:
         listed = []
@@ -112,7 +113,7 @@ def _cell(name: str, table: Any, reaches: Callable[[str], Iterable[str]], proble
             own.append(f"branches: {each!r} is no branch, and no range such as 100-199, from 1 to {BRANCH_MAX}")
         else:
             branches.append(found)
-    for key in ("purchases", "relay"):
+    for key in _ADDRESSES:
         try:
             address = target(str(table.get(key, "")))
         except ValueError as error:

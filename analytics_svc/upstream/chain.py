@@ -6,7 +6,7 @@ A cell that does not answer is an outage: nothing is said of all without it.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, date, datetime
 from typing import Any, NamedTuple
@@ -67,7 +67,6 @@ class Chain:
                 for cell in working.keys() - listed.keys():
                     log.warning("a cell has changed, or is not listed any more", cell=cell.name)
                     working.pop(cell).cancel()
-                await self.close(keep=listed)
                 for cell in listed.keys() - working.keys():
                     working[cell] = group.create_task(work(listed[cell]))
                 await changed.wait()
@@ -84,10 +83,10 @@ class Chain:
         self._asked[cell] = asked
         return asked
 
-    async def close(self, keep: Collection[Cell] = ()) -> None:
-        """The connections to all cells but some."""
-        for cell in [cell for cell in self._asked if cell not in keep]:
-            for channel in self._asked.pop(cell).channels:
+    async def close(self) -> None:
+        """Not before the end, also of cells that are not listed any more: it cancels whoever asks them just now."""
+        for asked in self._asked.values():
+            for channel in asked.channels:
                 await channel.close()
 
     def today(self) -> date:
