@@ -17,12 +17,13 @@ from chassis.wire import PageTokens
 from purchases_svc import flush, messages, record, retention, server, stored, workers
 from purchases_svc.backlog import STATEMENT_TIMEOUT_S as WATCH_TIMEOUT_S
 from purchases_svc.backlog import Backlog
+from purchases_svc.commands import cells as cells_command
 from purchases_svc.commands import partitions as partitions_command
 from purchases_svc.commands import retention as retention_command
 from purchases_svc.commands import tills as tills_command
 from purchases_svc.partitions import Partitions
 from purchases_svc.primary import Primary
-from purchases_svc.settings import MigrateSettings, ServeSettings
+from purchases_svc.settings import CellsCommandSettings, MigrateSettings, ServeSettings
 from purchases_svc.till_watch import TillWatch
 from purchases_svc.upload import Uploads
 from retail.purchases.v1 import customers_service_pb2_grpc as customers_grpc
@@ -237,6 +238,18 @@ def _tills(as_json: bool) -> int:
     config = cli.of_environment_or_local_stack(ServeSettings, "purchases")
     logs.configure("purchases-tills", config.log_level)
     return 1 if asyncio.run(tills_command.run(config, as_json=as_json)) else 0
+
+
+@commands.command("cells")
+@cli.json_option
+def _cells(as_json: bool) -> int:
+    """Show what each cell of the chain has, and how it is.
+
+    Its branches, purchases (PostgreSQL's estimate) and size, sales recorded in a second, and the events that wait for
+    the broker, and for how long. Each cell's two services are asked. The exit code is 0 only while all is well.
+    """
+    config = cli.of_environment_or_local_stack(CellsCommandSettings, "consumer")
+    return 0 if cells_command.run(config, as_json=as_json) else 1
 
 
 main = commands.run

@@ -53,7 +53,7 @@ class Recorder:
         """
         self._partitions, self._backlog, self._zone = partitions, backlog, zone
         self._flush_timeout_s = flush_timeout_s
-        self._cell, self._listed = cell, listed
+        self.cell, self._listed = cell, listed
         self._admission = Admission(waiting_max, waiting_items_max)
         self._tasks = Tasks()
         writing = Writing(pool, flush_timeout_s, standby_required=standby_required)
@@ -127,7 +127,7 @@ class Recorder:
             found = self._listed().of_branch(sale.branch_id)
             if found is None:
                 raise WrongCell(f"no cell has branch {sale.branch_id}", metadata={"branch_id": str(sale.branch_id)})
-            if found.name != self._cell:
+            if found.name != self.cell:
                 raise WrongCell(
                     f"the sales of branch {sale.branch_id} are recorded in cell {found.name}, at {found.purchases}",
                     metadata={"cell": found.name, "address": found.purchases},

@@ -16,7 +16,7 @@ from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.parts import in_parts
 from chassis.postgres import Connection, Pool, on_standby
 from chassis.shares import Shares
-from purchases_svc import control_totals, customers, messages, pages, recorded_days, tills, windows
+from purchases_svc import cell_status, control_totals, customers, messages, pages, recorded_days, tills, windows
 from purchases_svc.errors import CustomerNotFound, PurchaseNotFound
 from purchases_svc.record import Recorder
 from purchases_svc.upload import Uploads
@@ -230,6 +230,19 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
                             event_id=purchase.event_id, purchase=messages.to_purchase(purchase)
                         )
                 day = await control_totals.next_day(connection, day + windows.DAY, last)
+
+    async def GetCell(
+        self, request: purchases_service_pb2.GetCellRequest, context: Any
+    ) -> purchases_service_pb2.GetCellResponse:
+        async with _reading(self._shares, context, "control totals") as connection:
+            status = await cell_status.read(connection)
+        return purchases_service_pb2.GetCellResponse(
+            cell=self._recorder.cell,
+            database_id=status.database_id,
+            purchase_count=status.purchases,
+            byte_count=status.bytes,
+            sales_per_second=status.sales_per_s,
+        )
 
     @asynccontextmanager
     async def _exporting(self, context: Any) -> AsyncIterator[Connection]:

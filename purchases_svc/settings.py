@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from chassis.access import AccessSettings
-from chassis.cells import CellSettings
+from chassis.cells import CellSettings, CellsSettings
 from chassis.plaintext import PlaintextSettings
 from chassis.settings import (
     address,
@@ -14,6 +14,7 @@ from chassis.settings import (
     seconds,
     setting,
     switch,
+    target,
     time_zone,
 )
 from chassis.traces import TraceSettings
@@ -101,4 +102,24 @@ class ServeSettings(AccessSettings, MigrateSettings, CellSettings, TraceSettings
         "connections",
         "for exports, each held as long as its reader reads; more exports get OVERLOADED",
         default=4,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellsCommandSettings(CellsSettings):
+    """Of the command that asks all cells."""
+
+    purchases_target: str = setting(
+        "PURCHASES_TARGET",
+        target,
+        "host:port",
+        "where the purchases service is found, unless CELLS_FILE says it",
+        default="127.0.0.1:50051",
+    )
+    relay_target: str = setting(
+        "RELAY_TARGET",
+        target,
+        "host:port",
+        "where the relay is found, unless CELLS_FILE says it",
+        default="127.0.0.1:50053",
     )

@@ -778,3 +778,60 @@ class GetTillStateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTillStateResponse: _TypeAlias = GetTillStateResponse  # noqa: Y015
+
+@_typing.final
+class GetCellRequest(_message.Message):
+    """Request of GetCell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCellRequest: _TypeAlias = GetCellRequest  # noqa: Y015
+
+@_typing.final
+class GetCellResponse(_message.Message):
+    """Response of GetCell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CELL_FIELD_NUMBER: _builtins.int
+    DATABASE_ID_FIELD_NUMBER: _builtins.int
+    PURCHASE_COUNT_FIELD_NUMBER: _builtins.int
+    BYTE_COUNT_FIELD_NUMBER: _builtins.int
+    SALES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    cell: _builtins.str
+    """The cell's name, as its processes are set."""
+    database_id: _builtins.str
+    """Tells databases apart: two servers that say the same have the same one.
+    Nothing else can be read from it.
+    """
+    purchase_count: _builtins.int
+    """Purchases that are stored: PostgreSQL's estimate, 0 while it has none."""
+    byte_count: _builtins.int
+    """Size of the database."""
+    sales_per_second: _builtins.float
+    """Sales recorded in a second, on the average of the last minute."""
+    def __init__(
+        self,
+        *,
+        cell: _builtins.str = ...,
+        database_id: _builtins.str = ...,
+        purchase_count: _builtins.int = ...,
+        byte_count: _builtins.int = ...,
+        sales_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_count", b"byte_count", "cell", b"cell", "database_id", b"database_id", "purchase_count", b"purchase_count", "sales_per_second", b"sales_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCellResponse: _TypeAlias = GetCellResponse  # noqa: Y015

@@ -89,6 +89,11 @@ class PurchasesServiceStub:
                 request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ExportPurchasesRequest.SerializeToString,
                 response_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ExportPurchasesResponse.FromString,
                 _registered_method=True)
+        self.GetCell = channel.unary_unary(
+                '/retail.purchases.v1.PurchasesService/GetCell',
+                request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetCellRequest.SerializeToString,
+                response_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetCellResponse.FromString,
+                _registered_method=True)
 
 
 class PurchasesServiceServicer:
@@ -190,6 +195,13 @@ class PurchasesServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetCell(self, request, context):
+        """Tells what this cell of the chain has, for operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PurchasesServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -237,6 +249,11 @@ def add_PurchasesServiceServicer_to_server(servicer, server):
                     servicer.ExportPurchases,
                     request_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ExportPurchasesRequest.FromString,
                     response_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ExportPurchasesResponse.SerializeToString,
+            ),
+            'GetCell': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCell,
+                    request_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetCellRequest.FromString,
+                    response_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetCellResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -492,6 +509,33 @@ class PurchasesService:
             '/retail.purchases.v1.PurchasesService/ExportPurchases',
             retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ExportPurchasesRequest.SerializeToString,
             retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ExportPurchasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCell(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/retail.purchases.v1.PurchasesService/GetCell',
+            retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetCellRequest.SerializeToString,
+            retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetCellResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -90,6 +90,8 @@ class PurchasesServiceStub:
     kept for audits and repairs, whose calls have the metadata retail-purpose:
     proof; nobody else should say so.
     """
+    GetCell: _grpc.UnaryUnaryMultiCallable[_purchases_service_pb2.GetCellRequest, _purchases_service_pb2.GetCellResponse]
+    """Tells what this cell of the chain has, for operators."""
 
 @_typing.type_check_only
 class PurchasesServiceAsyncStub(PurchasesServiceStub):
@@ -153,6 +155,8 @@ class PurchasesServiceAsyncStub(PurchasesServiceStub):
     kept for audits and repairs, whose calls have the metadata retail-purpose:
     proof; nobody else should say so.
     """
+    GetCell: _aio.UnaryUnaryMultiCallable[_purchases_service_pb2.GetCellRequest, _purchases_service_pb2.GetCellResponse]  # type: ignore[assignment]
+    """Tells what this cell of the chain has, for operators."""
 
 class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
     """Records the sales of the chain's tills and reads them back.
@@ -267,5 +271,13 @@ class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
         kept for audits and repairs, whose calls have the metadata retail-purpose:
         proof; nobody else should say so.
         """
+
+    @_abc_1.abstractmethod
+    def GetCell(
+        self,
+        request: _purchases_service_pb2.GetCellRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_purchases_service_pb2.GetCellResponse, _abc.Awaitable[_purchases_service_pb2.GetCellResponse]]:
+        """Tells what this cell of the chain has, for operators."""
 
 def add_PurchasesServiceServicer_to_server(servicer: PurchasesServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
