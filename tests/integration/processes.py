@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from chassis.tls import Credentials
 from deploy.healthcheck import is_serving
@@ -47,6 +48,23 @@ class Processes:
         }
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
+    @classmethod
+    @contextmanager
+    def all_running(cls, purchases_url: str, analytics_url: str, amqp_url: str, logs: Path) -> Iterator[Self]:
+        """All of them, from when they are ready until the end, whatever happens."""
+        processes = cls(purchases_url, analytics_url, amqp_url, logs)
+        try:
+            processes.start_all()
+            yield processes
+        finally:
+            processes.end_all()
+
+    def start_all(self) -> None:
+        for name in COMMANDS:
+            self.start(name)
+        for name in COMMANDS:
+            self.wait_ready(name)
+
     def start(self, name: str) -> None:
         with (self._logs / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
@@ -83,18 +101,3 @@ class Processes:
     def end_all(self) -> None:
         for name in list(self._running):
             self.kill(name)
-
-
-@contextmanager
-def all_processes(
-    purchases_url: str, analytics_url: str, amqp_url: str, logs: Path, kind: type[Processes] = Processes
-) -> Iterator[Processes]:
-    processes = kind(purchases_url, analytics_url, amqp_url, logs)
-    try:
-        for name in COMMANDS:
-            processes.start(name)
-        for name in COMMANDS:
-            processes.wait_ready(name)
-        yield processes
-    finally:
-        processes.end_all()

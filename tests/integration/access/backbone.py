@@ -2,8 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -122,19 +120,6 @@ class Issuer:
     def secret(self) -> bytes:
         """The public key, taken for the secret of a symmetric algorithm."""
         return self.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-
-
-@contextmanager
-def backbone(purchases_url: str, analytics_url: str, amqp_url: str, directory: Path) -> Iterator[Backbone]:
-    running = Backbone(purchases_url, analytics_url, amqp_url, directory)
-    try:
-        for name in COMMANDS:
-            running.start(name)
-        for name in COMMANDS:
-            running.wait_ready(name)
-        yield running
-    finally:
-        running.end_all()
 
 
 def _uri(path: str) -> str:

@@ -7,7 +7,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from tests.conftest import _clone, _required
-from tests.integration.access.backbone import Backbone, backbone
+from tests.integration.access.backbone import Backbone
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,6 @@ def chain_with_certificates(
     amqp_url = urlsplit(_required("TEST_AMQP_URL"))._replace(path="/" + quote(_virtual_host, safe="")).geturl()
     with (
         contextmanager(_clone)(postgres_url, _analytics_template) as analytics_url,
-        backbone(purchases_url, analytics_url, amqp_url, tmp_path_factory.mktemp("backbone")) as running,
+        Backbone.all_running(purchases_url, analytics_url, amqp_url, tmp_path_factory.mktemp("backbone")) as running,
     ):
         yield running

@@ -12,7 +12,7 @@ from playwright.async_api import Browser
 from deploy.local.machine import wait_until
 from pos.client import PosClient, connect
 from tests.integration.conftest import free_address
-from tests.integration.processes import ROOT, START_TIMEOUT_S, Processes, all_processes
+from tests.integration.processes import ROOT, START_TIMEOUT_S, Processes
 from tests.pages.browser import browsing
 
 
@@ -70,8 +70,7 @@ class Site(Processes):
 
 @pytest.fixture
 def site(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: Path) -> Iterator[Site]:
-    with all_processes(purchases_db, analytics_db, amqp_url, tmp_path, Site) as running:
-        assert isinstance(running, Site)
+    with Site.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as running:
         running.start("pages")
         running.wait_ready("pages")
         yield running

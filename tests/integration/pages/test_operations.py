@@ -20,7 +20,7 @@ from tests.integration.conftest import free_address
 from tests.integration.pages.conftest import Site, answers
 from tests.integration.pages.looks import check, looking
 from tests.integration.pages.test_owner import get, sale
-from tests.integration.processes import COMMANDS, ROOT, START_TIMEOUT_S
+from tests.integration.processes import ROOT, START_TIMEOUT_S
 
 WAIT_MS = WAIT_S * 1_000
 
@@ -123,15 +123,8 @@ class ReadersSite(Backbone):
 
 @pytest.fixture
 def readers_site(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: Path) -> Iterator[str]:
-    running = ReadersSite(purchases_db, analytics_db, amqp_url, tmp_path)
-    try:
-        for name in COMMANDS:
-            running.start(name)
-        for name in COMMANDS:
-            running.wait_ready(name)
+    with ReadersSite.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as running:
         yield running.start_pages(tokens=False)
-    finally:
-        running.end_all()
 
 
 async def test_a_reader_sees_the_numbers_and_changes_nothing(readers_site: str, browser: Browser) -> None:

@@ -12,7 +12,6 @@ import pytest
 from chassis.settings import SettingsError
 from pages_svc.settings import ServeSettings, check
 from tests.integration.pages.test_operations import ReadersSite
-from tests.integration.processes import COMMANDS
 
 
 class Reply(NamedTuple):
@@ -38,15 +37,8 @@ class TokensSite(ReadersSite):
 
 @pytest.fixture
 def site(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: Path) -> Iterator[TokensSite]:
-    running = TokensSite(purchases_db, analytics_db, amqp_url, tmp_path)
-    try:
-        for name in COMMANDS:
-            running.start(name)
-        for name in COMMANDS:
-            running.wait_ready(name)
+    with TokensSite.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as running:
         yield running
-    finally:
-        running.end_all()
 
 
 def test_everybody_sees_and_does_what_the_services_permit(site: TokensSite) -> None:

@@ -22,7 +22,6 @@ from deploy.local.postgres import Postgres, as_ordinary_user, binaries
 from pos.client import Sale
 from pos.simulator import simulate
 from purchases_svc.settings import MigrateSettings
-from tests.integration.processes import all_processes
 from tests.integration.proof.test_restore_drills import AGREED, DIFFERENT, PATIENCE_S, PENDING, SALES, System
 from tests.integration.purchase_events import query, read_models
 
@@ -121,8 +120,7 @@ def servers(tmp_path: Path) -> Iterator[dict[str, Server]]:
 @pytest.fixture
 def system(servers: dict[str, Server], amqp_url: str, tmp_path: Path) -> Iterator[System]:
     urls = servers["purchases"].url, servers["analytics"].url
-    with all_processes(*urls, amqp_url, tmp_path, kind=System) as running:
-        assert isinstance(running, System)
+    with System.all_running(*urls, amqp_url, tmp_path) as running:
         running.purchases_url, running.analytics_url = urls
         yield running
 

@@ -22,7 +22,7 @@ from pos.client import Sale
 from pos.simulator import simulate
 from pos.tills import Tills
 from tests.conftest import ROOT
-from tests.integration.processes import Processes, all_processes
+from tests.integration.processes import Processes
 from tests.integration.purchase_events import query, read_models
 
 SALES = 240
@@ -93,8 +93,7 @@ class System(Processes):
 
 @pytest.fixture
 def system(purchases_db: str, analytics_db: str, amqp_url: str, postgres_url: str, tmp_path: Path) -> Iterator[System]:
-    with all_processes(purchases_db, analytics_db, amqp_url, tmp_path, kind=System) as running:
-        assert isinstance(running, System)
+    with System.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as running:
         running.purchases_url, running.analytics_url, running.superuser_url = purchases_db, analytics_db, postgres_url
         yield running
 

@@ -16,7 +16,7 @@ from deploy.local.machine import wait_until
 from pos.simulator import simulate
 from pos.tills import Tills
 from tests.broker_cluster import Node, cluster, leader, url_of
-from tests.integration.processes import Processes, all_processes
+from tests.integration.processes import Processes
 from tests.integration.purchase_events import query
 from tests.integration.whole.test_whole_path import PATIENCE_S, run_demo
 
@@ -38,7 +38,7 @@ def test_a_node_is_lost_in_the_middle_of_the_work(
     the rest, as soon as the rest can."""
     with cluster(tmp_path / "rabbitmq") as nodes:
         sales = list(itertools.islice(simulate(5), SALES))
-        with all_processes(purchases_db, analytics_db, url_of(nodes), tmp_path) as processes:
+        with Processes.all_running(purchases_db, analytics_db, url_of(nodes), tmp_path) as processes:
             with Tills(sales, processes.address["purchases"], seed=5) as tills:
                 assert wait_until(lambda: tills.recorded >= SALES // 4, PATIENCE_S)
                 lost = leader(nodes)

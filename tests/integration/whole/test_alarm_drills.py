@@ -30,7 +30,7 @@ from pos.errors import PosError
 from pos.simulator import simulate
 from tests.integration import outbox_events
 from tests.integration.conftest import free_address
-from tests.integration.processes import Processes, all_processes
+from tests.integration.processes import Processes
 from tests.integration.purchase_events import query
 from tests.integration.whole.test_alarms import RULES, Scraped, sell
 from tests.replication import Replicated
@@ -109,8 +109,7 @@ class Drilled(Scraped):
 
 @pytest.fixture
 def processes(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: Path) -> Iterator[Drilled]:
-    with all_processes(purchases_db, analytics_db, amqp_url, tmp_path, Drilled) as running:
-        assert isinstance(running, Drilled)
+    with Drilled.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as running:
         sell(running, 1, 20)
         yield running
 

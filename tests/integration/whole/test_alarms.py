@@ -16,7 +16,7 @@ from pos.simulator import simulate
 from pos.tills import Tills
 from tests.conftest import ROOT
 from tests.integration.conftest import free_address
-from tests.integration.processes import COMMANDS, Processes, all_processes
+from tests.integration.processes import COMMANDS, Processes
 
 UNIT_TESTS = ALARMS.with_name("alarms_test.yaml")
 RUNBOOK = ROOT / "deploy" / "RUNBOOK.md"
@@ -85,8 +85,7 @@ class Scraped(Processes):
 
 @pytest.fixture
 def processes(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: Path) -> Iterator[Scraped]:
-    with all_processes(purchases_db, analytics_db, amqp_url, tmp_path, Scraped) as running:
-        assert isinstance(running, Scraped)
+    with Scraped.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as running:
         sell(running, 1, 20)
         yield running
 

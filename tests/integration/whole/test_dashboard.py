@@ -17,7 +17,6 @@ from deploy.local.machine import wait_until
 from deploy.local.prometheus import Prometheus
 from pos.analytics import AnalyticsClient
 from pos.client import connect
-from tests.integration.processes import all_processes
 from tests.integration.whole.test_alarms import Scraped, sell
 
 PATIENCE_S = 120.0
@@ -48,8 +47,7 @@ def test_panels_can_be_told_apart_and_say_what_is_normal() -> None:
 
 @pytest.fixture
 def processes(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: Path) -> Iterator[Scraped]:
-    with all_processes(purchases_db, analytics_db, amqp_url, tmp_path, Scraped) as running:
-        assert isinstance(running, Scraped)
+    with Scraped.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as running:
         yield running
 
 

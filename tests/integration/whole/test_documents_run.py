@@ -17,7 +17,7 @@ from deploy.local.services import SERVICES
 from tests.conftest import ROOT
 from tests.documents import PAGES, Block, blocks, name_of
 from tests.integration.conftest import free_address
-from tests.integration.processes import Processes, all_processes
+from tests.integration.processes import Processes
 
 PAGE_S = 240.0  # a page takes some seconds
 
@@ -44,8 +44,7 @@ class Documented(Processes):
 
 @pytest.fixture
 def system(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: Path) -> Iterator[Documented]:
-    with all_processes(purchases_db, analytics_db, amqp_url, tmp_path, Documented) as running:
-        assert isinstance(running, Documented)
+    with Documented.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as running:
         yield running
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.processes import ROOT, all_processes
+from tests.integration.processes import ROOT, Processes
 from tests.integration.whole.test_whole_path import run_demo
 
 COMMAND_TIMEOUT_S = 120.0
@@ -19,7 +19,7 @@ def test_a_dead_proxy_disturbs_nobody(
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     for name in ("no_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
-    with all_processes(purchases_db, analytics_db, amqp_url, tmp_path) as processes:
+    with Processes.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as processes:
         assert run_demo(processes, monkeypatch, tmp_path / "report", "--limit", "50") == 0
         environ = {**processes.environ, "CONSUMER_TARGET": processes.address["consumer"]}
         for arguments in (

@@ -18,7 +18,7 @@ from deploy import certificates
 from deploy.local.postgres import Postgres
 from pos.__main__ import commands
 from purchases_svc.settings import MigrateSettings as PurchasesMigrateSettings
-from tests.integration.processes import Processes, all_processes
+from tests.integration.processes import Processes
 
 INSTALLED = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda it: int(it.parts[-3]))
 SALES = 100
@@ -74,7 +74,7 @@ def processes(server: DebianPostgres, pki: Path, amqp_url: str, tmp_path: Path) 
     recorded, counted = (server.by_tls(name, pki / "ca.pem") for name in ("purchases", "analytics"))
     purchases.migrate_database(PurchasesMigrateSettings(recorded))
     analytics.migrate_database(AnalyticsMigrateSettings(counted))
-    with all_processes(recorded, counted, amqp_url, tmp_path) as running:
+    with Processes.all_running(recorded, counted, amqp_url, tmp_path) as running:
         yield running
 
 

@@ -16,7 +16,7 @@ from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.conftest import eventually
-from tests.integration.processes import Processes, all_processes
+from tests.integration.processes import Processes
 from tests.integration.sales import refusal, sale
 
 PURCHASES = int(os.environ.get("READ_YOUR_WRITES", "100"))  # 1,000 take half a minute
@@ -27,7 +27,7 @@ TIMEOUT_S = 60.0  # for callers; on an idle machine a sale is seen within a tent
 
 @pytest.fixture
 def processes(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: Path) -> Iterator[Processes]:
-    with all_processes(purchases_db, analytics_db, amqp_url, tmp_path) as running:
+    with Processes.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as running:
         yield running
 
 

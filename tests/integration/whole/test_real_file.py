@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.processes import all_processes
+from tests.integration.processes import Processes
 from tests.integration.whole.test_whole_path import run_demo
 
 REAL_FILE = os.environ.get("ONLINE_RETAIL_FILE")
@@ -22,7 +22,7 @@ def test_real_file_comes_out_to_the_cent(
 ) -> None:
     """The report's figures are those computed from the file by other means."""
     assert REAL_FILE
-    with all_processes(purchases_db, analytics_db, amqp_url, tmp_path) as processes:
+    with Processes.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as processes:
         assert run_demo(processes, monkeypatch, tmp_path / "report", "--file", REAL_FILE) == 0
     report = json.loads((tmp_path / "report").read_text(), parse_float=str)
     assert report["duplicates_sent"] > 0

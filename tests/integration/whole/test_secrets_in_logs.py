@@ -23,7 +23,7 @@ from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from retail.relay.v1 import outbox_service_pb2
 from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceStub
-from tests.integration.processes import COMMANDS, Processes, all_processes
+from tests.integration.processes import COMMANDS, Processes
 from tests.integration.purchase_events import sold
 from tests.integration.purchases.test_upload_purchases import message
 from tests.integration.sales import sale
@@ -54,7 +54,7 @@ def processes(
         urlsplit(url)._replace(netloc=f"{secretive}:{PASSWORD}@{urlsplit(url).netloc.rpartition('@')[2]}").geturl()
         for url in (purchases_db, analytics_db)
     )
-    with all_processes(purchases, analytics, amqp_url, tmp_path) as running:
+    with Processes.all_running(purchases, analytics, amqp_url, tmp_path) as running:
         yield running
 
 

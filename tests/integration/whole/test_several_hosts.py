@@ -7,7 +7,7 @@ import pytest
 
 from chassis import amqp
 from tests.conftest import pool
-from tests.integration.processes import all_processes
+from tests.integration.processes import Processes
 from tests.integration.purchase_events import query
 from tests.integration.whole.test_whole_path import run_demo
 
@@ -50,5 +50,5 @@ def test_every_process_finds_the_host_that_is_up(
     purchases_url, analytics_url = (
         behind(NOBODY, url, "target_session_attrs=read-write") for url in (purchases_db, analytics_db)
     )
-    with all_processes(purchases_url, analytics_url, behind(NOBODY, amqp_url), tmp_path) as processes:
+    with Processes.all_running(purchases_url, analytics_url, behind(NOBODY, amqp_url), tmp_path) as processes:
         assert run_demo(processes, monkeypatch, tmp_path / "report", "--limit", "50") == 0

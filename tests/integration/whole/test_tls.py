@@ -25,7 +25,7 @@ from pos.backlog import Backlog
 from pos.lines import Identities
 from pos.simulator import simulate
 from pos.tills import SaleFailed
-from tests.integration.processes import COMMANDS, Processes, all_processes
+from tests.integration.processes import COMMANDS, Processes
 from tests.integration.tls_proxy import TlsProxy, tls_proxy
 
 SALES = 300
@@ -81,7 +81,7 @@ def processes(
 
     _, port = proxy
     urls = by_tls(purchases_db, port, pki), by_tls(analytics_db, port, pki), broker
-    with all_processes(*urls, tmp_path, Certified) as running:
+    with Certified.all_running(*urls, tmp_path) as running:
         yield running
 
 

@@ -30,7 +30,7 @@ from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.conftest import WAIT_S, eventually
 from tests.integration.conftest import free_address, running
 from tests.integration.consumers import COUNTED, consuming, counts
-from tests.integration.processes import COMMANDS, Processes
+from tests.integration.processes import Processes
 from tests.integration.purchase_events import query
 from tests.integration.sales import sale
 
@@ -298,10 +298,7 @@ def test_processes_send_their_spans_to_a_collector(
 ) -> None:
     """The trace of one purchase, as the page shows it: `-s` prints it. Its id is in the read models' log."""
     with collecting(collector_address) as collector:
-        for name in COMMANDS:
-            telling.start(name)
-        for name in COMMANDS:
-            telling.wait_ready(name)
+        telling.start_all()
         endpoint = TraceSettings(traces_endpoint=f"http://{collector_address}")
         with traces.exported(endpoint, "pos"), connect(telling.address["purchases"]) as channel:
             PosClient(channel).create_purchase(a_sale())

@@ -17,7 +17,7 @@ from pos.simulator import simulate
 from pos.tills import Tills
 from retail.analytics.v1.analytics_service_pb2 import DailySales, ListDailySalesRequest
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
-from tests.integration.processes import COMMANDS, Processes, all_processes
+from tests.integration.processes import COMMANDS, Processes
 
 EXAMPLE = Path(__file__).parents[3] / "proto" / "events" / "purchase_created.v1.example.json"
 KILLS = 8  # each process twice
@@ -27,7 +27,7 @@ PATIENCE_S = 120.0
 
 @pytest.fixture
 def processes(purchases_db: str, analytics_db: str, amqp_url: str, tmp_path: Path) -> Iterator[Processes]:
-    with all_processes(purchases_db, analytics_db, amqp_url, tmp_path) as running:
+    with Processes.all_running(purchases_db, analytics_db, amqp_url, tmp_path) as running:
         yield running
 
 
