@@ -10,6 +10,7 @@ settings = load(Settings)
 
 import dataclasses
 import os
+import ssl
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
@@ -17,12 +18,17 @@ from urllib.parse import urlsplit
 
 T = TypeVar("T")
 
-# What libpq looks at only when it connects.
-POSTGRES_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
-    "target_session_attrs": ("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
-    "load_balance_hosts": ("disable", "random"),
-}
+# What of a URL names a file, and what is a whole number; libpq looks at either when it connects, at the earliest.
+POSTGRES_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
+POSTGRES_NUMBERS = (
+    "connect_timeout",
+    "keepalives",
+    "keepalives_idle",
+    "keepalives_interval",
+    "keepalives_count",
+    "tcp_user_timeout",
+)
+NOWHERE = "/nowhere"  # no directory that has a server's socket
 
 
 class SettingsError(Exception):
@@ -198,8 +204,11 @@ def _url(raw: str, schemes: tuple[str, ...], example: str) -> str:
     """A URL of one server, or of several of one cluster: user:password@host:port,host:port."""
     scheme, authority, rest = pieces(raw)
     try:
-        ports = [urlsplit(f"//{host}").port for host in authority.rpartition("@")[2].split(",")]
-    except ValueError:  # a port that is no number
+        hosts = [urlsplit(f"//{host}") for host in authority.rpartition("@")[2].split(",")]
+        ports = [host.port for host in hosts]
+        for host in hosts:
+            (host.hostname or "").encode("idna")
+    except ValueError:  # a port that is no number, a name that no host can have
         ports = [0]
     if scheme not in schemes or not (authority or "?" in rest) or 0 in ports:
         raise ValueError(f"must be a URL such as {example}")
@@ -224,10 +233,38 @@ def postgres_url(raw: str) -> str:
     except ProgrammingError as error:
         reason = str(error).strip()  # others may show a part of the password
         raise ValueError(reason if "query parameter" in reason else f"must be a URL such as {example}") from None
-    for name, allowed in POSTGRES_CHOICES.items():
-        if (value := options.get(name)) is not None and value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}")
+    for name in POSTGRES_NUMBERS:
+        if not str(options.get(name, 0)).removeprefix("-").isdecimal():
+            raise ValueError(f"{name} must be a whole number")
+    if refusal := _refusal_of_libpq(options):
+        raise ValueError(refusal)
+    for name in POSTGRES_FILES:
+        if (path := str(options.get(name, "system"))) != "system":
+            _require_readable(name, path)
     return raw
+
+
+def _refusal_of_libpq(options: Mapping[str, Any]) -> str:
+    """What libpq has against options, if anything. It tells when it connects, so it gets sockets that are not there."""
+    from psycopg import conninfo, pq
+
+    hosts = str(options.get("host") or options.get("hostaddr") or "").split(",")
+    elsewhere = {name: value for name, value in options.items() if name not in ("hostaddr", "service")}
+    elsewhere["host"] = ",".join(NOWHERE for _ in hosts)
+    connection = pq.PGconn.connect_start(conninfo.make_conninfo(**elsewhere).encode())
+    said = connection.error_message.decode().partition("\n")[0]
+    connection.finish()
+    return "" if said.startswith("connection to server") else said
+
+
+def _require_readable(name: str, path: str) -> None:
+    try:
+        with open(path, "rb"):
+            pass
+        if name == "sslrootcert":
+            ssl.create_default_context(cafile=path)
+    except OSError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def amqp_url(raw: str) -> str:

@@ -16,7 +16,7 @@ from relay_svc.__main__ import commands as relay
 from relay_svc.settings import ClientSettings, PartitionsSettings
 
 ALL = {commands.name: commands for commands in (purchases, relay, analytics, pos)}
-URL = "postgresql://till:s3cret@db1:5432,db2/purchases?sslmode=verify-full&sslcert=s3cret.pem"
+URL = "postgresql://till:s3cret@db1:5432,db2/purchases?sslmode=verify-full&sslpassword=s3cret"
 
 
 def every(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -77,6 +77,45 @@ def test_processes_start_with_the_environment_only(
     for group, arguments in ((purchases, "serve"), (purchases, "migrate"), (relay, "serve"), (analytics, "consume")):
         assert group.carry_out([arguments]) == 2
         assert "_DATABASE_URL is not set" in capsys.readouterr().err
+
+
+SERVERS = {
+    "PURCHASES_DATABASE_URL": "postgresql://u:p@localhost/d",
+    "ANALYTICS_DATABASE_URL": "postgresql://u:p@localhost/d",
+    "AMQP_URL": "amqp://u:p@localhost/%2F",
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "process", "setting"),
+    [
+        (purchases, "migrate", "PURCHASES_DATABASE_URL"),
+        (purchases, "serve", "PURCHASES_DATABASE_URL"),
+        (relay, "serve", "PURCHASES_DATABASE_URL"),
+        (relay, "serve", "AMQP_URL"),
+        (analytics, "migrate", "ANALYTICS_DATABASE_URL"),
+        (analytics, "consume", "ANALYTICS_DATABASE_URL"),
+        (analytics, "consume", "AMQP_URL"),
+        (analytics, "prove", "ANALYTICS_DATABASE_URL"),
+        (analytics, "serve", "ANALYTICS_DATABASE_URL"),
+    ],
+)
+@pytest.mark.parametrize("wrong", ["?port=http", "?ssl_options={'ca_certs':'/nowhere'}&sslrootcert=/nowhere"])
+def test_no_process_starts_with_a_wrong_url(
+    group: cli.Commands,
+    process: str,
+    setting: str,
+    wrong: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a database or the broker, or an option of its TLS: it says so, and looks for no server."""
+    for name, url in SERVERS.items():
+        monkeypatch.setenv(name, url)
+    monkeypatch.setenv(setting, SERVERS[setting].replace("amqp:", "amqps:") + wrong)
+    assert group.carry_out([process]) == 2
+    said = capsys.readouterr().err
+    assert f"{setting}=(hidden): " in said
 
 
 @pytest.fixture

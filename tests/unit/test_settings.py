@@ -63,7 +63,8 @@ def test_least_limits_let_in_the_fullest_message() -> None:
     [
         "postgresql://u:p@h1:5432,h2:5433/d?target_session_attrs=read-write",
         "postgresql://u:p@h1,h2/d",
-        "postgresql:///d?host=/run/postgresql&sslmode=verify-full",
+        "postgresql:///d?host=/run/postgresql&sslmode=verify-full&sslrootcert=system",
+        "postgresql:///d?hostaddr=10.0.0.7,10.0.0.8&port=5432,5433&connect_timeout=9",
         "postgresql://u:p@[::1]:5432,[::2]/d",
     ],
 )
@@ -78,8 +79,18 @@ def test_postgres_urls(url: str) -> None:
         ("postgresql://u:secret@h1:0/d", "such as postgresql://"),
         ("postgresql://u:secret%zz@h/d", "such as postgresql://"),
         ("postgresql://u:secret@h/d?targets=1", "targets"),
-        ("postgresql://u:secret@h/d?sslmode=verify", "sslmode must be one of"),
-        ("postgresql://u:secret@h1,h2/d?target_session_attrs=rw", "target_session_attrs must be one of"),
+        ("postgresql://u:secret@h/d?sslmode=verify", 'invalid sslmode value: "verify"'),
+        ("postgresql://u:secret@h/d?sslmode=require&sslrootcert=system", 'weak sslmode "require"'),
+        ("postgresql://u:secret@h/d?ssl_min_protocol_version=TLSv9", 'invalid "ssl_min_protocol_version"'),
+        ("postgresql://u:secret@h/d?scram_client_key=secret", "invalid SCRAM client key"),
+        ("postgresql://u:secret@h1,h2/d?target_session_attrs=rw", 'invalid target_session_attrs value: "rw"'),
+        ("postgresql://u:secret@h1,h2/d?port=1,2,3", "could not match 3 port numbers to 2 hosts"),
+        ("postgresql://u:secret@h/d?keepalives_idle=often", "keepalives_idle must be a whole number"),
+        ("postgresql://u:secret@h/d?sslrootcert=/nowhere/ca.pem", "sslrootcert: [Errno 2] No such file"),
+        ("postgresql://u:secret@h/d?sslrootcert=/etc/passwd", "no certificate or crl found"),
+        ("postgresql://u:secret@h/d?sslcert=/nowhere/own.pem", "sslcert: [Errno 2] No such file"),
+        ("postgresql://u:secret@h/d?sslkey=/etc", "sslkey: [Errno 21] Is a directory"),
+        (f"postgresql://u:secret@{'h' * 64}.example/d", "such as postgresql://"),
     ],
 )
 def test_wrong_postgres_urls(url: str, problem: str) -> None:
@@ -116,6 +127,7 @@ def test_broker_urls(url: str, hosts: list[str], virtual_host: str) -> None:
         ("amqps://u:secret@h/?ssl_options={'ca_certs':'/nowhere/ca.pem'}", "No such file"),
         ("amqps://u:secret@h/?ssl_options=yes", "an option is wrong"),
         ("amqps://u:secret@h/?ssl_options={", "an option is wrong"),
+        (f"amqp://u:secret@{'h' * 64}.example/", "such as amqp://"),
     ],
 )
 def test_wrong_broker_urls(url: str, problem: str) -> None:
