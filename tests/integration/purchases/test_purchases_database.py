@@ -170,7 +170,7 @@ def test_migration_gives_way_to_sales(purchases_db: str, tmp_path: Path) -> None
         reader.execute("SELECT FROM customers")
         migrating = aside.submit(migrate.migrate, connection, directory)
         for _ in range(2):  # it waits, gives way, and waits again
-            wait_until(lambda: till.execute(wait).fetchone() == (1,), WAIT_S)
+            assert wait_until(lambda: till.execute(wait).fetchone() == (1,), WAIT_S)
             # Behind the migration's wait: without its end, this would wait as long as the reader reads.
             till.execute("INSERT INTO customers VALUES (gen_random_uuid())")
         assert not migrating.done()
