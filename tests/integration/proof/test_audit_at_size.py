@@ -10,8 +10,8 @@ from analytics_svc.proof.parts import RANGE_KEYS, Part
 from analytics_svc.proof.read_models import BRANCHES, CUSTOMERS, NAMED_MAX, PRODUCTS
 from analytics_svc.proof.repair import IDS_AT_ONCE, ROWS_AT_ONCE
 from analytics_svc.proof.verdicts import Verdict
+from tests.integration.auditing import status, sweep
 from tests.integration.chain import FIRST, Chain
-from tests.integration.proof.test_audit import status, sweep
 from tests.integration.purchase_events import query
 from tests.integration.purchase_events import read_models as all_rows
 

@@ -23,8 +23,8 @@ from analytics_svc.purchase import PurchaseCreated
 from chassis import zones
 from chassis.postgres import Connection, Pool
 from tests.conftest import pool
+from tests.integration.auditing import anew, sweep
 from tests.integration.chain import TABLES, Chain
-from tests.integration.proof.test_audit import anew, sweep
 from tests.integration.proof.test_business_days import recent_moments, record
 from tests.integration.purchase_events import query, read_models
 

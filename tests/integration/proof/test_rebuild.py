@@ -21,8 +21,8 @@ from analytics_svc.purchase import PurchaseCreated
 from analytics_svc.upstream.source import Recorded, Source
 from chassis import postgres
 from tests.conftest import ROOT, eventually
+from tests.integration.auditing import sweep
 from tests.integration.chain import DAYS, FIRST, TABLES, Chain, enough, load
-from tests.integration.proof.test_audit import sweep
 from tests.integration.purchase_events import query, read_models
 
 ONE_DAY = timedelta(days=1)
