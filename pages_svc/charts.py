@@ -103,11 +103,13 @@ def _name(group: Sequence[datetime.date], each: str) -> str:
 
 
 def _scale(most_cents: int) -> tuple[int, list[Line]]:
-    """What the top of the plot stands for, and the lines of the grid: round numbers that people count in."""
+    """What the top of the plot stands for, and the lines of the grid: round numbers that people count in, and whole,
+    as they are labelled.
+    """
     most = max(most_cents / 100, 1.0)
     magnitude = 10 ** math.floor(math.log10(most / LINES))
-    step = next(magnitude * factor for factor in (1, 2, 2.5, 5, 10, 20) if most <= LINES * magnitude * factor)
-    step = max(step, 1)
+    steps = (max(magnitude * factor, 1) for factor in (1, 2, 2.5, 5, 10, 20))
+    step = next(step for step in steps if most <= LINES * step and step % 1 == 0)
     count = math.ceil(most / step)
     top = count * step
     lines = [Line(HEIGHT - HEIGHT * n * step / top, words.whole(round(100 * n * step))) for n in range(count + 1)]

@@ -3,7 +3,7 @@
 import datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chassis.errors import Violation
@@ -100,6 +100,7 @@ def test_days_and_what_they_are_compared_with() -> None:
     st.integers(1, 9),
     st.sampled_from([1, 7, 28, 62, 63, 400, 401, 3_660]),
 )
+@example([1_001], 1, 1)  # a grid of 2.50 each has no whole numbers on it
 def test_charts_lose_nothing(amounts: list[int], branches: int, length: int) -> None:
     """All columns together are as high as all sales; none leaves the plot; the grid begins at 0 and is above all."""
     days = [SUNDAY - n * period.DAY for n in reversed(range(length))]
