@@ -116,14 +116,18 @@ class Reader:
     async def calendar(self, branch_id: int | None = None) -> Calendar:
         """That of the chain; whoever may see one branch only has to say which. Raises Problem only while it was never
         known."""
+        known = self._calendar
         try:
             self._calendar = await self._remembered.get(
-                ("calendar", branch_id), CALENDAR_LASTS_S, lambda: self._sales.calendar(branch_id)
+                ("calendar", branch_id),
+                CALENDAR_LASTS_S,
+                lambda: self._sales.calendar(branch_id),
+                patience_s=SOON_S if known else None,
             )
-        except Problem:
-            if self._calendar is None:
+        except (Problem, TimeoutError):
+            if known is None:
                 raise
-        return self._calendar
+        return self._calendar or known
 
     async def zone(self) -> datetime.tzinfo | None:
         """That of the chain; None while it was never known."""
@@ -154,8 +158,7 @@ class Reader:
     async def _soon(self, key: Hashable, lasts_s: float, ask: Callable[[], Awaitable[T]]) -> T | Problem:
         """For what the page can do without: a service that is down must not keep it from being shown."""
         try:
-            async with asyncio.timeout(SOON_S):
-                return await self._remembered.get(key, lasts_s, ask)
+            return await self._remembered.get(key, lasts_s, ask, patience_s=SOON_S)
         except Problem as problem:
             return problem
         except TimeoutError:
