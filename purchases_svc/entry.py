@@ -10,10 +10,11 @@ from purchases_svc.sale import Purchase, Sale
 class Call:
     """A caller who waits for what becomes of its sales. One future for all of them, however many there are."""
 
-    __slots__ = ("_open", "_outcomes", "answered", "caller", "sales")
+    __slots__ = ("_open", "_outcomes", "answered", "caller", "kept", "sales")
 
-    def __init__(self, caller: str, sales: int) -> None:
-        self.caller, self.sales = caller, sales
+    def __init__(self, caller: str, sales: int, *, kept: bool = False) -> None:
+        """`kept`: they lay in a till's journal for a while, and nobody stands at the till for them."""
+        self.caller, self.sales, self.kept = caller, sales, kept
         self._outcomes: list[Outcome | None] = [None] * sales
         self._open = sales
         self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -54,8 +55,8 @@ class Entry:
 
     @property
     def came_alone(self) -> bool:
-        """A sale at a till, where somebody waits for it, and not one of many."""
-        return self._call.sales == 1
+        """A sale at a till, where somebody waits for it, and not one of many, nor of a backlog."""
+        return self._call.sales == 1 and not self._call.kept
 
     @property
     def abandoned(self) -> bool:

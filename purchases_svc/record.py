@@ -97,8 +97,8 @@ class Recorder:
         """
         self._require_open()
         self._admission.enter(caller, sales)
-        call = Call(caller, len(sales))
         now = datetime.datetime.now(datetime.UTC)
+        call = Call(caller, len(sales), kept=all(sale.was_kept(now) for sale in sales))
         limits = self._months.limits(now)
         apart = []  # as a rule none
         for place, sale in enumerate(sales):

@@ -11,8 +11,9 @@ POS_ID_LENGTH_MAX = 32
 PRODUCT_ID_MAX = 10**14 - 1  # a GTIN has 14 digits at most
 EARLIEST = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
 FUTURE_MAX = datetime.timedelta(minutes=5)  # how far a till's clock may be ahead of ours
+KEPT_MS = 60_000  # a sale that lay in its till's journal for so long has no customer waiting
 
-_MICROSECOND = datetime.timedelta(microseconds=1)
+_MICROSECOND, _MILLISECOND = datetime.timedelta(microseconds=1), datetime.timedelta(milliseconds=1)
 
 
 class Item(NamedTuple):
@@ -44,6 +45,12 @@ class Sale(NamedTuple):
     items: tuple[Item, ...]
     register_customer: bool
     journal: JournalEntry | None = None
+
+    def was_kept(self, now: datetime.datetime) -> bool:
+        """It lay in its till's journal for a while, by our clock: what the till's is off is told with the sale."""
+        if self.journal is None:
+            return False
+        return (now - self.purchase_time) // _MILLISECOND - (self.journal.clock_offset_ms or 0) > KEPT_MS
 
     def content(self) -> tuple[object, ...]:
         """What makes two sales the same: everything but the order of items, how the customer got registered, and where

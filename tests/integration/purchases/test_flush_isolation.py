@@ -6,7 +6,7 @@ import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -23,7 +23,7 @@ from purchases_svc.entry import Call, Entry
 from purchases_svc.errors import CustomerUnknown
 from purchases_svc.partitions import Partitions
 from purchases_svc.record import Recorder
-from purchases_svc.sale import Purchase, Sale
+from purchases_svc.sale import JournalEntry, Purchase, Sale
 from purchases_svc.settings import ServeSettings
 from purchases_svc.writing import AT_A_TILL
 from tests.conftest import WAIT_S, eventually, pool
@@ -269,6 +269,49 @@ async def test_what_comes_by_the_hundred_goes_in_small_flushes_beside_live_sales
     flushes = [sales for (sales,) in query(purchases_db, "SELECT count(*) FROM purchases GROUP BY xmin::text")]
     assert sum(flushes) > 500
     assert max(flushes) <= waiting.BULK_BESIDE_LIVE
+
+
+async def test_what_a_journal_kept_is_no_sale_at_a_till(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of them come at once: tills that were offline bring them a handful at a time, and many tills do."""
+    monkeypatch.setattr(waiting, "EXPECTED_S", WAIT_S)
+    begin, epoch = datetime.now(UTC) - timedelta(hours=1), str(uuid.uuid4())
+
+    def kept(number: int) -> Sale:
+        moment = begin + timedelta(seconds=number)
+        return sale()._replace(purchase_time=moment, journal=JournalEntry(epoch, number, None))
+
+    async with recording(purchases_db) as recorder:
+        await recorder.record(sale(), "till")
+        async with asyncio.TaskGroup() as tasks:
+            drains = [tasks.create_task(recorder.record(kept(n), f"till {n}")) for n in range(1, 301)]
+            while not all(task.done() for task in drains):
+                await recorder.record(sale(), "till")
+    flushes = query(
+        purchases_db,
+        f"SELECT count(*), count(DISTINCT purchase_time < '{begin + timedelta(minutes=10)}') FROM purchases"
+        " GROUP BY xmin::text",
+    )
+    assert max(sales for sales, _ in flushes) <= waiting.BULK_BESIDE_LIVE
+    assert {kinds for _, kinds in flushes} == {1}  # nobody at a till goes with them
+
+
+@pytest.mark.parametrize(
+    ("age_s", "offset_ms", "kept"),
+    [
+        (0, None, False),
+        (59, None, False),
+        (61, None, True),
+        (3 * 86_400, 3 * 86_400_000, False),  # its till's clock is three days behind
+        (0, -86_400_000, True),  # a day ahead: it was sold yesterday
+        (0, 1 << 62, False),
+        (0, -(1 << 62), True),
+    ],
+)
+def test_which_sales_were_kept_in_a_journal(age_s: float, offset_ms: int | None, kept: bool) -> None:
+    now = datetime.now(UTC)
+    sold = sale()._replace(purchase_time=now - timedelta(seconds=age_s))
+    assert not sold.was_kept(now)
+    assert sold._replace(journal=JournalEntry(str(uuid.uuid4()), 1, offset_ms)).was_kept(now) is kept
 
 
 async def test_a_caller_has_a_share_of_each_flush_beside_others(
