@@ -2,8 +2,6 @@
 
 import asyncio
 import datetime
-import random
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +10,7 @@ import grpc
 import psycopg
 import pytest
 
-from pos.client import Item, PosClient, Reported, Sale, TillReport, connect
-from pos.errors import OutcomeUnknown, Status
+from pos.client import Item, PosClient, Sale, connect
 from pos.journal import Flushed, Journal, Receipt, Resolution
 from tests.integration.conftest import free_address
 
@@ -137,52 +134,3 @@ async def test_a_clock_that_is_behind(
         offset = journal.status().clock_offset
         assert offset is not None and abs(offset - behind) < datetime.timedelta(minutes=1)
         assert "behind the service's" in journal.status().warnings[0]
-
-
-class Shaky:
-    """A client whose uploads end at any moment, also between an answer and its being noted."""
-
-    def __init__(self, client: PosClient, rng: random.Random) -> None:
-        self._client, self._rng = client, rng
-
-    def report_till(self, report: TillReport, *, within_s: float) -> Reported:
-        reported = self._client.report_till(report, within_s=within_s)
-        if self._rng.random() < 0.2:
-            raise OutcomeUnknown(Status(grpc.StatusCode.UNAVAILABLE, "the line was cut"))
-        return reported
-
-    def upload_purchases(self, sales: object, **options: object) -> Iterator[object]:
-        left = self._rng.randrange(1, 40)
-        for uploaded in self._client.upload_purchases(sales, **options):  # type: ignore[arg-type]
-            left -= 1
-            if not left:
-                raise OutcomeUnknown(Status(grpc.StatusCode.UNAVAILABLE, "the line was cut"))
-            yield uploaded
-
-
-@pytest.mark.parametrize("seed", range(25))
-async def test_sales_during_the_drain(
-    seed: int, tmp_path: Path, client: PosClient, purchases_channel: grpc.aio.Channel, purchases_db: str
-) -> None:
-    """Sold while others are sent, over lines that are cut, by two that flush; the till is started again in between."""
-    rng = random.Random(seed)
-    receipts: list[Receipt] = []
-
-    def sell(journal: Journal, count: int) -> None:
-        chance = random.Random(count)
-        for _ in range(count):
-            basket = [Item(product, chance.randrange(1, 5000)) for product in range(1, chance.randrange(2, 5))]
-            receipts.append(journal.record_sale(basket, cashier_id=17))
-
-    for _ in range(3):
-        with Journal(tmp_path / "till", branch_id=1, pos_id="POS-3") as journal:
-            sell(journal, rng.randrange(20))
-            seller = threading.Thread(target=sell, args=(journal, rng.randrange(20)))
-            seller.start()
-            await asyncio.gather(*(flush(journal, Shaky(client, rng)) for _ in range(2)))  # type: ignore[arg-type]
-            await asyncio.to_thread(seller.join)
-    with Journal(tmp_path / "till", branch_id=1, pos_id="POS-3") as journal:
-        assert (await flush(journal, client)).waiting == 0
-        assert journal.verify() == []
-    assert stored(purchases_db) == given(receipts)
-    assert len({receipt.receipt_id for receipt in receipts}) == len(receipts)
