@@ -1,4 +1,4 @@
-"""The main job: `retail-pos demo [--file F] [--limit N] [--report F] [--seed N] [--streams]`.
+"""The main job: `retail-pos demo [--file F] [--limit N] [--report F] [--seed N] [--streams] [--journals DIR]`.
 
 Sends purchases through the gRPC API, waits until the read models have them, and prints the owner's answers.
 Exit code: 0 only if the audit finds that the read models equal what was recorded, 1 if not, 2 for wrong usage or an
@@ -44,6 +44,7 @@ class Asked(NamedTuple):
     report: IO[str] | None
     seed: int
     streams: bool
+    journals: Path | None
 
 
 # The report is opened before anything is sent, to tell a wrong path at once. A run that fails leaves it empty.
@@ -58,7 +59,15 @@ class Asked(NamedTuple):
 @click.option("--report", type=click.File("w", lazy=False), metavar="FILE", help="Write the answers as JSON.")
 @click.option("--seed", type=int, default=SEED, show_default=True, metavar="N", help="Of the simulated chain.")
 @click.option("--streams", is_flag=True, help="Tills keep streams open instead of calling for each sale.")
-def demo(file: Path | None, limit: int | None, report: IO[str] | None, seed: int, streams: bool) -> int:
+@click.option(
+    "--journals",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="One till of each branch keeps a journal, here; it goes on with it the next time.",
+)
+def demo(
+    file: Path | None, limit: int | None, report: IO[str] | None, seed: int, streams: bool, journals: Path | None
+) -> int:
     """Sell, wait until all is counted, and ask.
 
     The exit code is 0 only if the audit finds that the read models equal what was recorded.
@@ -66,7 +75,7 @@ def demo(file: Path | None, limit: int | None, report: IO[str] | None, seed: int
     try:
         settings = cli.of_environment_or_local_stack(Settings, "purchases")
         with traces.exported(settings, "pos"):
-            return 0 if run(Asked(file, limit, report, seed, streams), settings, cli.console()) else 1
+            return 0 if run(Asked(file, limit, report, seed, streams, journals), settings, cli.console()) else 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not break what is left to do
         click.echo("stopped; what was acknowledged is stored, and sending it again changes nothing", err=True)
@@ -95,7 +104,8 @@ def run(args: Asked, settings: Settings, console: Console) -> bool:
         if args.file:  # books are sent as a till sends what it sold while it was offline
             sender: Tills | Backlog = Backlog(sales, target, seed=seed, identities=identities)
         else:
-            sender = Tills(sales, target, seed=seed, identities=identities, streams=args.streams)
+            kept = args.journals / f"seed-{seed}" if args.journals else None
+            sender = Tills(sales, target, seed=seed, identities=identities, streams=args.streams, journals=kept)
         sent = send(sender, len(sales), progress)
         comparison, answers = wait_and_ask(settings, credentials, progress)
     report.print_all(answers, comparison, sent, console)

@@ -3,15 +3,18 @@
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from enum import Enum
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from chassis.tls import Broken
 from pos.client import Recorded, Sale
 from pos.errors import PosError
+from pos.journal import JournalError
+from pos.journal_tills import JournalTill, divided
 from pos.lines import Identities, Lines
 
 # The service commits what arrives together in one transaction, so it wants many sales in flight; beyond some
@@ -72,23 +75,28 @@ class Tills:
         seed: int,
         identities: Identities = Identities(),
         streams: bool = False,
+        journals: Path | None = None,
     ) -> None:
-        """`seed` decides which sales are sent twice; with `streams`, they go over open streams instead of by calls."""
+        """`seed` decides which sales are sent twice; with `streams`, they go over open streams instead of by calls.
+        `journals`: a directory that stays, in which one till of each branch keeps a journal.
+        """
         self.recorded = 0  # sales answered, each counted once
         self.replayed = 0  # of those, sales that had been stored before
         self.duplicates_sent = 0
         self.trouble: PosError | None = None  # why the tills wait; None while sales get through
         self._seed, self._streams = seed, streams
-        self._waiting = deque(sales)
+        without, self._kept = divided(sales) if journals else (sales, {})
+        self._waiting, self._journals = deque(without), journals
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._lines = Lines(target, identities, shared=TILLS // TILLS_PER_CHANNEL, pause=self._pause)
-        self._threads = ThreadPoolExecutor(TILLS, "till")
+        self._threads = ThreadPoolExecutor(TILLS + len(self._kept), "till")
         self._twins = ThreadPoolExecutor(TILLS, "twin")  # at most one sale's twin for each till
         self._futures: set[Future[None]] = set()
 
     def __enter__(self) -> Self:
         self._futures = {self._threads.submit(self._work, number) for number in range(TILLS)}
+        self._futures |= {self._threads.submit(self._keep, sales) for sales in self._kept.values()}
         return self
 
     def wait(self, timeout_s: float) -> bool:
@@ -120,6 +128,24 @@ class Tills:
                 self._sell(self._way_of(sale, number), sale)
             except (PosError, Broken) as error:
                 raise SaleFailed(sale, str(error)) from error
+
+    def _keep(self, sales: Sequence[Sale]) -> None:
+        assert self._journals
+        try:
+            till = JournalTill(self._journals, sales, self._lines.of(sales[0]), self._stop)
+            refused = till.sell(self._note_stored, self._note_trouble)
+        except (PosError, Broken, JournalError) as error:
+            raise SaleFailed(sales[-1], str(error)) from error
+        if refused:
+            raise SaleFailed(sales[-1], refused)
+
+    def _note_stored(self, stored: int, before: int) -> None:
+        with self._lock:
+            self.recorded += stored
+            self.replayed += before
+
+    def _note_trouble(self, why: PosError | None) -> None:
+        self.trouble = why
 
     def _way_of(self, sale: Sale, number: int) -> Way:
         if self._streams:

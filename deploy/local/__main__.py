@@ -109,7 +109,8 @@ def status(stack: Stack, _: Sequence[str]) -> int:
 
 def demo(stack: Stack, arguments: Sequence[str]) -> int:
     with stack.used(temporary=True):
-        return _in_foreground(["-m", "pos", "demo", *arguments], stack.client_environ())
+        journals = ["--journals", str(stack.home / "tills")]  # a given one comes later, and counts
+        return _in_foreground(["-m", "pos", "demo", *journals, *arguments], stack.client_environ())
 
 
 def watch(stack: Stack, _: Sequence[str]) -> int:
