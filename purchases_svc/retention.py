@@ -16,7 +16,7 @@ from chassis.postgres import Connection, Pool
 
 LOOK_EVERY_S = 3600.0
 TRY_AGAIN_S = 60.0
-KEYS_PER_TRANSACTION = 10_000  # some hundred milliseconds: bounded, so that no transaction is long
+ROWS_PER_TRANSACTION = 10_000  # some hundred milliseconds: bounded, so that no transaction is long
 # Of one such statement, and of dropping a month, which looks through the unsent events first.
 STATEMENT_TIMEOUT_S = 60.0
 
@@ -86,6 +86,7 @@ async def drop_old_months(pool: Pool) -> list[datetime.date]:
             log.info("month dropped", month=month.month, purchases=month.purchases)
             dropped.append(month.month)
     await delete_keys(pool)
+    await forget_till_places(pool)
     return dropped
 
 
@@ -109,12 +110,22 @@ async def delete_keys(pool: Pool) -> None:
             last = None
             while True:
                 cursor = await connection.execute(
-                    "SELECT delete_keys_of_dropped_month(%s, %s, %s)", [month, last, KEYS_PER_TRANSACTION]
+                    "SELECT delete_keys_of_dropped_month(%s, %s, %s)", [month, last, ROWS_PER_TRANSACTION]
                 )
                 row = await cursor.fetchone()
                 if not row or not row[0]:
                     break
                 last = row[0]
+
+
+async def forget_till_places(pool: Pool) -> None:
+    """Forget where sales of dropped months stood in their tills' journals, some at a time."""
+    async with pool.connection() as connection:
+        while True:
+            cursor = await connection.execute("SELECT forget_till_places(%s)", [ROWS_PER_TRANSACTION])
+            ((forgotten,),) = await cursor.fetchall()
+            if not forgotten:
+                return
 
 
 class Retention:

@@ -12,12 +12,12 @@ import pytest
 
 from chassis import lifecycle
 from chassis.postgres import Pool
-from purchases_svc import retention
+from purchases_svc import retention, tills
 from purchases_svc.answers import Recorded
 from purchases_svc.backlog import Backlog
 from purchases_svc.errors import OutboxFull, PurchaseTimeOutOfRange
 from purchases_svc.partitions import Partitions
-from purchases_svc.sale import Sale
+from purchases_svc.sale import JournalEntry, Sale
 from tests.conftest import WAIT_S, eventually, pool, today
 from tests.integration.purchases.test_create_purchase import assert_whole, count, make_recorder, stored_sale
 
@@ -297,6 +297,77 @@ async def test_interrupted_retention_goes_on(opened: Pool, purchases_db: str) ->
         assert left == [(taken_again.idempotency_key,)]
         tables = connection_.execute("SELECT relname FROM pg_class WHERE relname LIKE 'dropped%'").fetchall()
         assert [name for (name,) in tables if name != "dropped_months"] == []
+
+
+EPOCH, TILL = str(uuid.uuid4()), tills.Till(1, "POS-1")
+
+
+def journalled(months: int, sequence: int, epoch: str = EPOCH) -> Sale:
+    return old_sale(months)._replace(journal=JournalEntry(epoch, sequence, None))
+
+
+async def reported(opened: Pool, last: int, *voids: int) -> tills.State:
+    async with opened.connection() as connection, connection.transaction():
+        return await tills.report(connection, tills.Report(TILL, EPOCH, 1, last, voids, None))
+
+
+def places(url: str) -> list[int]:
+    with psycopg.connect(url) as connection:
+        return [n for (n,) in connection.execute("SELECT sequence FROM till_sales ORDER BY epoch, sequence")]
+
+
+@pytest.mark.parametrize("at_a_time", [10_000, 1])
+async def test_places_in_journals_go_with_their_month(
+    opened: Pool, purchases_db: str, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    """Only what is known of single sales: what was proven of the journal stays, and nothing is missing that was not.
+
+    Numbers 4 and 9 never came; 3 never will. The till's clock was wrong for 11, which has to wait for the others.
+    """
+    monkeypatch.setattr(retention, "ROWS_PER_TRANSACTION", at_a_time)
+    numbers = {1: 5, 2: 5, 5: 4, 6: 4, 7: 2, 8: 1, 10: 0, 11: 5, 12: 0}
+    await record(opened, *(journalled(months, number) for number, months in numbers.items()))
+    before = await reported(opened, 12, 3)
+    assert before.missing == [(4, 4), (9, 9)] and before.complete_through == 3
+    mark_sent(purchases_db)
+    assert len(await drop(opened, 3)) == 2
+    assert places(purchases_db) == [6, 7, 8, 10, 11, 12]
+    after = await reported(opened, 12, 3)
+    assert (after.missing, after.complete_through, after.highest_sequence) == ([(9, 9)], 8, 12)
+    assert await drop(opened, 3) == []
+    assert places(purchases_db) == [6, 7, 8, 10, 11, 12]
+    assert len(await drop(opened, 1)) == 1
+    assert places(purchases_db) == [7, 8, 10, 11, 12]
+
+
+async def test_the_highest_number_of_a_journal_is_known_for_ever(opened: Pool, purchases_db: str) -> None:
+    """By it an old copy of a disk is found, also one of a till that has sold nothing for years."""
+    await record(opened, *(journalled(5, number) for number in (1, 2, 3)))
+    await reported(opened, 2)
+    await record(opened, journalled(5, 2))  # a copy's
+    assert (await reported(opened, 2)).conflict_count == 1
+    never_reported = str(uuid.uuid4())
+    await record(opened, *(journalled(5, number, never_reported) for number in (1, 2)))
+    mark_sent(purchases_db)
+    assert len(await drop(opened, 3)) == 1
+    async with opened.connection() as connection:
+        state = await tills.state(connection, TILL, EPOCH)
+        assert (state.highest_sequence, state.complete_through, state.missing) == (3, 3, [])
+        assert state.conflict_count == 0
+        assert (await tills.state(connection, TILL, never_reported)).missing == []
+    assert count(purchases_db, "till_sales") == 1 + 2
+
+
+async def test_places_of_months_that_are_kept_stay(opened: Pool, purchases_db: str) -> None:
+    """Whatever is asked, by whoever has the service's login; also of a month that cannot be dropped yet."""
+    await record(opened, journalled(5, 1), journalled(5, 2), journalled(4, 3), journalled(0, 4))
+    await reported(opened, 4)
+    async with opened.connection() as connection:
+        for most in (10_000, 0, -1, None):
+            cursor = await connection.execute("SELECT forget_till_places(%s)", [most])
+            assert await cursor.fetchone() in ((0,), (None,))
+    assert await drop(opened, 3) == []  # events are not sent
+    assert places(purchases_db) == [1, 2, 3, 4]
 
 
 def deleted_key(url: str, sales: list[Sale]) -> str:
