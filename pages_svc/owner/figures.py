@@ -118,7 +118,7 @@ class Reader:
         known."""
         known = self._calendar
         try:
-            self._calendar = await self._remembered.get(
+            found = await self._remembered.get(
                 ("calendar", branch_id),
                 CALENDAR_LASTS_S,
                 lambda: self._sales.calendar(branch_id),
@@ -127,7 +127,9 @@ class Reader:
         except (Problem, TimeoutError):
             if known is None:
                 raise
-        return self._calendar or known
+            return known
+        self._calendar = found
+        return found
 
     async def zone(self) -> datetime.tzinfo | None:
         """That of the chain; None while it was never known."""

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def history(now: datetime.datetime) -> Iterator[Sale]:
 @pytest.fixture
 async def sales(site: Site) -> AsyncIterator[Sales]:
     """The questions that the pages ask, one by one."""
-    targets = {f"{name}_target": site.address[name] for name in ("purchases", "analytics", "relay", "consumer")}
+    targets: dict[str, Any] = {f"{name}_target": address for name, address in site.address.items() if name != "pages"}
     services = Services(ServeSettings(**targets), None)
     yield Sales(services)
     await services.close()
@@ -70,10 +71,9 @@ async def test_years_are_shown_to_the_cent(site: Site, till: PosClient, sales: S
         return whole in text and "Audited, all agree" in text
 
     await eventually(shown, "all of it is on the page, and proven", WITHIN_S)
-    long_ago = {"first": today - 27 * DAY, "last": today, "branch_id": None}
     asked: dict[str, Callable[[], Awaitable[object]]] = {
         "days from the first": lambda: sales.daily(first, today, None),
-        "best products of 28 days": lambda: sales.products(**long_ago, limit=10, by_units=False),
+        "best products of 28 days": lambda: sales.products(today - 27 * DAY, today, None, limit=10, by_units=False),
         "best products from the first day": lambda: sales.products(first, today, None, limit=10, by_units=False),
         "customers": lambda: sales.customers(None, limit=10),
         "recorded by now": lambda: sales.recorded_until(now, today, None),
