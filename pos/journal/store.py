@@ -90,30 +90,31 @@ class Store:
             JournalNotWritten
         """
         try:
-            with self._transaction() as connection:
-                meta = _meta(connection)
-                sequence = meta.next_sequence
-                receipt_id = f"{letters(meta.epoch)}-{sequence:06d}"
-                fields = (
-                    sequence,
-                    meta.epoch,
-                    new.idempotency_key,
-                    receipt_id,
-                    new.business_date,
-                    new.device_time,
-                    new.boot_id,
-                    new.boot_ns,
-                    meta.clock_offset_ms,
-                    new.amount_cents,
-                    new.payload(receipt_id),
-                )
-                row = Row(*fields, chained(meta.last_hash, fields), State.WAITING, "", "", "", "")
-                marks = ", ".join("?" * len(row))
-                connection.execute(f"INSERT INTO journal ({ROW_COLUMNS}) VALUES ({marks})", row)
-                connection.execute("UPDATE meta SET next_sequence = ?, last_hash = ?", (sequence + 1, row.hash))
-                self._in_doubt.add(new.idempotency_key)  # until the commit has come back
-            self._in_doubt.discard(new.idempotency_key)
-            return row
+            with self._mutex:  # until it is in doubt no more: whoever comes in between would make it void
+                with self._transaction() as connection:
+                    meta = _meta(connection)
+                    sequence = meta.next_sequence
+                    receipt_id = f"{letters(meta.epoch)}-{sequence:06d}"
+                    fields = (
+                        sequence,
+                        meta.epoch,
+                        new.idempotency_key,
+                        receipt_id,
+                        new.business_date,
+                        new.device_time,
+                        new.boot_id,
+                        new.boot_ns,
+                        meta.clock_offset_ms,
+                        new.amount_cents,
+                        new.payload(receipt_id),
+                    )
+                    row = Row(*fields, chained(meta.last_hash, fields), State.WAITING, "", "", "", "")
+                    marks = ", ".join("?" * len(row))
+                    connection.execute(f"INSERT INTO journal ({ROW_COLUMNS}) VALUES ({marks})", row)
+                    connection.execute("UPDATE meta SET next_sequence = ?, last_hash = ?", (sequence + 1, row.hash))
+                    self._in_doubt.add(new.idempotency_key)  # until the commit has come back
+                self._in_doubt.discard(new.idempotency_key)
+                return row
         except JournalNotWritten:
             with contextlib.suppress(JournalError):
                 self._recover()

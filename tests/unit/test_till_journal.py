@@ -3,6 +3,7 @@
 import datetime
 import json
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -310,3 +311,25 @@ def test_any_history_is_whole(steps: list[str], tmp_path_factory: pytest.TempPat
     assert len(set(numbers)) == len(numbers)
     assert len({number[5:] for number in numbers}) == len(numbers)
     journal.close()
+
+
+class Doubts(set[str]):
+    """Before a sale is in doubt no more, somebody looks into the journal, and waits for nothing but the journal."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.look = threading.Thread(target=store.rows)
+
+    def discard(self, element: object) -> None:
+        self.look.start()
+        self.look.join(0.2)
+        super().discard(element)
+
+
+def test_a_sale_that_is_on_the_disk_is_made_void_by_nobody(opened: Open) -> None:
+    """Whoever comes at the very moment between its commit and its receipt: what a flush would not send is lost."""
+    with opened() as journal:
+        doubts = journal._store._in_doubt = Doubts(journal._store)
+        receipt = journal.record_sale(BASKET, cashier_id=17)
+        doubts.look.join()
+        assert [(row.receipt_id, row.state) for row in journal._store.rows()] == [(receipt.receipt_id, State.WAITING)]
