@@ -11,8 +11,10 @@ import sys
 import time
 import uuid
 from collections import deque
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from functools import partial
-from itertools import count
+from itertools import count, cycle
 from random import Random
 
 import grpc
@@ -36,6 +38,7 @@ from tests.bench.probe import Probe
 CREATE = "/retail.purchases.v1.PurchasesService/CreatePurchase"
 UPLOAD = "/retail.purchases.v1.PurchasesService/UploadPurchases"
 
+CONNECTIONS = 8  # that calls are spread over, as those of tills are: what one connection may have on its way is limited
 SALES_PER_MESSAGE = 500
 TOGETHER = 20  # the most that leave in one message of an open stream
 MESSAGES_AHEAD = 3  # of a stream, sent before their answers have come
@@ -55,8 +58,8 @@ TOTAL = "142.50"
 class Run:
     """One job: the sales to send, whether to go on, and what each answer took."""
 
-    def __init__(self, job: Job, channel: grpc.aio.Channel, probe: Probe | None, branches: int) -> None:
-        self._job, self._channel, self._probe = job, channel, probe
+    def __init__(self, job: Job, channels: Sequence[grpc.aio.Channel], probe: Probe | None, branches: int) -> None:
+        self._job, self._channel, self._channels, self._probe = job, channels[0], cycle(channels), probe
         self._stopped = False
         self._answers: list[tuple[float, int]] = []  # seconds it took, purchases in it
         seconds = WARM_UP_S + job.measure_s
@@ -112,7 +115,7 @@ class Run:
 
     async def _calls(self) -> None:
         """One call after the other."""
-        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(CREATE)
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = next(self._channels).unary_unary(CREATE)
         for request in self._requests:
             started = time.perf_counter()
             answer = await call(request, timeout=CALL_TIMEOUT_S)  # raises unless it is OK
@@ -124,7 +127,7 @@ class Run:
 
     async def _paced_calls(self) -> None:
         """The calls that are due, one after the other. Whoever is late goes on at once, and his answers come late."""
-        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(CREATE)
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = next(self._channels).unary_unary(CREATE)
         while not self._stopped:
             due = self._began + next(self._turns) / self._job.per_s
             if (early_s := due - time.perf_counter()) > 0:
@@ -251,18 +254,21 @@ def upload(branches: int) -> UploadPurchasesRequest:
 
 async def main(address: str, analytics_address: str = "") -> None:
     loop = asyncio.get_running_loop()
-    options = [("grpc.max_receive_message_length", ANSWER_BYTES_MAX)]
+    options = [("grpc.max_receive_message_length", ANSWER_BYTES_MAX), ("grpc.use_local_subchannel_pool", 1)]
     credentials = tls.credentials(load(tls.TlsSettings))
-    if credentials:  # of one till, which sells in its own branch
-        channel = grpc.aio.secure_channel(address, tls.channel_credentials(credentials.now()), options=options)
-    else:
-        channel = grpc.aio.insecure_channel(address, options=options)
-    async with channel, grpc.aio.insecure_channel(analytics_address or address) as analytics:
+    async with AsyncExitStack() as stack:
+        channels = []
+        for _ in range(CONNECTIONS):
+            if credentials:  # of one till, which sells in its own branch
+                channel = grpc.aio.secure_channel(address, tls.channel_credentials(credentials.now()), options=options)
+            else:
+                channel = grpc.aio.insecure_channel(address, options=options)
+            channels.append(await stack.enter_async_context(channel))
+        analytics = await stack.enter_async_context(grpc.aio.insecure_channel(analytics_address or address))
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             job = Job(*json.loads(line))
-            run = Run(
-                job, channel, Probe(channel, analytics, sale) if job.probe else None, 1 if credentials else BRANCHES
-            )
+            probe = Probe(channels[0], analytics, sale) if job.probe else None
+            run = Run(job, channels, probe, 1 if credentials else BRANCHES)
             gc.collect()
             gc.freeze()  # the requests are many, and none is garbage while the clock runs
             print(json.dumps(await run.measure()), flush=True)
