@@ -25,6 +25,7 @@ class Job(NamedTuple):
     measure_s: float
     per_s: float = 0.0  # the rate of the calls; 0: each client sends as soon as it has its answer
     probe: bool = False  # whether to watch, beside the load, how soon sales are visible
+    journal: bool = False  # whether calls say where their sale stands in its till's journal
 
 
 class Load(NamedTuple):

@@ -65,7 +65,9 @@ class Run:
         seconds = WARM_UP_S + job.measure_s
         if job.method != "upload":
             calls = int((seconds + 1) * (job.per_s or CALLS_PER_S_MAX)) + job.at_once
-            self._requests = iter([sale(branches=branches).SerializeToString() for _ in range(calls)])
+            journal = str(uuid.uuid4()) if job.journal else ""
+            requests = (sale(branches=branches, place=(journal, n) if journal else None) for n in range(1, calls + 1))
+            self._requests = iter([request.SerializeToString() for request in requests])
         else:
             messages = int(seconds * UPLOADED_PER_S_MAX / SALES_PER_MESSAGE) + job.at_once * MESSAGES_AHEAD
             self._requests = iter([upload(branches).SerializeToString() for _ in range(messages)])
@@ -230,8 +232,11 @@ def check(answer: CreatePurchaseResponse) -> None:
         raise RuntimeError(f"not the answer to a new sale: {answer}")
 
 
-def sale(random: Random = Random(), branches: int = BRANCHES) -> CreatePurchaseRequest:
-    """A sale of this moment, as the yardstick's: three items, a random key and a random receipt number."""
+def sale(
+    random: Random = Random(), branches: int = BRANCHES, place: tuple[str, int] | None = None
+) -> CreatePurchaseRequest:
+    """A sale of this moment, as the yardstick's: three items, a random key and a random receipt number. `place` is the
+    epoch and the number of its till's journal."""
     request = CreatePurchaseRequest(idempotency_key=str(uuid.uuid4()))
     purchase = request.purchase
     purchase.receipt_id = str(uuid.uuid4())
@@ -243,6 +248,9 @@ def sale(random: Random = Random(), branches: int = BRANCHES) -> CreatePurchaseR
     product_id = random.randint(1, PRODUCTS)
     for number, price in enumerate(PRICES):
         purchase.items.add(product_id=product_id + number, quantity=1, unit_price=Decimal(value=price))
+    if place:
+        request.journal_entry.epoch, request.journal_entry.sequence = place
+        request.journal_entry.clock_offset_ms = 12
     return request
 
 

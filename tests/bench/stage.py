@@ -113,7 +113,7 @@ def ensure_today(url: str) -> None:
 def empty_purchases(url: str) -> None:
     """Whoever is measured next finds the same: no purchases."""
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("TRUNCATE purchases, purchase_items, receipts, idempotency_keys, outbox_events")
+        connection.execute("TRUNCATE purchases, purchase_items, receipts, idempotency_keys, outbox_events, till_sales")
 
 
 @contextmanager

@@ -45,6 +45,9 @@ GOALS = {
     "telemetry_cost": Goal(
         "CPU a purchase with logs, metrics and traces at 1 %, beside none", 1.05, more_is_better=False
     ),
+    "journal_cost": Goal(
+        "CPU a purchase with its place in its till's journal, beside none", 1.15, more_is_better=False
+    ),
     "identity_cost": Goal("CPU a purchase with certificates and rules, beside without", 1.15, more_is_better=False),
 }
 
@@ -73,6 +76,8 @@ def run(plan: Plan, show: Show) -> Outcome:
         with telling as told:
             pairs = max(plan.rounds, telemetry.PAIRS)
             telemetry_rounds = measure(told, pairs, show, "logs, metrics, traces", lambda: stage.empty_purchases(url))
+        kept = journals(server, service, client, plan.measure_s)
+        journal_rounds = measure(kept, pairs, show, "places in tills' journals", lambda: stage.empty_purchases(url))
 
         stage.empty_purchases(url)
         grown: dict[int, Rounds] = {}
@@ -96,6 +101,7 @@ def run(plan: Plan, show: Show) -> Outcome:
         "create_latency_vs_pgbench": versus(empty, create_alone, pgbench_alone, latency),
         "identity_cost": versus(empty, certified, plain, cpu),
         "telemetry_cost": versus(telemetry_rounds, told.on, told.off, cpu),
+        "journal_cost": versus(journal_rounds, kept.on, kept.off, cpu),
     }
     for rows, figures in grown.items():
         # How it slowed down, beside how pgbench did: the speed of the disk and of the hour cancels out.
@@ -112,6 +118,7 @@ def run(plan: Plan, show: Show) -> Outcome:
         "compared": [contender.name for contender in finalists],
         "no_purchases": raw(empty),
         "telemetry": raw(telemetry_rounds),
+        "journals": raw(journal_rounds),
         **{f"{rows}_purchases": raw(figures) for rows, figures in grown.items()},
     }
     return Outcome({**ratios}, details, plot(families, empty, finalists), scores(ratios, GOALS))
@@ -151,6 +158,19 @@ def with_certificates(
         job = Job("create", CERTIFIED_AT_ONCE, measure_s)
         measured = partial(measured_load, server, service, client, job)
         yield Contender("CreatePurchase with certificates", CERTIFIED_AT_ONCE, measured)
+
+
+def journals(server: Postgres, service: stage.Service, client: LoadClient, measure_s: int) -> telemetry.Pair:
+    """CreatePurchase by tills that keep a journal and by tills that keep none, at one rate: so commits are as large."""
+
+    def load(journal: bool) -> Figure:
+        job = Job("create", telemetry.AT_ONCE, measure_s, telemetry.PER_S, journal=journal)
+        return measured_load(server, service, client, job)
+
+    return telemetry.Pair(
+        Contender("CreatePurchase, from a journal", telemetry.AT_ONCE, partial(load, True)),
+        Contender("CreatePurchase, from none", telemetry.AT_ONCE, partial(load, False)),
+    )
 
 
 def measured_load(server: Postgres, service: stage.Service, client: LoadClient, job: Job) -> Figure:
