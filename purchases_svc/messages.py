@@ -21,7 +21,7 @@ from purchases_svc.sale import (
     Purchase,
     Sale,
 )
-from purchases_svc.tills import SEQUENCE_MAX, VOIDS_MAX, Report, State, Till
+from purchases_svc.tills import SEQUENCE_MAX, VOIDS_MAX, Report, State, Till, Trouble
 from retail.purchases.v1 import purchase_pb2, purchases_service_pb2, till_pb2
 
 # No legal sale has more than 100,000. What is larger is not even read: half a million broken items fit into a megabyte.
@@ -183,6 +183,19 @@ def to_till_state(state: State) -> till_pb2.TillState:
         conflict_count=state.conflict_count,
         report_time=wire.timestamp(state.reported_at) if state.reported_at else None,
         clock_offset_ms=state.clock_offset_ms,
+    )
+
+
+def to_incomplete_till(trouble: Trouble) -> till_pb2.IncompleteTill:
+    return till_pb2.IncompleteTill(
+        branch_id=trouble.till.branch_id,
+        pos_id=trouble.till.pos_id,
+        epoch=trouble.epoch,
+        complete_through=trouble.complete_through,
+        reported_through=trouble.reported_through,
+        missing_since_time=wire.timestamp(trouble.missing_since) if trouble.missing_since else None,
+        report_time=wire.timestamp(trouble.reported_at),
+        conflict_count=trouble.conflicts,
     )
 
 

@@ -33,6 +33,7 @@ PURCHASES_PER_PAGE = (50, 500)  # by default, at most
 CUSTOMERS_PER_PAGE = (50, 500)
 CONTROL_TOTALS_PER_PAGE = (500, 1_000)
 CONTROL_TOTALS_DAYS_MAX = 31
+INCOMPLETE_TILLS_MAX = 100
 BRANCH_IDS_MAX = 1_000
 CUSTOMER_IDS_MAX = 1_000
 READ_KINDS = 4  # three of lists, each of which may take long, and all reads of one thing:
@@ -190,6 +191,15 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         async with _reading(self._shares, context) as connection:
             states = [await tills.state(connection, till, epoch)] if epoch else await tills.states(connection, till)
         return purchases_service_pb2.GetTillStateResponse(states=map(messages.to_till_state, states))
+
+    async def ListIncompleteTills(
+        self, request: purchases_service_pb2.ListIncompleteTillsRequest, context: Any
+    ) -> purchases_service_pb2.ListIncompleteTillsResponse:
+        async with _reading(self._shares, context, "control totals") as connection:
+            found = await tills.troubles(connection, older_than=tills.GAP_AGE, conflicts_for=tills.CONFLICTS_TOLD)
+        return purchases_service_pb2.ListIncompleteTillsResponse(
+            incomplete_tills=map(messages.to_incomplete_till, found[:INCOMPLETE_TILLS_MAX]), total_size=len(found)
+        )
 
     @in_parts(purchases_service_pb2.UploadPurchasesRequest)
     async def UploadPurchases(

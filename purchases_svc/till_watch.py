@@ -1,7 +1,6 @@
 """Tills of which sales are missing, shown to operators."""
 
 import asyncio
-import datetime
 
 import psycopg
 import structlog
@@ -12,8 +11,6 @@ from chassis.postgres import Pool
 from purchases_svc import tills
 
 LOOK_EVERY_S = 60.0
-GAP_AGE = datetime.timedelta(days=1)  # a till that is off over night has nothing to be told of
-CONFLICTS_TOLD = datetime.timedelta(days=7)
 
 GAPS = Gauge("purchases_tills_with_gap", "Journals of tills of which sales have been missing for more than a day.")
 CONFLICTS = Gauge(
@@ -34,7 +31,9 @@ class TillWatch:
         while True:
             try:
                 async with self._pool.connection() as connection:
-                    found = await tills.troubles(connection, older_than=GAP_AGE, conflicts_for=CONFLICTS_TOLD)
+                    found = await tills.troubles(
+                        connection, older_than=tills.GAP_AGE, conflicts_for=tills.CONFLICTS_TOLD
+                    )
                 GAPS.set(sum(trouble.missing_since is not None for trouble in found))
                 CONFLICTS.set(sum(trouble.conflicts > 0 for trouble in found))
             except (psycopg.Error, PoolTimeout) as error:

@@ -15,6 +15,8 @@ RANGES_MAX = 100  # of missing numbers that are told
 JOURNALS_MAX = 100  # of a till that are told
 SEQUENCE_MAX = 1 << 62
 VOIDS_MAX = 1_000  # in one report
+GAP_AGE = datetime.timedelta(days=1)  # a till that is off over night has nothing to be told of
+CONFLICTS_TOLD = datetime.timedelta(days=7)
 
 
 class Till(NamedTuple):

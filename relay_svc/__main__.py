@@ -13,6 +13,7 @@ from chassis.errors import PortTaken
 from relay_svc import inspection, outbox, retention
 from relay_svc.commands import outbox as outbox_commands
 from relay_svc.commands import partitions
+from relay_svc.depth import Depth
 from relay_svc.publisher import Publisher
 from relay_svc.relay import LANES, Relay
 from relay_svc.server import OutboxServicer
@@ -63,14 +64,16 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             attempts_max=config.attempts_max,
             look_every_s=config.look_every_s,
         )
+        depth = Depth(publisher)
         service = grpc_server.Service(
             add_OutboxServiceServicer_to_server,
-            OutboxServicer(relay, publisher, service_pool, tokens),
+            OutboxServicer(relay, publisher, service_pool, tokens, depth),
             "retail.relay.v1.OutboxService",
         )
         try:
             async with host.listening(config.listen, [service]), asyncio.TaskGroup() as tasks:
                 tasks.create_task(relay.run(stop))
+                tasks.create_task(depth.watch(stop))
                 tasks.create_task(inspection.measure(service_pool, stop))
                 tasks.create_task(retention.keep(service_pool, stop))
                 await host.set_serving(True)

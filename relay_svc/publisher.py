@@ -21,6 +21,8 @@ PAYLOAD_BYTES_MAX = 1 << 20  # what the consumer takes; seven times the biggest 
 # 311 too large, 406 precondition failed; 501, 502, 505: it cannot read the frame, and closes the connection.
 MESSAGE_REFUSED = (311, 406, 501, 502, 505)
 
+LOOK_TIMEOUT_S = 2.0
+
 T = TypeVar("T")
 
 log = structlog.get_logger()
@@ -80,6 +82,21 @@ class Publisher:
         try:
             return await self._ask(topology.look)
         except (amqp.BrokerUnavailable, AMQPError):
+            return None
+
+    async def ready(self) -> int | None:
+        """Messages in the consumer's queue that no consumer has in hand; None while nobody can tell. It is asked on a
+        channel of its own, so that nothing that becomes of the question meets what is on its way."""
+        connection = self._connection
+        if connection is None or not connection.is_open or self._blocked:
+            return None
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                channel = await amqp.open_channel(connection, lambda _: None)
+                ready = (await topology.look(channel)).ready
+                channel.close()
+                return ready
+        except (amqp.BrokerUnavailable, AMQPError, TimeoutError):
             return None
 
     async def publish(self, events: Sequence[OutboxEvent]) -> Outcome:

@@ -12,6 +12,7 @@ from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.postgres import Connection, Pool
 from chassis.wire import PageTokens
 from relay_svc import committed, days, inspection, lost
+from relay_svc.depth import Depth
 from relay_svc.errors import EventNotFound
 from relay_svc.outbox import NIL
 from relay_svc.publisher import Publisher
@@ -27,8 +28,9 @@ NAMED_MAX = 10  # missing events that an error names
 class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
     """`retail.relay.v1.OutboxService`."""
 
-    def __init__(self, relay: Relay, publisher: Publisher, pool: Pool, tokens: PageTokens) -> None:
-        self._relay, self._publisher, self._pool, self._tokens = relay, publisher, pool, tokens
+    def __init__(self, relay: Relay, publisher: Publisher, pool: Pool, tokens: PageTokens, depth: Depth) -> None:
+        self._relay, self._publisher, self._depth = relay, publisher, depth
+        self._pool, self._tokens = pool, tokens
 
     async def GetOutboxStatus(self, request: pb2.GetOutboxStatusRequest, context: Any) -> pb2.GetOutboxStatusResponse:
         async with _transaction(self._pool, context) as connection:
@@ -43,6 +45,7 @@ class OutboxServicer(outbox_service_pb2_grpc.OutboxServiceServicer):
             breaker_reason=reason or "",
             events_per_second=self._relay.events_per_second(),
             blocking_session=_blocking_session(blocker) if blocker else None,
+            queue_ready_count=self._depth.ready,
         )
 
     async def ListOutboxEvents(

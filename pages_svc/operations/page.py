@@ -18,7 +18,7 @@ from pages_svc.upstream.insides import LISTED_MAX, Insides
 from pages_svc.upstream.services import Problem
 from pages_svc.web import Templates
 
-PARTS = ("strip", "audit", "failed", "quarantine")
+PARTS = ("strip", "audit", "tills", "failed", "quarantine")
 REFUSED_STATUS, FAILED_STATUS = 403, 502
 
 log = structlog.get_logger()

@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 from pages_svc.owner.figures import Reader, sum_of
 from pages_svc.owner.period import DAY
-from pages_svc.upstream.insides import Failed, Insides, Outbox, Proof, Quarantined
+from pages_svc.upstream.insides import Failed, IncompleteTill, Insides, Outbox, Proof, Quarantined
 from pages_svc.upstream.remembered import Remembered
 from pages_svc.upstream.sales import Marks, Sales, Totals
 from pages_svc.upstream.services import Problem
@@ -18,7 +18,9 @@ from pages_svc.upstream.watch import Watch
 
 STATUS_LASTS_S = 0.4
 LISTS_LAST_S = 3.0
+TILLS_LAST_S = 30.0  # what is missing for a day, and looks into each till's journal
 RATE_OVER_S = 30.0
+PATIENCE_S = 1.0  # this page is opened when something is stuck, and shows what is not
 
 T = TypeVar("T")
 
@@ -65,6 +67,7 @@ class State(NamedTuple):
     proof: Proof | Problem
     failed: list[Group] | Problem
     quarantined: list[Group] | Problem
+    tills: tuple[list[IncompleteTill], int] | Problem  # some, and how many there are
 
     @property
     def between(self) -> int | None:
@@ -91,12 +94,13 @@ class StateReader:
         now = datetime.datetime.now(datetime.UTC)
         zone = (await self._reader.calendar()).zone
         today = now.astimezone(zone).date()
-        recorded, outbox, proof, failed, quarantined = await asyncio.gather(
+        recorded, outbox, proof, failed, quarantined, tills = await asyncio.gather(
             self._ask("recorded", lambda: self._sales.recorded_until(now + DAY, today, None), LISTS_LAST_S),
             self._ask("outbox", self._insides.outbox, STATUS_LASTS_S),
             self._ask("proof", self._insides.proof, LISTS_LAST_S),
             self._ask("failed", self._insides.failed, LISTS_LAST_S),
             self._ask("quarantined", self._insides.quarantined, LISTS_LAST_S),
+            self._ask("tills", self._insides.incomplete_tills, TILLS_LAST_S),
         )
         rows = self._watch.between(today, today, None)
         counted = sum_of(rows) if rows is not None else None
@@ -114,6 +118,7 @@ class StateReader:
             proof,
             failed if isinstance(failed, Problem) else grouped(failed),
             quarantined if isinstance(quarantined, Problem) else grouped(quarantined),
+            tills,
         )
 
     def forget(self) -> None:
@@ -122,9 +127,11 @@ class StateReader:
 
     async def _ask(self, key: str, ask: Callable[[], Awaitable[T]], lasts_s: float) -> T | Problem:
         try:
-            return await self._remembered.get(key, lasts_s, ask)
+            return await self._remembered.get(key, lasts_s, ask, patience_s=PATIENCE_S)
         except Problem as problem:
             return problem
+        except TimeoutError:
+            return Problem("There is no answer yet.", "This page shows it when it comes.")
 
 
 def grouped(events: Iterable[Failed] | Iterable[Quarantined]) -> list[Group]:

@@ -9,6 +9,7 @@ from pages_svc.upstream.sales import Totals, date_of, moment_of, totals_of
 from pages_svc.upstream.services import CALL_TIMEOUT_S, Services
 from retail.analytics.v1 import audit_service_pb2 as audit_pb
 from retail.analytics.v1 import quarantine_service_pb2 as quarantine_pb
+from retail.purchases.v1 import purchases_service_pb2 as purchases_pb
 from retail.relay.v1 import outbox_service_pb2 as outbox_pb
 
 LISTED_MAX = 500  # events that are looked at; the counts beside them are of all
@@ -26,6 +27,7 @@ class Outbox(NamedTuple):
     reason: str  # why it does not
     per_second: float  # over the last minute
     blocker: str  # what keeps PostgreSQL from cleaning up; empty: nothing
+    queue: int | None  # messages in the consumer's queue that it has not in hand; None: not known
 
 
 class Failed(NamedTuple):
@@ -88,6 +90,18 @@ class Proof(NamedTuple):
     findings: list[Finding]
 
 
+class IncompleteTill(NamedTuple):
+    """A till's journal of which sales are missing for long, or came with numbers twice."""
+
+    branch_id: int
+    pos_id: str
+    complete_through: int
+    reported_through: int
+    missing_since: datetime.datetime | None
+    reported: datetime.datetime
+    conflicts: int
+
+
 class Insides:
     """Asks, and acts. Every method may raise `Problem`."""
 
@@ -105,6 +119,7 @@ class Insides:
             reply.breaker_reason,
             reply.events_per_second,
             _blocker(reply.blocking_session) if reply.HasField("blocking_session") else "",
+            reply.queue_ready_count if reply.HasField("queue_ready_count") else None,
         )
 
     async def failed(self) -> list[Failed]:
@@ -157,6 +172,27 @@ class Insides:
                 for it in reply.findings
             ],
         )
+
+    async def incomplete_tills(self) -> tuple[list[IncompleteTill], int]:
+        """Some of them, and how many there are."""
+        reply = await self._services.ask(
+            "purchases",
+            self._services.call(
+                self._services.purchases.ListIncompleteTills, purchases_pb.ListIncompleteTillsRequest()
+            ),
+        )
+        return [
+            IncompleteTill(
+                it.branch_id,
+                it.pos_id,
+                it.complete_through,
+                it.reported_through,
+                _moment(it, "missing_since_time"),
+                moment_of(it.report_time),
+                it.conflict_count,
+            )
+            for it in reply.incomplete_tills
+        ], reply.total_size
 
     async def requeue(self, event_ids: Sequence[str]) -> int:
         """Publish events once more; how many are NEW now."""

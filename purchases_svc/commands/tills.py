@@ -9,7 +9,6 @@ from rich.table import Column, Table
 from chassis import cli, postgres
 from purchases_svc import stored, tills
 from purchases_svc.settings import ServeSettings
-from purchases_svc.till_watch import CONFLICTS_TOLD, GAP_AGE
 
 STATEMENT_TIMEOUT_S = 30.0
 
@@ -26,7 +25,7 @@ async def run(config: ServeSettings, *, as_json: bool) -> bool:
         ) as pool,
         pool.connection() as connection,
     ):
-        found = await tills.troubles(connection, older_than=GAP_AGE, conflicts_for=CONFLICTS_TOLD)
+        found = await tills.troubles(connection, older_than=tills.GAP_AGE, conflicts_for=tills.CONFLICTS_TOLD)
     console = cli.console()
     if as_json:
         console.print_json(json.dumps([_as_json(trouble) for trouble in found]))

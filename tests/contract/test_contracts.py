@@ -20,7 +20,7 @@ EVENTS = Path(__file__).parent.parent.parent / "proto" / "events"
 SERVICES = {
     "retail.purchases.v1.PurchasesService": (
         "CreatePurchase GetPurchase ListPurchases UploadPurchases ListControlTotals ListRecordedDays ReportTill"
-        " GetTillState ExportPurchases GetCell"
+        " GetTillState ListIncompleteTills ExportPurchases GetCell"
     ),
     "retail.purchases.v1.CustomersService": "CreateCustomer GetCustomer ListCustomers",
     "retail.relay.v1.OutboxService": "GetOutboxStatus ListOutboxEvents RequeueEvents ListCommittedEventIds",

@@ -307,7 +307,7 @@ class World:
 
     async def _real_list(self, after_snapshot: str) -> AsyncGenerator[Listed, None]:
         """The relay's handler itself, on a connection of its own."""
-        servicer: Any = OutboxServicer(None, None, GatedPool(self._purchases_url, self._gate), None)  # type: ignore[arg-type]
+        servicer: Any = OutboxServicer(None, None, GatedPool(self._purchases_url, self._gate), None, None)  # type: ignore[arg-type]
         request = ListCommittedEventIdsRequest(after_snapshot=after_snapshot, acknowledge=True)
         replies = servicer.ListCommittedEventIds(request, None)
         async with aclosing(replies):

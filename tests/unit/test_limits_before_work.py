@@ -56,7 +56,7 @@ async def test_customers_of_an_export(looked_at: Counter[str]) -> None:
 
 async def test_events_of_the_outbox(looked_at: Counter[str]) -> None:
     """At most as many as a call may name."""
-    servicer: Any = relay.OutboxServicer(*(SimpleNamespace() for _ in range(4)))  # type: ignore[arg-type]
+    servicer: Any = relay.OutboxServicer(*(SimpleNamespace() for _ in range(5)))  # type: ignore[arg-type]
     for call in (
         servicer.RequeueEvents(RequeueEventsRequest(event_ids=["x"] * MANY), None),
         servicer.ListOutboxEvents(ListOutboxEventsRequest(event_ids=["x"] * MANY), None),

@@ -67,6 +67,28 @@ async def test_what_is_stuck_is_shown_and_set_going(
         await expect(page.locator("#quarantine")).to_contain_text("Every event that came could be counted.")
 
 
+async def test_tills_of_which_sales_are_missing_are_listed(site: Site, browser: Browser, purchases_db: str) -> None:
+    """Of whose journals something has been missing for more than a day; and whose numbers came twice."""
+    epoch = "1f0c1b1e-6f0c-4f0e-9d43-5d8a4e1f2a3b"
+    with psycopg.connect(purchases_db) as connection:
+        connection.execute(
+            "INSERT INTO till_journals (branch_id, pos_id, epoch, first_sequence, last_sequence, complete_through,"
+            " complete_since) VALUES (7, 'POS-9', %s, 1, 12, 3, now() - interval '50 hours')",
+            [epoch],
+        )
+        connection.execute(
+            "INSERT INTO till_conflicts (branch_id, pos_id, epoch, sequence, purchase_id)"
+            " VALUES (7, 'POS-9', %s, 2, gen_random_uuid())",
+            [epoch],
+        )
+    await check(browser, f"{site.url}/operations")
+    async with looking(browser, f"{site.url}/operations") as page:
+        row = page.locator("#tills tbody tr")
+        await expect(row.locator("th")).to_have_text("Branch 7, POS-9")
+        await expect(row).to_contain_text("2 d 2 h")
+        await expect(row.locator("td").last).to_have_text("1")
+
+
 async def test_a_day_that_is_wrong_is_repaired(
     site: Site, till: PosClient, browser: Browser, analytics_db: str, one_day: None
 ) -> None:

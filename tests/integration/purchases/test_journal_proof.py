@@ -4,7 +4,7 @@ import asyncio
 import datetime
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -16,7 +16,9 @@ from pos.errors import InvalidRequest
 from pos.journal import Journal, Resolution
 from purchases_svc.commands import tills as command
 from purchases_svc.settings import ServeSettings
+from retail.purchases.v1.purchases_service_pb2 import ListIncompleteTillsRequest
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
+from retail.purchases.v1.till_pb2 import IncompleteTill
 from tests.integration.purchases.test_journal import BASKET, WITHIN_S, flush, given, stored
 from tests.integration.sales import refusal, sale
 
@@ -129,20 +131,38 @@ async def test_a_cloned_till_is_found(client: PosClient, tmp_path: Path, purchas
 
 
 async def test_operators_are_told_after_a_day(
-    client: PosClient, tmp_path: Path, purchases_db: str, purchases_address: str, capsys: pytest.CaptureFixture[str]
+    client: PosClient,
+    tmp_path: Path,
+    purchases_db: str,
+    purchases_address: str,
+    purchases_channel: grpc.aio.Channel,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """By a command, and by whatever asks the service, such as the page for operators."""
+
+    async def told() -> Sequence[IncompleteTill]:
+        reply = await PurchasesServiceStub(purchases_channel).ListIncompleteTills(ListIncompleteTillsRequest())
+        assert reply.total_size == len(reply.incomplete_tills)
+        return list(reply.incomplete_tills)
+
     config = ServeSettings(database_url=purchases_db, listen=purchases_address, backlog_months=0)
     with opened(tmp_path) as journal:
         sell(journal, 3)
         await report(client, journal)
         assert not await command.run(config, as_json=False)
+        assert await told() == []
         with psycopg.connect(purchases_db) as owner:
             owner.execute("UPDATE till_journals SET complete_since = now() - interval '25 hours'")
         assert await command.run(config, as_json=False)
         assert "POS-3" in capsys.readouterr().out
         assert await command.run(config, as_json=True)
+        (till,) = await told()
+        assert (till.branch_id, till.pos_id, till.epoch) == (1, "POS-3", journal.status().epoch)
+        assert (till.complete_through, till.reported_through, till.conflict_count) == (0, 3, 0)
+        assert till.HasField("missing_since_time") and till.HasField("report_time")
         await flush(journal, client)  # nobody has to report for it to be over
         assert not await command.run(config, as_json=False)
+        assert await told() == []
 
 
 async def test_broken_reports_are_refused(client: PosClient, purchases_channel: grpc.aio.Channel) -> None:

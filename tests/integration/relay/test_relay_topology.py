@@ -100,6 +100,29 @@ async def test_lost_while_others_listen(
     assert set(states(purchases_db).values()) == {("SENT", 0)}
 
 
+async def test_how_much_waits_is_told(amqp_url: str, tapped: BlockingChannel) -> None:
+    """Whatever becomes of the question, the channel that publishes stays."""
+    publisher = Publisher(amqp_url, 5.0)
+    assert await publisher.ready() is None  # it is not connected, and does not connect for this
+    try:
+        assert await publisher.connect() is None
+        assert await publisher.ready() == 0
+        for _ in range(3):
+            tapped.basic_publish("", QUEUE, b"")
+
+        async def three() -> bool:
+            return await publisher.ready() == 3
+
+        await eventually(three, "what waits is told")
+        publishing = publisher._channel
+        tapped.queue_delete(QUEUE)
+        assert await publisher.ready() is None
+        assert publisher._channel is publishing and publishing is not None and publishing.is_open
+    finally:
+        publisher.disconnect()
+    assert await publisher.ready() is None
+
+
 async def test_lost_while_the_relay_is_idle(
     outbox: Pool, purchases_db: str, amqp_url: str, tapped: BlockingChannel
 ) -> None:

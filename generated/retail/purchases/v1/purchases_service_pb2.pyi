@@ -756,6 +756,51 @@ class GetTillStateRequest(_message.Message):
 Global___GetTillStateRequest: _TypeAlias = GetTillStateRequest  # noqa: Y015
 
 @_typing.final
+class ListIncompleteTillsRequest(_message.Message):
+    """Request of ListIncompleteTills."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListIncompleteTillsRequest: _TypeAlias = ListIncompleteTillsRequest  # noqa: Y015
+
+@_typing.final
+class ListIncompleteTillsResponse(_message.Message):
+    """Response of ListIncompleteTills."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCOMPLETE_TILLS_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    total_size: _builtins.int
+    """How many there are."""
+    @_builtins.property
+    def incomplete_tills(self) -> _containers.RepeatedCompositeFieldContainer[_till_pb2.IncompleteTill]:
+        """By branch and till; 100 at most."""
+
+    def __init__(
+        self,
+        *,
+        incomplete_tills: _abc.Iterable[_till_pb2.IncompleteTill] | None = ...,
+        total_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incomplete_tills", b"incomplete_tills", "total_size", b"total_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListIncompleteTillsResponse: _TypeAlias = ListIncompleteTillsResponse  # noqa: Y015
+
+@_typing.final
 class GetTillStateResponse(_message.Message):
     """Response of GetTillState."""
 

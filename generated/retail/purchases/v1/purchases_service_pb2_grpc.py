@@ -84,6 +84,11 @@ class PurchasesServiceStub:
                 request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateRequest.SerializeToString,
                 response_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateResponse.FromString,
                 _registered_method=True)
+        self.ListIncompleteTills = channel.unary_unary(
+                '/retail.purchases.v1.PurchasesService/ListIncompleteTills',
+                request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListIncompleteTillsRequest.SerializeToString,
+                response_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListIncompleteTillsResponse.FromString,
+                _registered_method=True)
         self.ExportPurchases = channel.unary_stream(
                 '/retail.purchases.v1.PurchasesService/ExportPurchases',
                 request_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ExportPurchasesRequest.SerializeToString,
@@ -182,6 +187,14 @@ class PurchasesServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListIncompleteTills(self, request, context):
+        """Lists tills that somebody has to look after: of whose journals numbers have
+        been missing for more than a day, or came with two sales within a week.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportPurchases(self, request, context):
         """Streams every purchase of a range of business days together with its
         event's id, one day after the other, each day from one snapshot. A server
@@ -244,6 +257,11 @@ def add_PurchasesServiceServicer_to_server(servicer, server):
                     servicer.GetTillState,
                     request_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateRequest.FromString,
                     response_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateResponse.SerializeToString,
+            ),
+            'ListIncompleteTills': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListIncompleteTills,
+                    request_deserializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListIncompleteTillsRequest.FromString,
+                    response_serializer=retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListIncompleteTillsResponse.SerializeToString,
             ),
             'ExportPurchases': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportPurchases,
@@ -482,6 +500,33 @@ class PurchasesService:
             '/retail.purchases.v1.PurchasesService/GetTillState',
             retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateRequest.SerializeToString,
             retail_dot_purchases_dot_v1_dot_purchases__service__pb2.GetTillStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListIncompleteTills(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/retail.purchases.v1.PurchasesService/ListIncompleteTills',
+            retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListIncompleteTillsRequest.SerializeToString,
+            retail_dot_purchases_dot_v1_dot_purchases__service__pb2.ListIncompleteTillsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -81,6 +81,10 @@ class PurchasesServiceStub:
     """
     GetTillState: _grpc.UnaryUnaryMultiCallable[_purchases_service_pb2.GetTillStateRequest, _purchases_service_pb2.GetTillStateResponse]
     """Tells what is recorded of a till's journals, the latest first."""
+    ListIncompleteTills: _grpc.UnaryUnaryMultiCallable[_purchases_service_pb2.ListIncompleteTillsRequest, _purchases_service_pb2.ListIncompleteTillsResponse]
+    """Lists tills that somebody has to look after: of whose journals numbers have
+    been missing for more than a day, or came with two sales within a week.
+    """
     ExportPurchases: _grpc.UnaryStreamMultiCallable[_purchases_service_pb2.ExportPurchasesRequest, _purchases_service_pb2.ExportPurchasesResponse]
     """Streams every purchase of a range of business days together with its
     event's id, one day after the other, each day from one snapshot. A server
@@ -146,6 +150,10 @@ class PurchasesServiceAsyncStub(PurchasesServiceStub):
     """
     GetTillState: _aio.UnaryUnaryMultiCallable[_purchases_service_pb2.GetTillStateRequest, _purchases_service_pb2.GetTillStateResponse]  # type: ignore[assignment]
     """Tells what is recorded of a till's journals, the latest first."""
+    ListIncompleteTills: _aio.UnaryUnaryMultiCallable[_purchases_service_pb2.ListIncompleteTillsRequest, _purchases_service_pb2.ListIncompleteTillsResponse]  # type: ignore[assignment]
+    """Lists tills that somebody has to look after: of whose journals numbers have
+    been missing for more than a day, or came with two sales within a week.
+    """
     ExportPurchases: _aio.UnaryStreamMultiCallable[_purchases_service_pb2.ExportPurchasesRequest, _purchases_service_pb2.ExportPurchasesResponse]  # type: ignore[assignment]
     """Streams every purchase of a range of business days together with its
     event's id, one day after the other, each day from one snapshot. A server
@@ -256,6 +264,16 @@ class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_purchases_service_pb2.GetTillStateResponse, _abc.Awaitable[_purchases_service_pb2.GetTillStateResponse]]:
         """Tells what is recorded of a till's journals, the latest first."""
+
+    @_abc_1.abstractmethod
+    def ListIncompleteTills(
+        self,
+        request: _purchases_service_pb2.ListIncompleteTillsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_purchases_service_pb2.ListIncompleteTillsResponse, _abc.Awaitable[_purchases_service_pb2.ListIncompleteTillsResponse]]:
+        """Lists tills that somebody has to look after: of whose journals numbers have
+        been missing for more than a day, or came with two sales within a week.
+        """
 
     @_abc_1.abstractmethod
     def ExportPurchases(

@@ -174,3 +174,57 @@ class SequenceRange(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SequenceRange: _TypeAlias = SequenceRange  # noqa: Y015
+
+@_typing.final
+class IncompleteTill(_message.Message):
+    """A journal of a till that somebody has to look after, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BRANCH_ID_FIELD_NUMBER: _builtins.int
+    POS_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    COMPLETE_THROUGH_FIELD_NUMBER: _builtins.int
+    REPORTED_THROUGH_FIELD_NUMBER: _builtins.int
+    MISSING_SINCE_TIME_FIELD_NUMBER: _builtins.int
+    REPORT_TIME_FIELD_NUMBER: _builtins.int
+    CONFLICT_COUNT_FIELD_NUMBER: _builtins.int
+    branch_id: _builtins.int
+    """Branch of the till."""
+    pos_id: _builtins.str
+    """The till."""
+    epoch: _builtins.str
+    """The journal."""
+    complete_through: _builtins.int
+    """Every number up to this one is recorded, or reported as void."""
+    reported_through: _builtins.int
+    """The highest number that the till has reported to have given out."""
+    conflict_count: _builtins.int
+    """Numbers that two different sales came with, within a week."""
+    @_builtins.property
+    def missing_since_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when the first missing one is; absent when none is missing."""
+
+    @_builtins.property
+    def report_time(self) -> _timestamp_pb2.Timestamp:
+        """When the till reported last."""
+
+    def __init__(
+        self,
+        *,
+        branch_id: _builtins.int = ...,
+        pos_id: _builtins.str = ...,
+        epoch: _builtins.str = ...,
+        complete_through: _builtins.int = ...,
+        reported_through: _builtins.int = ...,
+        missing_since_time: _timestamp_pb2.Timestamp | None = ...,
+        report_time: _timestamp_pb2.Timestamp | None = ...,
+        conflict_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["missing_since_time", b"missing_since_time", "report_time", b"report_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch_id", b"branch_id", "complete_through", b"complete_through", "conflict_count", b"conflict_count", "epoch", b"epoch", "missing_since_time", b"missing_since_time", "pos_id", b"pos_id", "report_time", b"report_time", "reported_through", b"reported_through"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IncompleteTill: _TypeAlias = IncompleteTill  # noqa: Y015

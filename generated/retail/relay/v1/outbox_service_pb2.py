@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from retail.access.v1 import access_pb2 as retail_dot_access_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$retail/relay/v1/outbox_service.proto\x12\x0fretail.relay.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dretail/access/v1/access.proto\"\x82\x02\n\x0bOutboxEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x12\n\nevent_type\x18\x02 \x01(\t\x12\x14\n\x0c\x61ggregate_id\x18\x03 \x01(\t\x12.\n\noccur_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x06status\x18\x05 \x01(\x0e\x32\x1d.retail.relay.v1.OutboxStatus\x12\x15\n\rattempt_count\x18\x06 \x01(\x05\x12\x12\n\nlast_error\x18\x07 \x01(\t\x12-\n\tsend_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb5\x01\n\x0f\x42lockingSession\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x18\n\x10\x61pplication_name\x18\x02 \x01(\t\x12\x32\n\x0ftransaction_age\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x04kind\x18\x04 \x01(\x0e\x32\x1c.retail.relay.v1.BlockerKind\x12\x1b\n\x13transactions_behind\x18\x05 \x01(\x03\"\x18\n\x16GetOutboxStatusRequest\"\x9e\x02\n\x17GetOutboxStatusResponse\x12\x11\n\tnew_count\x18\x01 \x01(\x03\x12\x14\n\x0c\x66\x61iled_count\x18\x02 \x01(\x03\x12\x35\n\x12oldest_pending_age\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\rbreaker_state\x18\x04 \x01(\x0e\x32\x1d.retail.relay.v1.BreakerState\x12\x16\n\x0e\x62reaker_reason\x18\x05 \x01(\t\x12\x19\n\x11\x65vents_per_second\x18\x06 \x01(\x01\x12:\n\x10\x62locking_session\x18\x07 \x01(\x0b\x32 .retail.relay.v1.BlockingSession\"\x82\x01\n\x17ListOutboxEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12-\n\x06status\x18\x03 \x01(\x0e\x32\x1d.retail.relay.v1.OutboxStatus\x12\x11\n\tevent_ids\x18\x04 \x03(\t\"h\n\x18ListOutboxEventsResponse\x12\x33\n\routbox_events\x18\x01 \x03(\x0b\x32\x1c.retail.relay.v1.OutboxEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"P\n\x14RequeueEventsRequest\x12\x11\n\tevent_ids\x18\x01 \x03(\t\x12\x12\n\nall_failed\x18\x02 \x01(\x08\x12\x11\n\tonly_lost\x18\x03 \x01(\x08\"/\n\x15RequeueEventsResponse\x12\x16\n\x0erequeued_count\x18\x01 \x01(\x03\"y\n\x1cListCommittedEventIdsRequest\x12\x16\n\x0e\x61\x66ter_snapshot\x18\x01 \x01(\t\x12*\n\x0b\x61\x63knowledge\x18\x02 \x01(\x08\x42\x15\xea\xce\x18\x11/service/consumer\x12\x15\n\rposition_only\x18\x03 \x01(\x08\"t\n\x1dListCommittedEventIdsResponse\x12\x11\n\tevent_ids\x18\x01 \x03(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12.\n\nas_of_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*v\n\x0cOutboxStatus\x12\x1d\n\x19OUTBOX_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTBOX_STATUS_NEW\x10\x01\x12\x16\n\x12OUTBOX_STATUS_SENT\x10\x02\x12\x18\n\x14OUTBOX_STATUS_FAILED\x10\x03*_\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02*\x8f\x01\n\x0b\x42lockerKind\x12\x1c\n\x18\x42LOCKER_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42LOCKER_KIND_SESSION\x10\x01\x12%\n!BLOCKER_KIND_PREPARED_TRANSACTION\x10\x02\x12!\n\x1d\x42LOCKER_KIND_REPLICATION_SLOT\x10\x03\x32\x94\x04\n\rOutboxService\x12}\n\x0fGetOutboxStatus\x12\'.retail.relay.v1.GetOutboxStatusRequest\x1a(.retail.relay.v1.GetOutboxStatusResponse\"\x17\x90\x02\x01\xe2\xce\x18\x10\n\x02\x04\x05\x10\x01\x1a\x08\x63onsumer\x12\x80\x01\n\x10ListOutboxEvents\x12(.retail.relay.v1.ListOutboxEventsRequest\x1a).retail.relay.v1.ListOutboxEventsResponse\"\x17\x90\x02\x01\xe2\xce\x18\x10\n\x02\x04\x05\x10\x01\x1a\x08\x63onsumer\x12w\n\rRequeueEvents\x12%.retail.relay.v1.RequeueEventsRequest\x1a&.retail.relay.v1.RequeueEventsResponse\"\x17\x90\x02\x02\xe2\xce\x18\x10\n\x02\x04\x05\x10\x01\x1a\x08\x63onsumer\x12\x87\x01\n\x15ListCommittedEventIds\x12-.retail.relay.v1.ListCommittedEventIdsRequest\x1a..retail.relay.v1.ListCommittedEventIdsResponse\"\r\x90\x02\x02\xe2\xce\x18\x06\n\x02\x04\x05\x10\x01\x30\x01\x42W\n\x17\x65xample.retail.relay.v1P\x01Z(retail.example/backbone/relay/v1;relayv1\xaa\x02\x0fRetail.Relay.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$retail/relay/v1/outbox_service.proto\x12\x0fretail.relay.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dretail/access/v1/access.proto\"\x82\x02\n\x0bOutboxEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x12\n\nevent_type\x18\x02 \x01(\t\x12\x14\n\x0c\x61ggregate_id\x18\x03 \x01(\t\x12.\n\noccur_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x06status\x18\x05 \x01(\x0e\x32\x1d.retail.relay.v1.OutboxStatus\x12\x15\n\rattempt_count\x18\x06 \x01(\x05\x12\x12\n\nlast_error\x18\x07 \x01(\t\x12-\n\tsend_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb5\x01\n\x0f\x42lockingSession\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x18\n\x10\x61pplication_name\x18\x02 \x01(\t\x12\x32\n\x0ftransaction_age\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x04kind\x18\x04 \x01(\x0e\x32\x1c.retail.relay.v1.BlockerKind\x12\x1b\n\x13transactions_behind\x18\x05 \x01(\x03\"\x18\n\x16GetOutboxStatusRequest\"\xd4\x02\n\x17GetOutboxStatusResponse\x12\x11\n\tnew_count\x18\x01 \x01(\x03\x12\x14\n\x0c\x66\x61iled_count\x18\x02 \x01(\x03\x12\x35\n\x12oldest_pending_age\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\rbreaker_state\x18\x04 \x01(\x0e\x32\x1d.retail.relay.v1.BreakerState\x12\x16\n\x0e\x62reaker_reason\x18\x05 \x01(\t\x12\x19\n\x11\x65vents_per_second\x18\x06 \x01(\x01\x12:\n\x10\x62locking_session\x18\x07 \x01(\x0b\x32 .retail.relay.v1.BlockingSession\x12\x1e\n\x11queue_ready_count\x18\x08 \x01(\x03H\x00\x88\x01\x01\x42\x14\n\x12_queue_ready_count\"\x82\x01\n\x17ListOutboxEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12-\n\x06status\x18\x03 \x01(\x0e\x32\x1d.retail.relay.v1.OutboxStatus\x12\x11\n\tevent_ids\x18\x04 \x03(\t\"h\n\x18ListOutboxEventsResponse\x12\x33\n\routbox_events\x18\x01 \x03(\x0b\x32\x1c.retail.relay.v1.OutboxEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"P\n\x14RequeueEventsRequest\x12\x11\n\tevent_ids\x18\x01 \x03(\t\x12\x12\n\nall_failed\x18\x02 \x01(\x08\x12\x11\n\tonly_lost\x18\x03 \x01(\x08\"/\n\x15RequeueEventsResponse\x12\x16\n\x0erequeued_count\x18\x01 \x01(\x03\"y\n\x1cListCommittedEventIdsRequest\x12\x16\n\x0e\x61\x66ter_snapshot\x18\x01 \x01(\t\x12*\n\x0b\x61\x63knowledge\x18\x02 \x01(\x08\x42\x15\xea\xce\x18\x11/service/consumer\x12\x15\n\rposition_only\x18\x03 \x01(\x08\"t\n\x1dListCommittedEventIdsResponse\x12\x11\n\tevent_ids\x18\x01 \x03(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12.\n\nas_of_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*v\n\x0cOutboxStatus\x12\x1d\n\x19OUTBOX_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTBOX_STATUS_NEW\x10\x01\x12\x16\n\x12OUTBOX_STATUS_SENT\x10\x02\x12\x18\n\x14OUTBOX_STATUS_FAILED\x10\x03*_\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02*\x8f\x01\n\x0b\x42lockerKind\x12\x1c\n\x18\x42LOCKER_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42LOCKER_KIND_SESSION\x10\x01\x12%\n!BLOCKER_KIND_PREPARED_TRANSACTION\x10\x02\x12!\n\x1d\x42LOCKER_KIND_REPLICATION_SLOT\x10\x03\x32\x94\x04\n\rOutboxService\x12}\n\x0fGetOutboxStatus\x12\'.retail.relay.v1.GetOutboxStatusRequest\x1a(.retail.relay.v1.GetOutboxStatusResponse\"\x17\x90\x02\x01\xe2\xce\x18\x10\n\x02\x04\x05\x10\x01\x1a\x08\x63onsumer\x12\x80\x01\n\x10ListOutboxEvents\x12(.retail.relay.v1.ListOutboxEventsRequest\x1a).retail.relay.v1.ListOutboxEventsResponse\"\x17\x90\x02\x01\xe2\xce\x18\x10\n\x02\x04\x05\x10\x01\x1a\x08\x63onsumer\x12w\n\rRequeueEvents\x12%.retail.relay.v1.RequeueEventsRequest\x1a&.retail.relay.v1.RequeueEventsResponse\"\x17\x90\x02\x02\xe2\xce\x18\x10\n\x02\x04\x05\x10\x01\x1a\x08\x63onsumer\x12\x87\x01\n\x15ListCommittedEventIds\x12-.retail.relay.v1.ListCommittedEventIdsRequest\x1a..retail.relay.v1.ListCommittedEventIdsResponse\"\r\x90\x02\x02\xe2\xce\x18\x06\n\x02\x04\x05\x10\x01\x30\x01\x42W\n\x17\x65xample.retail.relay.v1P\x01Z(retail.example/backbone/relay/v1;relayv1\xaa\x02\x0fRetail.Relay.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,12 +45,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OUTBOXSERVICE'].methods_by_name['RequeueEvents']._serialized_options = b'\220\002\002\342\316\030\020\n\002\004\005\020\001\032\010consumer'
   _globals['_OUTBOXSERVICE'].methods_by_name['ListCommittedEventIds']._loaded_options = None
   _globals['_OUTBOXSERVICE'].methods_by_name['ListCommittedEventIds']._serialized_options = b'\220\002\002\342\316\030\006\n\002\004\005\020\001'
-  _globals['_OUTBOXSTATUS']._serialized_start=1524
-  _globals['_OUTBOXSTATUS']._serialized_end=1642
-  _globals['_BREAKERSTATE']._serialized_start=1644
-  _globals['_BREAKERSTATE']._serialized_end=1739
-  _globals['_BLOCKERKIND']._serialized_start=1742
-  _globals['_BLOCKERKIND']._serialized_end=1885
+  _globals['_OUTBOXSTATUS']._serialized_start=1578
+  _globals['_OUTBOXSTATUS']._serialized_end=1696
+  _globals['_BREAKERSTATE']._serialized_start=1698
+  _globals['_BREAKERSTATE']._serialized_end=1793
+  _globals['_BLOCKERKIND']._serialized_start=1796
+  _globals['_BLOCKERKIND']._serialized_end=1939
   _globals['_OUTBOXEVENT']._serialized_start=154
   _globals['_OUTBOXEVENT']._serialized_end=412
   _globals['_BLOCKINGSESSION']._serialized_start=415
@@ -58,19 +58,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETOUTBOXSTATUSREQUEST']._serialized_start=598
   _globals['_GETOUTBOXSTATUSREQUEST']._serialized_end=622
   _globals['_GETOUTBOXSTATUSRESPONSE']._serialized_start=625
-  _globals['_GETOUTBOXSTATUSRESPONSE']._serialized_end=911
-  _globals['_LISTOUTBOXEVENTSREQUEST']._serialized_start=914
-  _globals['_LISTOUTBOXEVENTSREQUEST']._serialized_end=1044
-  _globals['_LISTOUTBOXEVENTSRESPONSE']._serialized_start=1046
-  _globals['_LISTOUTBOXEVENTSRESPONSE']._serialized_end=1150
-  _globals['_REQUEUEEVENTSREQUEST']._serialized_start=1152
-  _globals['_REQUEUEEVENTSREQUEST']._serialized_end=1232
-  _globals['_REQUEUEEVENTSRESPONSE']._serialized_start=1234
-  _globals['_REQUEUEEVENTSRESPONSE']._serialized_end=1281
-  _globals['_LISTCOMMITTEDEVENTIDSREQUEST']._serialized_start=1283
-  _globals['_LISTCOMMITTEDEVENTIDSREQUEST']._serialized_end=1404
-  _globals['_LISTCOMMITTEDEVENTIDSRESPONSE']._serialized_start=1406
-  _globals['_LISTCOMMITTEDEVENTIDSRESPONSE']._serialized_end=1522
-  _globals['_OUTBOXSERVICE']._serialized_start=1888
-  _globals['_OUTBOXSERVICE']._serialized_end=2420
+  _globals['_GETOUTBOXSTATUSRESPONSE']._serialized_end=965
+  _globals['_LISTOUTBOXEVENTSREQUEST']._serialized_start=968
+  _globals['_LISTOUTBOXEVENTSREQUEST']._serialized_end=1098
+  _globals['_LISTOUTBOXEVENTSRESPONSE']._serialized_start=1100
+  _globals['_LISTOUTBOXEVENTSRESPONSE']._serialized_end=1204
+  _globals['_REQUEUEEVENTSREQUEST']._serialized_start=1206
+  _globals['_REQUEUEEVENTSREQUEST']._serialized_end=1286
+  _globals['_REQUEUEEVENTSRESPONSE']._serialized_start=1288
+  _globals['_REQUEUEEVENTSRESPONSE']._serialized_end=1335
+  _globals['_LISTCOMMITTEDEVENTIDSREQUEST']._serialized_start=1337
+  _globals['_LISTCOMMITTEDEVENTIDSREQUEST']._serialized_end=1458
+  _globals['_LISTCOMMITTEDEVENTIDSRESPONSE']._serialized_start=1460
+  _globals['_LISTCOMMITTEDEVENTIDSRESPONSE']._serialized_end=1576
+  _globals['_OUTBOXSERVICE']._serialized_start=1942
+  _globals['_OUTBOXSERVICE']._serialized_end=2474
 # @@protoc_insertion_point(module_scope)

@@ -229,6 +229,7 @@ class GetOutboxStatusResponse(_message.Message):
     BREAKER_REASON_FIELD_NUMBER: _builtins.int
     EVENTS_PER_SECOND_FIELD_NUMBER: _builtins.int
     BLOCKING_SESSION_FIELD_NUMBER: _builtins.int
+    QUEUE_READY_COUNT_FIELD_NUMBER: _builtins.int
     new_count: _builtins.int
     """Events that wait to be published; counting stops at 1,000,000."""
     failed_count: _builtins.int
@@ -239,6 +240,10 @@ class GetOutboxStatusResponse(_message.Message):
     """Why it does not; empty when it does."""
     events_per_second: _builtins.float
     """Events published per second over the last minute, by this relay."""
+    queue_ready_count: _builtins.int
+    """Messages in the consumer's queue that no consumer has in hand, as the broker
+    told some seconds ago at most; absent while it does not tell.
+    """
     @_builtins.property
     def oldest_pending_age(self) -> _duration_pb2.Duration:
         """Age of the oldest event that waits; absent when none does."""
@@ -259,12 +264,15 @@ class GetOutboxStatusResponse(_message.Message):
         breaker_reason: _builtins.str = ...,
         events_per_second: _builtins.float = ...,
         blocking_session: Global___BlockingSession | None = ...,
+        queue_ready_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocking_session", b"blocking_session", "oldest_pending_age", b"oldest_pending_age"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_queue_ready_count", b"_queue_ready_count", "blocking_session", b"blocking_session", "oldest_pending_age", b"oldest_pending_age", "queue_ready_count", b"queue_ready_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocking_session", b"blocking_session", "breaker_reason", b"breaker_reason", "breaker_state", b"breaker_state", "events_per_second", b"events_per_second", "failed_count", b"failed_count", "new_count", b"new_count", "oldest_pending_age", b"oldest_pending_age"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_queue_ready_count", b"_queue_ready_count", "blocking_session", b"blocking_session", "breaker_reason", b"breaker_reason", "breaker_state", b"breaker_state", "events_per_second", b"events_per_second", "failed_count", b"failed_count", "new_count", b"new_count", "oldest_pending_age", b"oldest_pending_age", "queue_ready_count", b"queue_ready_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__queue_ready_count: _TypeAlias = _typing.Literal["queue_ready_count"]  # noqa: Y015
+    _WhichOneofArgType__queue_ready_count: _TypeAlias = _typing.Literal["_queue_ready_count", b"_queue_ready_count"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_ready_count) -> _WhichOneofReturnType__queue_ready_count | None: ...
 
 Global___GetOutboxStatusResponse: _TypeAlias = GetOutboxStatusResponse  # noqa: Y015
 
