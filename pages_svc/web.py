@@ -75,6 +75,7 @@ class Templates:
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
+            auto_reload=False,
         )
         self._environment.globals |= {
             "static": static.address,
@@ -83,6 +84,8 @@ class Templates:
             "words": words,
             "person": person.current,
         }
+        for name in self._environment.list_templates():  # now, and not while the first one looks
+            self._environment.get_template(name)
 
     def page(self, name: str, *, status: int = 200, **values: Any) -> HTMLResponse:
         text = self._environment.get_template(name).render(values)

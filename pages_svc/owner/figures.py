@@ -11,12 +11,13 @@ from pages_svc import person
 from pages_svc.owner import period
 from pages_svc.owner.period import DAY, Period, Selection
 from pages_svc.upstream.remembered import Remembered
-from pages_svc.upstream.sales import Audit, Calendar, Customers, Products, Rows, Sales, Totals
+from pages_svc.upstream.sales import Audit, Calendar, Customers, Daily, Marks, Products, Rows, Sales, Totals
 from pages_svc.upstream.services import Problem
 from pages_svc.upstream.watch import Watch
 
 PRODUCTS, CUSTOMERS = 10, 10
 LISTS_LAST_S = 1.5  # products and customers change slower than sums, and cost more
+OLDER_LASTS_S = 15.0  # what is older than what is followed hardly changes, and may be years
 AUDIT_LASTS_S = 2.0
 PERMITTED_LASTS_S = 2.0
 SOON_S = 0.5
@@ -44,6 +45,7 @@ class Figures(NamedTuple):
     zone: ZoneInfo
     today: Today
     rows: Rows  # of the period, and of what it is compared with
+    marks: Marks  # how far they go
     totals: Totals
     before: Totals
     branches: dict[int, Totals]  # of the period; the best first
@@ -77,7 +79,7 @@ class Reader:
             await self._remembered.get(
                 ("permitted", branch_id), PERMITTED_LASTS_S, lambda: self._sales.require_permitted(today, branch_id)
             )
-        (rows, of_today, yesterday, last_week), (products, customers, audit) = await asyncio.gather(
+        ((rows, marks), of_today, yesterday, last_week), (products, customers, audit) = await asyncio.gather(
             asyncio.gather(
                 self._daily(min(chosen.before_first, chosen.first), chosen.last, branch_id),
                 self._daily(today, today, branch_id),
@@ -90,21 +92,23 @@ class Reader:
                 self._soon("audit", AUDIT_LASTS_S, self._sales.audit),
             ),
         )
-        branches: dict[int, Totals] = defaultdict(Totals)
-        before = Totals()
+        of_branch: dict[int, list[Totals]] = defaultdict(list)
+        of_before: list[Totals] = []
         for (day, branch), totals in rows.items():
             if chosen.first <= day:
-                branches[branch] += totals
+                of_branch[branch].append(totals)
             elif day <= chosen.before_last:
-                before += totals
+                of_before.append(totals)
+        branches = {branch: sum_up(parts) for branch, parts in of_branch.items()}
         return Figures(
             selection=selection,
             period=chosen,
             zone=calendar.zone,
-            today=Today(today, now, sum_of(of_today), yesterday, last_week),
+            today=Today(today, now, sum_of(of_today.rows), yesterday, last_week),
             rows=rows,
+            marks=marks,
             totals=sum_up(branches.values()),
-            before=before,
+            before=sum_up(of_before),
             branches=dict(sorted(branches.items(), key=lambda it: (-it[1].revenue_cents, it[0]))),
             all_branches=self._known_branches(branches.keys() | ({branch_id} if branch_id else set())),
             products=products,
@@ -138,12 +142,20 @@ class Reader:
         except Problem:
             return None
 
-    async def _daily(self, first: datetime.date, last: datetime.date, branch_id: int | None) -> Rows:
-        known = self._watch.between(first, last, branch_id)
-        if known is not None:
-            return known
+    async def _daily(self, first: datetime.date, last: datetime.date, branch_id: int | None) -> Daily:
+        """The last weeks as they are followed, and what is before them as it was some seconds ago."""
+        newer = max(first, self._watch.first or first)
+        followed = self._watch.between(newer, last, branch_id)
+        if followed is None:
+            return await self._asked(first, last, branch_id, LISTS_LAST_S)
+        if newer == first:
+            return Daily(followed, self._watch.marks)
+        older = await self._asked(first, min(newer - DAY, last), branch_id, OLDER_LASTS_S)
+        return Daily(older.rows | followed, self._watch.marks.and_those(older.marks))
+
+    async def _asked(self, first: datetime.date, last: datetime.date, branch_id: int | None, lasts_s: float) -> Daily:
         return await self._remembered.get(
-            ("daily", first, last, branch_id), LISTS_LAST_S, lambda: self._sales.daily(first, last, branch_id)
+            ("daily", first, last, branch_id), lasts_s, lambda: self._sales.daily(first, last, branch_id)
         )
 
     async def _by_then(self, now: datetime.datetime, zone: ZoneInfo, days: int, branch_id: int | None) -> Totals | None:
@@ -199,7 +211,6 @@ def sum_of(rows: Rows) -> Totals:
 
 
 def sum_up(parts: Iterable[Totals]) -> Totals:
-    total = Totals()
-    for part in parts:
-        total += part
-    return total
+    """As adding them one by one, for the tens of thousands that years have."""
+    columns = zip(*parts, strict=True)
+    return Totals(*map(sum, columns))

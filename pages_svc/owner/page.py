@@ -118,7 +118,7 @@ class OwnerPage:
         return self._watch.between(days[0], days[-1], figures.selection.branch_id) or figures.rows
 
     def _fresh(self, figures: Figures) -> dict[str, Any]:
-        marks, zone, today = self._watch.marks, figures.zone, figures.today
+        marks, zone, today = figures.marks, figures.zone, figures.today
         through = marks.complete_through
         behind_s = (today.now - through).total_seconds() if through else None
         return {

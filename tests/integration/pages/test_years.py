@@ -2,7 +2,7 @@
 
     YEARS_DAYS=1096 make test ARGS='tests/integration/pages/test_years.py -s'
 
-sells all of it through the whole system first, which takes some minutes; without, it is two months.
+sells all of it through the whole system first, which takes some minutes; without, it is four months.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from tests.conftest import eventually
 from tests.integration.pages.conftest import Site
 from tests.integration.pages.test_owner import get
 
-DAYS, BRANCHES, PRODUCTS, CUSTOMERS = int(os.environ.get("YEARS_DAYS", "60")), 20, 400, 20_000
+DAYS, BRANCHES, PRODUCTS, CUSTOMERS = int(os.environ.get("YEARS_DAYS", "130")), 20, 400, 20_000
 BASKET, TIMES = 20, 30
 WITHIN_S = 60.0 + DAYS
 DAY = datetime.timedelta(days=1)
