@@ -136,8 +136,8 @@ def analytics_db(postgres_url: str, _analytics_template: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def broker() -> RabbitMQ:
-    """The node of this checkout."""
-    return RabbitMQ(ROOT / ".local" / "rabbitmq")
+    """The node of TEST_AMQP_URL."""
+    return RabbitMQ(Path(_required("TEST_BROKER_DIRECTORY")))
 
 
 @pytest.fixture(scope="session")

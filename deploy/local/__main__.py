@@ -31,6 +31,16 @@ NEXT = (
     ("retail-analytics audit", "are the numbers right, and complete?"),
     ("retail-relay status", "what is on its way, and why"),
 )
+# Where the tests find PostgreSQL, RabbitMQ, and that one's directory.
+TEST_SERVERS = ("TEST_POSTGRES_URL", "TEST_AMQP_URL", "TEST_BROKER_DIRECTORY")
+# About half of the time that all tests take.
+SECOND_HALF = (
+    "tests/unit",
+    "tests/contract",
+    "tests/faults",
+    "tests/integration/pages",
+    "tests/integration/whole",
+)
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
 
@@ -142,12 +152,42 @@ def watch(stack: Stack, _: Sequence[str]) -> int:
 
 
 def test(stack: Stack, arguments: Sequence[str]) -> int:
-    names = ("TEST_POSTGRES_URL", "TEST_AMQP_URL")
-    if all(os.environ.get(name) for name in names):
+    if all(os.environ.get(name) for name in TEST_SERVERS):
         return _in_foreground(["-m", "pytest", *arguments], stack.client_environ())
     with stack.used(temporary=True, servers_only=True):
-        urls = dict(zip(names, (stack.postgres.url(), stack.rabbitmq.url), strict=True))
-        return _in_foreground(["-m", "pytest", *arguments], stack.client_environ() | urls)
+        environ = _test_environ(stack)
+        return _in_foreground(["-m", "pytest", *arguments], environ) if arguments else _all_tests(stack, environ)
+
+
+def _test_environ(stack: Stack) -> dict[str, str]:
+    directory = str(stack.rabbitmq.directory)
+    servers = zip(TEST_SERVERS, (stack.postgres.url(), stack.rabbitmq.url, directory), strict=True)
+    return {**stack.client_environ(), **dict(servers)}
+
+
+def _all_tests(stack: Stack, environ: Mapping[str, str]) -> int:
+    """Two halves beside each other: most of what tests do is to wait for one process or another. Each half has servers
+    and ports of its own, so that neither meets what the other does to them.
+    """
+    beside = stack.home / "second"
+    beside.mkdir(exist_ok=True)
+    second, log = Stack(beside), stack.log_of("second-half")
+    with second.used(temporary=True, servers_only=True), log.open("w") as output:
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *SECOND_HALF]
+        environ_beside = {**_test_environ(second), "TEST_PORTS": "odd"}
+        child = subprocess.Popen(command, env=environ_beside, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            first_half = [f"--ignore={path}" for path in SECOND_HALF]
+            code = _in_foreground(["-m", "pytest", *first_half], environ)
+            terminal.say(f"\nThe other half of the tests, beside these (log: {_log(stack, log.stem)}):\n")
+            code = max(code, abs(child.wait()))
+            terminal.say(log.read_text())
+        finally:
+            if child.poll() is None:
+                child.send_signal(signal.SIGINT)
+                if not _ended(child):
+                    child.kill()
+    return code
 
 
 def _in_foreground(arguments: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -22,7 +22,9 @@ POLL_S = 0.05
 LOG_BYTES_MAX = 10 << 20  # a larger log is set aside when its process is started
 LOG_LINES_SHOWN = 20
 PORT_ATTEMPTS = 3  # a free port may be taken by another program before our server listens on it
-PRIVATE_PORTS = range(20_000, 30_000)  # below those the kernel hands out to outgoing connections
+# Below those that the kernel hands out to outgoing connections. Tests that run beside others have every other port: one
+# that nobody listens on now may be that of a server which is about to start, or to come back.
+PRIVATE_PORTS = range(20_000 + (os.environ.get("TEST_PORTS") == "odd"), 30_000, 2)
 
 _children: dict[int, subprocess.Popen[bytes]] = {}  # what this very process has spawned, for the exit codes
 
