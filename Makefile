@@ -34,7 +34,7 @@ watch: ready ## Prometheus, its alarms and the dashboard, beside the stack; Ctrl
 traces: ready ## a collector that prints traces as trees; see docs/traces.md; Ctrl-C stops it
 	@exec $(PYTHON) -m deploy.local.collector
 
-test: ready ## all tests, against real servers; [ARGS='-k name -x']
+test: ready ## all tests, against real servers; [ARGS='-k name -x'] [LONG=1]
 	@$(LOCAL) test $(ARGS)
 
 lint: ready ## formatting, types, layers, contracts

@@ -14,8 +14,9 @@ from analytics_svc.upstream.outbox import Listed
 from relay_svc import committed
 from tests.integration.completeness import Lied, World, connect, margin
 from tests.integration.outbox_events import make_days
+from tests.sizes import how_many
 
-HISTORIES = int(os.environ.get("HISTORIES", "30"))  # a thousand were run by hand
+HISTORIES = how_many("HISTORIES")
 FIRST_SEED = int(os.environ.get("SEED", "1"))
 STEPS = 100
 CAUGHT_WITHIN = 400  # histories; most lies come out in the first

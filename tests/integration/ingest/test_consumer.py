@@ -1,7 +1,6 @@
 """The consumer as it is wired, between a real broker and a real database."""
 
 import asyncio
-import os
 import random
 import signal
 import socket
@@ -48,6 +47,7 @@ from tests.integration.consumers import (
     start,
 )
 from tests.integration.purchase_events import GOLDEN, expected, query, read_models, sold, some_sales
+from tests.sizes import how_many
 
 END_CONNECTIONS = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -88,9 +88,9 @@ async def test_shuffled_duplicated_and_delayed_over_three_processes(
     """Every table is equal, to the cent, to sums computed by other means, whatever order and however often; hot rows.
 
     A quarter of the events comes again, some were held by somebody who let them go only at the end, three processes
-    write the same few rows, in small batches. EVENTS=10000 makes it as large as that.
+    write the same few rows, in small batches.
     """
-    sales = some_sales(int(os.environ.get("EVENTS", "2000")), seed=15)
+    sales = some_sales(how_many("EVENTS"), seed=15)
     chance = random.Random(16)
     bodies = [sale.body() for sale in sales]
     deliveries = bodies + chance.choices(bodies, k=len(bodies) // 4)

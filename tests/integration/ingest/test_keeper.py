@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import resource
 import sys
 import time
@@ -22,13 +21,14 @@ from chassis import postgres, signs_of_life
 from chassis.cells import DEFAULT
 from tests.conftest import WAIT_S, eventually, pool
 from tests.integration.purchase_events import NOON, query
+from tests.sizes import how_many
 
 HOLDERS = f"""
     SELECT pid FROM pg_locks
     WHERE locktype = 'advisory' AND objid = ({KEEPER_LOCK} & 4294967295) AND granted
         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
-IDS = int(os.environ.get("LISTED_IDS", "100000"))  # a million were listed by hand
+IDS = how_many("LISTED_IDS")
 SECOND = timedelta(seconds=1)
 ID = "0190{:04x}-0000-7000-8000-{:012x}"
 

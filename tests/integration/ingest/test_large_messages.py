@@ -1,6 +1,5 @@
 """Messages too large to be ours, in any number: memory stays bounded, the queue moves, nothing is lost."""
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -13,8 +12,9 @@ from analytics_svc.ingest.quarantine import BODY_KEPT_MAX
 from tests.integration.conftest import free_address
 from tests.integration.consumers import COUNTED, QUARANTINED, consuming, counts, depth, publish, start
 from tests.integration.purchase_events import expected, query, read_models, some_sales
+from tests.sizes import how_many
 
-LARGE = int(os.environ.get("LARGE", "24"))  # messages; three times what may be in hand
+LARGE = how_many("LARGE_MESSAGES")
 LARGE_BYTES = 8 << 20
 # The process without them, what may be in hand, and copies of one message while it is put together from its frames.
 PEAK_BYTES_MAX = (128 << 20) + HELD_BYTES_MAX + 2 * LARGE_BYTES

@@ -27,8 +27,9 @@ from tests.integration.auditing import anew, sweep
 from tests.integration.chain import TABLES, Chain
 from tests.integration.proof.test_business_days import recent_moments, record
 from tests.integration.purchase_events import query, read_models
+from tests.sizes import how_many
 
-HISTORIES = int(os.environ.get("HISTORIES", "3"))
+HISTORIES = how_many("AUDITED_HISTORIES")
 FIRST_SEED = int(os.environ.get("SEED", "1"))
 STEPS = 12
 SWEEPS = 0.5  # of everything, in each history: they cost more than all the rest

@@ -9,7 +9,6 @@ with its bytes, so that it can also be sent alone. Smaller attacks follow, each 
 
 import asyncio
 import json
-import os
 import random
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -34,8 +33,9 @@ from tests.integration.processes import Processes
 from tests.integration.purchases.test_create_purchase import assert_whole
 from tests.integration.purchases.test_upload_purchases import message, upload
 from tests.integration.sales import refusal, sale
+from tests.sizes import how_many
 
-REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "21000"))
+REQUESTS = how_many("FUZZ_REQUESTS")
 IN_FLIGHT = 300
 CONNECTIONS = 4  # the default of PURCHASES_READ_CONNECTIONS and PURCHASES_EXPORT_CONNECTIONS
 

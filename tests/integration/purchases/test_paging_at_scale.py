@@ -1,7 +1,6 @@
 """Pages cost what they show, however many purchases and customers there are: counted in rows that PostgreSQL reads."""
 
 import datetime
-import os
 from collections.abc import AsyncIterator
 
 import psycopg
@@ -11,8 +10,9 @@ from chassis.postgres import Connection, Pool
 from purchases_svc import customers, pages
 from purchases_svc.sale import Purchase
 from tests.conftest import pool
+from tests.sizes import how_many
 
-ROWS = int(os.environ.get("PAGING_ROWS", "30000"))
+ROWS = how_many("PAGED_ROWS")
 MONTHS, BRANCHES, LOYAL = 3, 20, 1_000  # so many purchases of one customer among them
 PAGE = 50
 PAGES = 8  # after the fifth, PostgreSQL plans without knowing the parameters

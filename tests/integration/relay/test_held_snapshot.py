@@ -1,6 +1,6 @@
 """An old snapshot somewhere keeps vacuum from cleaning up behind the relay; it must not make the relay slower.
 
-HELD_SNAPSHOT_S=600 make test ARGS='tests/integration/relay/test_held_snapshot.py -s' is the long run:
+`make test HELD_SNAPSHOT_S=600 ARGS='tests/integration/relay/test_held_snapshot.py -s'` is the long run:
 it prints, for each minute, what was sent and what that cost the database.
 """
 
@@ -24,8 +24,9 @@ from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
 from tests.conftest import eventually, pool
 from tests.integration.outbox_events import all_sent, make_days
+from tests.sizes import how_many
 
-SECONDS = float(os.environ.get("HELD_SNAPSHOT_S", "6"))
+SECONDS = how_many("HELD_SNAPSHOT_S")
 PER_S = int(os.environ.get("HELD_SNAPSHOT_PER_S", "0"))  # events offered; 0 means as many as go through
 PARTS = 10
 BACKLOG_MAX = 10_000  # events, when as many as possible are offered

@@ -3,7 +3,6 @@
 import asyncio
 import datetime
 import json
-import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -27,6 +26,7 @@ from tests.conftest import eventually, pool, today
 from tests.integration.conftest import free_address, running
 from tests.integration.outbox_events import all_sent, insert, make_days, new_ids, states, write
 from tests.integration.purchase_events import query
+from tests.sizes import how_many
 
 pytestmark = pytest.mark.usefixtures("one_day")
 
@@ -208,7 +208,7 @@ async def test_command(
     assert 9 not in await verdicts(outbox, 30)
 
 
-DAYS = int(os.environ.get("OUTBOX_DAYS", "150"))  # 3650 are ten years
+DAYS = how_many("OUTBOX_DAYS")
 LOCKS_MAX = 200  # of a statement's transaction, however many days there are
 
 
@@ -226,10 +226,7 @@ def open_days(url: str) -> int:
 
 @pytest.mark.timeout(120 + DAYS)
 async def test_years_of_days(years: str, amqp_url: str) -> None:
-    """With as many locks as PostgreSQL has by default: what is in any day is published, counted, listed, requeued.
-
-    OUTBOX_DAYS=3650 tries it with ten years.
-    """
+    """With as many locks as PostgreSQL has by default: what is in any day is published, counted, listed, requeued."""
     written = {age: sorted(write(years, 2, age_s=age * DAY_S)) for age in (DAYS - 1, DAYS // 2, DAYS // 4, 0)}
     mark(years, written[DAYS // 2], "SENT")
     mark(years, written[DAYS // 4], "FAILED")

@@ -1,7 +1,6 @@
 """A query with the token of a purchase sees it, through all four processes; and complete_through_time follows."""
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from tests.conftest import eventually
 from tests.integration.processes import Processes
 from tests.integration.sales import refusal, sale
+from tests.sizes import how_many
 
-PURCHASES = int(os.environ.get("READ_YOUR_WRITES", "100"))  # 1,000 take half a minute
+PURCHASES = how_many("READ_YOUR_WRITES")
 AT_ONCE = 8
 BRANCHES = 50
 TIMEOUT_S = 60.0  # for callers; on an idle machine a sale is seen within a tenth of a second

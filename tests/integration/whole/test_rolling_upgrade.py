@@ -1,8 +1,8 @@
 """From the release before to this one while the shop is open: no call fails, no sale is lost, the audit agrees.
 
 Two of each process. The migrations run beneath the old ones; then one process after the other is replaced, so that for
-a while each is served by either release of all others. `UPGRADE=long` goes there, back and there again, in other
-orders: `UPGRADE=long make test ARGS='tests/integration/whole/test_rolling_upgrade.py -s'` prints what it saw.
+a while each is served by either release of all others. With ROLLOUTS=3 it goes there, back and there again, in other
+orders: `make test ROLLOUTS=3 ARGS='tests/integration/whole/test_rolling_upgrade.py -s'` prints what it saw.
 """
 
 import json
@@ -27,12 +27,13 @@ from tests.integration.conftest import free_address
 from tests.integration.processes import COMMANDS, START_TIMEOUT_S, STOP_TIMEOUT_S
 from tests.integration.purchase_events import query
 from tests.release_before import PRESENT, Release, unpack
+from tests.sizes import how_many
 
 COPIES = 2
 COMMAND_TIMEOUT_S = 120.0
 PATIENCE_S = 120.0
 SHOP = Path(__file__).with_name("steady_shop.py")
-LONG = os.environ.get("UPGRADE") == "long"
+ROLLOUTS = how_many("ROLLOUTS")
 SEED = 7
 
 
@@ -175,7 +176,7 @@ def fleet(databases: dict[str, str], amqp_url: str, tmp_path: Path) -> Iterator[
     running.end()
 
 
-@pytest.mark.timeout(1_500 if LONG else 600)
+@pytest.mark.timeout(300 + 300 * ROLLOUTS)
 def test_rolling_upgrade(before: Release, fleet: Fleet, databases: dict[str, str]) -> None:
     fleet.migrate(before)
     fleet.start(before, EVERYTHING[: len(COMMANDS)])
@@ -185,7 +186,7 @@ def test_rolling_upgrade(before: Release, fleet: Fleet, databases: dict[str, str
         fleet.migrate(PRESENT)
         # Whoever restarts one now starts the release before on what is there already.
         fleet.start(before, EVERYTHING[len(COMMANDS) :])
-        for release, order in _rollouts(before):
+        for release, order in _rollouts(before)[:ROLLOUTS]:
             for copy in order:
                 began = time.monotonic()
                 fleet.replace(copy, release)
@@ -204,11 +205,12 @@ def test_rolling_upgrade(before: Release, fleet: Fleet, databases: dict[str, str
     _prove(sold, fleet, databases)
 
 
-def _rollouts(before: Release) -> Iterator[tuple[Release, Sequence[Copy]]]:
-    yield PRESENT, EVERYTHING
-    if LONG:
-        yield before, list(reversed(EVERYTHING))  # what was rolled out may be taken back
-        yield PRESENT, random.Random(SEED).sample(EVERYTHING, len(EVERYTHING))
+def _rollouts(before: Release) -> list[tuple[Release, Sequence[Copy]]]:
+    return [
+        (PRESENT, EVERYTHING),
+        (before, list(reversed(EVERYTHING))),  # what was rolled out may be taken back
+        (PRESENT, random.Random(SEED).sample(EVERYTHING, len(EVERYTHING))),
+    ]
 
 
 def _wait_for_sales(databases: dict[str, str], count: int) -> None:
