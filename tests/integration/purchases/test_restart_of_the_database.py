@@ -1,6 +1,5 @@
 """PostgreSQL dies and comes back: sales go on as soon as it takes connections."""
 
-import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -106,4 +105,4 @@ def test_first_sale_after_a_restart(server: Postgres, service: Processes) -> Non
             till.sells()
             late_s.append(till.stored_at - up_at - ON_A_BUSY_MACHINE * plain_s)
     print(f"after {RESTARTS} restarts, the first sale was stored after", *(f"{late:.2f}" for late in late_s), "s")
-    assert statistics.median(late_s) < AT_ONCE_S
+    assert sorted(late_s)[-2] < AT_ONCE_S  # one may be late for whatever else happens on the machine
