@@ -41,9 +41,12 @@ query_wait_timeout = 10
 class Pooler:
     """`mode` is session or transaction. `users` are those who log in, and their passwords."""
 
-    def __init__(self, directory: Path, server: str, users: Mapping[str, str], mode: str = "session") -> None:
-        self.directory, self.log = directory, directory / "log"
+    def __init__(
+        self, directory: Path, server: str, users: Mapping[str, str], mode: str = "session", log: Path | None = None
+    ) -> None:
+        self.directory, self.log = directory, log or directory / "log"
         self.port = pick_port()
+        self._process: Process | None = None  # None: nobody wants it to run
         directory.mkdir(parents=True)
         write_private(directory / "users.txt", "".join(f'"{name}" "{word}"\n' for name, word in users.items()))
         host, _, port = server.partition(":")
@@ -58,12 +61,18 @@ class Pooler:
             return
         program, environ = _program()
         command = [*as_ordinary_user(), program, str(self._configuration)]
-        spawn(command, {**environ, MARK: str(self.directory)}, self.directory, self.log)
+        self._process = spawn(command, {**environ, MARK: str(self.directory)}, self.directory, self.log)
         if not wait_until(self._listens, START_TIMEOUT_S):
             raise StackError(f"pgbouncer did not start; the end of {self.log}:\n{tail(self.log)}")
 
     def kill(self) -> None:
+        self._process = None
         kill_left(self.directory)
+
+    @property
+    def died(self) -> bool:
+        """Whether it has ended by itself, as 1.18 does when a client that cancels a statement leaves too soon."""
+        return self._process is not None and not self._process.alive
 
     def _listens(self) -> bool:
         with suppress(OSError):

@@ -210,7 +210,8 @@ class System:
     def _start_pooler(self) -> None:
         line = self._proxy("pooler", "postgres", _host_and_port(self.postgres.address))
         users = {service.login: self.postgres.notes.password(service.login) for service in SERVICES}
-        self.pooler = Pooler(self.directory / "pooler", line.address, users)
+        log = self.directory / "log" / "pooler.log"
+        self.pooler = Pooler(self.directory / "pooler", line.address, users, log=log)
         self.pooler.start()
 
     def _migrate(self, setting: str, url: str, command: tuple[str, ...]) -> None:
@@ -308,6 +309,8 @@ class System:
             for instance in self.instances.values():
                 if instance.wanted and not instance.alive and time.monotonic() >= instance.not_before:
                     self._spawn(instance)
+            if self.pooler is not None and self.pooler.died:
+                self.pooler.start()
 
     def _spawn(self, instance: Instance) -> None:
         ordered = 0, -signal.SIGKILL, -signal.SIGTERM  # the latter: told to drain before it could listen to signals
