@@ -68,12 +68,16 @@ class Processes:
     def start(self, name: str) -> None:
         with (self._logs / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", *COMMANDS[name]],
+                [sys.executable, *self.program(name)],
                 cwd=ROOT,
                 env=self.environ | self.identity(name),
                 stdout=log,
                 stderr=log,
             )
+
+    def program(self, name: str) -> list[str]:
+        """What Python is to run."""
+        return ["-m", *COMMANDS[name]]
 
     def identity(self, name: str) -> dict[str, str]:
         """The settings with a process's certificates."""
@@ -82,6 +86,10 @@ class Processes:
     def wait_ready(self, name: str) -> None:
         ready = wait_until(lambda: is_serving(self.address[name], self.credentials), START_TIMEOUT_S)
         assert ready, f"{name} is not up: {self.log(name)[-2000:]}"
+
+    def died(self, name: str) -> bool:
+        """Whether it has ended by itself."""
+        return self._running[name].poll() is not None
 
     def kill(self, name: str) -> None:
         """kill -9."""
