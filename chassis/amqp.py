@@ -17,6 +17,7 @@ from chassis.settings import pieces
 CONNECT_TIMEOUT_S = 10.0
 NODE_TIMEOUT_S = 3.0  # instead, while there are others to try: a host that is off answers nothing at all
 HEARTBEAT_S = 5  # who stands still or is cut off has no answer in two of them: what it was given goes to the next
+SHORT_STRING_MAX = 255  # bytes; of AMQP
 BLOCKED_TIMEOUT_S = 60  # a broker out of memory or disk blocks its publishers; longer than this: reconnect
 
 Connection: TypeAlias = AsyncioConnection
@@ -41,9 +42,12 @@ def nodes(url: str) -> list[pika.URLParameters]:
     if "," in hosts and not all(hosts.split(",")):
         raise ValueError("a host in the list is empty")
     try:
-        return [pika.URLParameters(f"{scheme}://{user}{at}{host}{rest}") for host in hosts.split(",")]
+        found = [pika.URLParameters(f"{scheme}://{user}{at}{host}{rest}") for host in hosts.split(",")]
     except Exception as error:  # whatever pika and ssl make of an option
         raise ValueError(f"an option is wrong: {type(error).__name__}: {error}") from None
+    if len(found[0].virtual_host.encode()) > SHORT_STRING_MAX:
+        raise ValueError(f"the virtual host has more than {SHORT_STRING_MAX} bytes")
+    return found
 
 
 def is_verified(node: pika.URLParameters) -> bool:

@@ -128,6 +128,7 @@ def test_broker_urls(url: str, hosts: list[str], virtual_host: str) -> None:
         ("amqps://u:secret@h/?ssl_options=yes", "an option is wrong"),
         ("amqps://u:secret@h/?ssl_options={", "an option is wrong"),
         (f"amqp://u:secret@{'h' * 64}.example/", "such as amqp://"),
+        (f"amqp://u:secret@h/{'v' * 256}", "more than 255 bytes"),
     ],
 )
 def test_wrong_broker_urls(url: str, problem: str) -> None:

@@ -168,6 +168,7 @@ def test_migration_gives_way_to_sales(purchases_db: str, tmp_path: Path) -> None
         ThreadPoolExecutor(1) as aside,
     ):
         reader.execute("SELECT FROM customers")
+        till.execute("SET lock_timeout = '5s'")  # by PostgreSQL's clock; a migration waits one
         migrating = aside.submit(migrate.migrate, connection, directory)
         for _ in range(2):  # it waits, gives way, and waits again
             assert wait_until(lambda: till.execute(wait).fetchone() == (1,), WAIT_S)
