@@ -34,6 +34,7 @@ SIZES = {
     "READ_YOUR_WRITES": Size(100, 1_000, "purchases that are asked for at once, in test_read_your_writes.py"),
     "ROLLOUTS": Size(1, 3, "there, back and there again, in test_rolling_upgrade.py"),
     "ZONES": Size(8, 1_000, "of time, the oddest first, in test_business_days.py; all of them take an hour"),
+    "ZONES_SIDE_BY_SIDE": Size(100, 1_000, "of time in one database, in test_business_days.py; there are some 600"),
 }
 
 

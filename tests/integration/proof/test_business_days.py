@@ -5,6 +5,7 @@ ZONES=1000 has all of them, which takes an hour; in CI there are the oddest.
 
 import itertools
 import json
+import random
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -148,17 +149,22 @@ def test_names_that_sql_takes_for_abbreviations(postgres_url: str) -> None:
     assert {name for (name,) in both if name in zones.names() and differs(name)} == set(zones.ABBREVIATIONS)
 
 
-async def test_labels_of_all_zones_side_by_side(
+def some_zones(count: int) -> list[str]:
+    """About so many, others each time, and the oddest always."""
+    names = sorted(zones.names())
+    step = max(len(names) // count, 1)
+    return sorted({*ODD, *names[random.randrange(step) :: step]})
+
+
+async def test_labels_of_zones_side_by_side(
     purchases_channel: grpc.aio.Channel, purchases_db: str, analytics_db: str
 ) -> None:
-    """What was labelled is never labelled anew: all zones that exist, in one pair of databases, agree sale by sale."""
+    """What was labelled is never labelled anew: sales of many zones, in one pair of databases, agree sale by sale."""
+    names = some_zones(how_many("ZONES_SIDE_BY_SIDE"))
+    print(*names)
     tills: Any = PurchasesServiceStub(purchases_channel)
     async with pool(purchases_db, "purchases_service", size=CONNECTIONS) as opened:
-        sales = [
-            each
-            for name in sorted(zones.names())
-            for each in await record(opened, name, recent_moments(zones.load(name)))
-        ]
+        sales = [each for name in names for each in await record(opened, name, recent_moments(zones.load(name)))]
     await check_control_totals(tills, sales, page_sizes=(7, 1_000))
     await check_exports(tills, sales)
     await count(purchases_db, analytics_db)
