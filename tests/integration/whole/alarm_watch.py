@@ -53,8 +53,8 @@ def watching(pages: dict[str, str], directory: Path) -> Iterator[Watch]:
         (r"> (120|3600|5000|10)\b", "> 3"),
         (r"> 0\.5\n", "> 0\n"),
         (r"\[1h\]\)( >) 3", r"[1h])\1 0"),
-        (r"\[5m\]", "[30s]"),
-        (r"\[2m\]", "[30s]"),
+        (r"\[5m\]", "[15s]"),
+        (r"\[2m\]", "[15s]"),
     ):
         assert re.search(pattern, text), pattern
         text = re.sub(pattern, small, text)
