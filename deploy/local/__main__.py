@@ -33,13 +33,10 @@ NEXT = (
 )
 # Where the tests find PostgreSQL, RabbitMQ, and that one's directory.
 TEST_SERVERS = ("TEST_POSTGRES_URL", "TEST_AMQP_URL", "TEST_BROKER_DIRECTORY")
-# About half of the time that all tests take.
-SECOND_HALF = (
-    "tests/unit",
-    "tests/contract",
-    "tests/faults",
-    "tests/integration/pages",
-    "tests/integration/whole",
+# All tests; either half takes about as long.
+HALVES = (
+    tuple(f"tests/integration/{room}" for room in ("purchases", "relay", "ingest", "proof", "serve", "access")),
+    ("tests/unit", "tests/contract", "tests/faults", "tests/integration/pages", "tests/integration/whole"),
 )
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
@@ -173,12 +170,11 @@ def _all_tests(stack: Stack, environ: Mapping[str, str]) -> int:
     beside.mkdir(exist_ok=True)
     second, log = Stack(beside), stack.log_of("second-half")
     with second.used(temporary=True, servers_only=True), log.open("w") as output:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *SECOND_HALF]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *HALVES[1]]
         environ_beside = {**_test_environ(second), "TEST_PORTS": "odd"}
         child = subprocess.Popen(command, env=environ_beside, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         try:
-            first_half = [f"--ignore={path}" for path in SECOND_HALF]
-            code = _in_foreground(["-m", "pytest", *first_half], environ)
+            code = _in_foreground(["-m", "pytest", *HALVES[0]], environ)
             terminal.say(f"\nThe other half of the tests, beside these (log: {_log(stack, log.stem)}):\n")
             code = max(code, abs(child.wait()))
             terminal.say(log.read_text())

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from deploy.local import machine, services
+from deploy.local.__main__ import HALVES
 from deploy.local.launch import how_it_ended
 from deploy.local.machine import Notebook, Process, StackError
 from deploy.local.services import PURCHASES, SERVICES, STACK, Service
 from deploy.local.stack import Stack, is_call_of
+from tests.conftest import ROOT
 
 STAND_IN = """
 import os, signal, sys
@@ -261,3 +263,10 @@ def test_the_table_is_complete() -> None:
 def test_a_service_is_known_by_its_call(argv: str, ours: bool) -> None:
     """However it was started: by the stack, or by hand."""
     assert is_call_of(("relay_svc", "serve"), argv.split()) is ours
+
+
+def test_each_test_is_in_one_half() -> None:
+    """Of those that `make test` runs beside each other."""
+    folders = [f"{folder}/" for half in HALVES for folder in half]
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        assert sum(str(path.relative_to(ROOT)).startswith(folder) for folder in folders) == 1, path
