@@ -13,10 +13,10 @@ help: ## this list
 ready: # the virtual environment, as requirements-dev.txt has it; quick when nothing changed
 	@sh deploy/bootstrap.sh
 
-run: ready ## everything, in the foreground: prints the endpoints; Ctrl-C stops it all; [TLS=1]
+run: ready ## everything, in the foreground: prints the endpoints; Ctrl-C stops it all; [TLS=1] [CELLS=n]
 	@$(LOCAL) run
 
-start: ready ## start what is not running, in the background; [TLS=1]
+start: ready ## start what is not running, in the background; [TLS=1] [CELLS=n]
 	@$(LOCAL) start
 
 stop: ready ## stop everything of this checkout
@@ -25,7 +25,7 @@ stop: ready ## stop everything of this checkout
 status: ready ## what is running
 	@$(LOCAL) status
 
-demo: ready ## two weeks of sales and the owner's numbers; [FILE=sales.csv.gz] [LIMIT=n] [REPORT=out.json]
+demo: ready ## two weeks of sales and the owner's numbers; [FILE=sales.csv.gz] [LIMIT=n] [REPORT=out.json] [CELLS=n]
 	@$(LOCAL) demo $(if $(FILE),--file "$$FILE") $(if $(LIMIT),--limit "$$LIMIT") $(if $(REPORT),--report "$$REPORT")
 
 watch: ready ## Prometheus, its alarms and the dashboard, beside the stack; Ctrl-C stops it
@@ -61,5 +61,5 @@ kubernetes-check: ready ## render deploy/kubernetes and validate it, without a c
 bench: ready ## measure; [ONLY=write|pipeline|analytics|isolation|size] [REPORT=out.json]
 	@exec $(PYTHON) -m tests.bench
 
-faults: ready ## break the running system and count every cent; [FAULTS=n] [SEED=n] [CLUSTER=1] [REPORT=out.json]
+faults: ready ## break the running system and count every cent; [FAULTS=n] [SEED=n] [CLUSTER=1] [CELLS=n] [REPORT=out.json]
 	@exec $(PYTHON) -m tests.faults

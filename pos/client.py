@@ -231,7 +231,8 @@ class PosClient:
     ) -> Iterator[DayTotals]:
         """Sums by business day, then branch; of every day that has purchases unless told.
 
-        Computed from the recorded purchases themselves: the truth that read models are checked against.
+        Computed from the recorded purchases themselves: the truth that read models are checked against. Those of
+        `branch_ids` that are known to be another cell's are asked for there, cell by cell.
         """
         if first is None or last is None:
             stored = self.business_days()
@@ -239,9 +240,16 @@ class PosClient:
             if first is None or last is None:
                 return
         with errors.sending():
-            requests = _control_totals_requests(first, last, list(branch_ids))
-        for request in requests:
-            for page in self._call.pages(self._purchases.ListControlTotals, request):
+            asked: dict[PurchasesServiceStub, list[int]] = {}
+            for branch_id in branch_ids:
+                asked.setdefault(self._cells.of(branch_id), []).append(branch_id)
+            requests = [
+                (service, request)
+                for service, branches in (asked or {self._purchases: []}).items()
+                for request in _control_totals_requests(first, last, branches)
+            ]
+        for service, request in requests:
+            for page in self._call.pages(service.ListControlTotals, request):
                 with errors.reading(errors.CallFailed):
                     totals = [values.day_totals(row) for row in page.control_totals]
                 yield from totals

@@ -8,6 +8,8 @@ unreadable file, 130 on Ctrl-C.
 import itertools
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -15,13 +17,13 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from chassis import cli, tls, traces
+from chassis import cells, cli, tls, traces
 from chassis.lifecycle import FORCED_EXIT_CODE
 from pos import report
 from pos.analytics import AnalyticsClient
 from pos.audit import AuditClient
 from pos.backlog import Backlog
-from pos.client import PosClient, Sale, connect
+from pos.client import DayTotals, PosClient, Sale, connect
 from pos.control_totals import Comparison, wait_until_equal
 from pos.errors import PosError
 from pos.importing.reading import UnreadableFile
@@ -147,14 +149,24 @@ def wait_and_ask(
         lagging = f"{len(comparison.lags):,} days and branches lag" if comparison.lags else ""
         progress.update(bar, total=comparison.purchases, completed=comparison.arrived, note=lagging)
 
+    listed = cells.follow(settings).value if settings.cells_file else cells.only(settings.purchases_target, "")
     with (
-        connect(settings.purchases_target, credentials) as truth,
+        ExitStack() as channels,
         connect(settings.analytics_target, credentials) as read_models,
         connect(settings.consumer_target, credentials) as auditor,
     ):
-        purchases = PosClient(truth, total_timeout_s=READ_TIMEOUT_S, pause=pause)
+        truth = {
+            name: channels.enter_context(connect(cell.purchases, credentials)) for name, cell in listed.by_name.items()
+        }
+
+        def recorded() -> Iterator[DayTotals]:
+            """By every cell, of the branches that are its own."""
+            for name, channel in truth.items():
+                purchases = PosClient(channel, total_timeout_s=READ_TIMEOUT_S, pause=pause)
+                yield from (row for row in purchases.list_control_totals() if listed.has(name, row.branch_id))
+
         analytics = AnalyticsClient(read_models, total_timeout_s=READ_TIMEOUT_S, pause=pause)
-        comparison = wait_until_equal(purchases.list_control_totals, analytics.daily_sales, show)
+        comparison = wait_until_equal(recorded, analytics.daily_sales, show)
         audited = AuditClient(auditor, total_timeout_s=READ_TIMEOUT_S, pause=pause).audit()
         comparison = comparison._replace(audited=audited)
         answers = Answers(

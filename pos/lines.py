@@ -1,4 +1,4 @@
-"""The connections of a chain's tills to its purchases service."""
+"""The connections of a chain's tills to its purchases service, or to those of all cells."""
 
 import threading
 from pathlib import Path
@@ -31,6 +31,7 @@ class Lines:
         self._target, self._pause = target, pause
         own, self._certificates = identities
         self._opening = threading.Lock()
+        self._closed = False
         self._channels: list[grpc.Channel] = []
         self._own: dict[tuple[int, str], PosClient] = {}
         self._streams: dict[PosClient, OpenStream[Recorded]] = {}
@@ -64,14 +65,25 @@ class Lines:
     def close(self) -> None:
         """Ends the calls in flight, and the streams."""
         with self._opening:
+            self._closed = True
             for channel in self._channels:
                 channel.close()
             for stream in self._streams.values():
                 stream.close(drain_s=0)
 
     def _open(self, credentials: Credentials | None) -> PosClient:
-        channel = connect(self._target, credentials)
-        self._channels.append(channel)
+        def reach(target: str) -> grpc.Channel:
+            """Also later, when a sale turns out to be another cell's."""
+            channel = connect(target, credentials)
+            self._channels.append(channel)
+            if self._closed:
+                channel.close()
+            return channel
+
         return PosClient(
-            channel, attempt_timeout_s=ATTEMPT_TIMEOUT_S, total_timeout_s=TOTAL_TIMEOUT_S, pause=self._pause
+            reach(self._target),
+            attempt_timeout_s=ATTEMPT_TIMEOUT_S,
+            total_timeout_s=TOTAL_TIMEOUT_S,
+            pause=self._pause,
+            reach=reach,
         )

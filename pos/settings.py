@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from chassis import tls
+from chassis.cells import CellsSettings
 from chassis.settings import setting, target, text
 from chassis.traces import TraceSettings
 
 
-@dataclass(frozen=True)
-class Settings(tls.TlsSettings, TraceSettings):
+@dataclass(frozen=True, kw_only=True)
+class Settings(CellsSettings, TraceSettings):
     purchases_target: str = setting(
         "PURCHASES_TARGET", target, "host:port", "where the purchases service is found", default="127.0.0.1:50051"
     )

@@ -64,7 +64,9 @@ def main() -> int:
     try:
         if sys.platform != "linux":
             raise StackError("the local stack needs Linux; elsewhere use the compose file in deploy/")
-        return commands[chosen.command](Stack(ROOT), chosen.arguments)
+        # Tests have the servers of a chain with one cell, whatever else runs.
+        stack = Stack(ROOT, number_of_cells=1 if commands[chosen.command] is test else None)
+        return commands[chosen.command](stack, chosen.arguments)
     except StackError as error:
         terminal.fail(str(error))
         return 1
@@ -116,7 +118,8 @@ def status(stack: Stack, _: Sequence[str]) -> int:
 
 def demo(stack: Stack, arguments: Sequence[str]) -> int:
     with stack.used(temporary=True):
-        journals = ["--journals", str(stack.home / "tills")]  # a given one comes later, and counts
+        # A given one comes later, and counts. Where there are cells, a till's journal is not found yet in each of them.
+        journals = ["--journals", str(stack.home / "tills")] if stack.cells == 1 else []
         return _in_foreground(["-m", "pos", "demo", *journals, *arguments], stack.client_environ())
 
 
@@ -126,8 +129,10 @@ def watch(stack: Stack, _: Sequence[str]) -> int:
     installed = grafana.home()
     dashboard = installed and Grafana(installed, stack.home / "grafana", stack.log_of("grafana"))
     with stack.used(temporary=True):
-        pages = {name: metrics for name, (_, metrics) in stack.endpoints().items() if metrics}
-        watching = prometheus.start({name: urlsplit(metrics).netloc for name, metrics in pages.items()})
+        endpoints, jobs = stack.endpoints(), dict[str, list[str]]()
+        for program in stack.programs:  # those of all cells are one job, as the alarms want it
+            jobs.setdefault(program.kind, []).append(urlsplit(endpoints[program.name][1]).netloc)
+        watching = prometheus.start({job: ",".join(pages) for job, pages in jobs.items()})
         try:
             terminal.say(f"\nAlarms: http://{prometheus.address}/alerts")
             if dashboard:
@@ -168,7 +173,7 @@ def _all_tests(stack: Stack, environ: Mapping[str, str]) -> int:
     """
     beside = stack.home / "second"
     beside.mkdir(exist_ok=True)
-    second, log = Stack(beside), stack.log_of("second-half")
+    second, log = Stack(beside, number_of_cells=1), stack.log_of("second-half")
     with second.used(temporary=True, servers_only=True), log.open("w") as output:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *HALVES[1]]
         environ_beside = {**_test_environ(second), "TEST_PORTS": "odd"}
@@ -242,6 +247,8 @@ def show_endpoints(stack: Stack) -> None:
     terminal.say(f"For people: http://{endpoints[PAGES.name][0]}/\n")
     rows = [(name, address, metrics, _log(stack, name)) for name, (address, metrics) in endpoints.items()]
     terminal.table([("", "address", "metrics", "log"), *rows])
+    if file := stack.launcher.cells_file:
+        terminal.say(f"\nWhich branch is in which cell: {os.path.relpath(file)}")
     certificates = stack.launcher.certificates if stack.settings.get(TLS_SETTING) == "1" else None
     terminal.say(_example_calls(endpoints["purchases"][0], endpoints["analytics"][0], certificates))
     terminal.say("\nAnd then:\n")

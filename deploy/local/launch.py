@@ -14,7 +14,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from chassis import grpc_client
 from chassis.tls import Credentials
 from deploy import certificates
-from deploy.local import machine
+from deploy.local import cells, machine
 from deploy.local.machine import Process, StackError
 from deploy.local.postgres import Postgres
 from deploy.local.rabbitmq import RabbitMQ, TlsFiles
@@ -45,6 +45,7 @@ class Launcher:
 
     root: Path
     home: Path
+    data: Path  # what lasts, but for certificates; each number of cells has its own
     programs: Sequence[Program]
     caller: Mapping[str, str]
     postgres: Postgres
@@ -56,6 +57,11 @@ class Launcher:
         return self.home / "certificates"
 
     @property
+    def cells_file(self) -> Path | None:
+        """The file of cells, where there are several."""
+        return self.data / "cells.toml" if any(program.cell > 1 for program in self.programs) else None
+
+    @property
     def databases(self) -> Sequence[Database]:
         return tuple(dict.fromkeys(service.database for service in self.services))
 
@@ -65,7 +71,7 @@ class Launcher:
 
     def local_databases(self, settings: Mapping[str, str]) -> list[Database]:
         """Those that are on the stack's own server."""
-        return [database for database in self.databases if database.setting not in settings]
+        return [database for database in self.databases if database.callers_setting not in settings]
 
     def make_certificates(self, settings: Mapping[str, str]) -> TlsFiles:
         """Those of processes, people and tills, and the broker's, which are returned."""
@@ -76,7 +82,7 @@ class Launcher:
     def migrate(self, settings: Mapping[str, str]) -> None:
         runs = {}
         for database in self.databases:
-            url = settings.get(database.setting) or self.postgres.url(database.name, database.owner)
+            url = settings.get(database.callers_setting) or self.postgres.url(database.name, database.owner)
             name = f"migrate-{database.name}"
             runs[name] = self._spawn_module(name, database.migrate, {**settings, database.setting: url})
         try:
@@ -104,17 +110,19 @@ class Launcher:
         if not isinstance(program, Service):
             return {}
         database = program.database
-        urls = {database.setting: settings.get(database.setting) or self.postgres.url(database.name, program.login)}
+        own = settings.get(database.callers_setting) or self.postgres.url(database.name, program.login)
+        urls = {database.setting: own}
         if program.uses_broker:
-            urls[BROKER_SETTING] = settings.get(BROKER_SETTING) or self.rabbitmq.url_of(program.name)
+            urls[BROKER_SETTING] = settings.get(BROKER_SETTING) or self.rabbitmq.url_of(program.kind)
         return urls
 
     def spawn(self, program: Program, settings: Mapping[str, str]) -> Process:
         environ = service_environ(program, self.programs, settings, self._urls(program, settings))
         for_people = isinstance(program, Pages)
-        environ |= self.identity(OPERATOR if for_people else f"service/{program.name}", settings)
+        environ |= cells.environ(program, self.cells_file)
+        environ |= self.identity(OPERATOR if for_people else f"service/{program.kind}", settings)
         if for_people:
-            environ["PAGES_JOURNALS"] = settings.get("PAGES_JOURNALS") or str(self.home / "journals")
+            environ["PAGES_JOURNALS"] = settings.get("PAGES_JOURNALS") or str(self.data / "journals")
         if for_people and settings.get(TLS_SETTING) == "1":
             environ["TILL_CERTIFICATES"] = str(self.certificates)
         by_hand = export_lines(common_environ(self.home) | targets(self.programs, settings) | environ)

@@ -65,7 +65,9 @@ class Prometheus:
         return f"127.0.0.1:{self._port}"
 
     def start(self, pages: Mapping[str, str]) -> Process:
-        """Start it and wait until it answers; `pages` are addresses of metrics by the names of their jobs."""
+        """Start it and wait until it answers; `pages` are addresses of metrics, by the names of their jobs;
+        those of one job are separated by commas.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         configuration = self.directory / "prometheus.json"  # JSON is YAML, too
         configuration.write_text(json.dumps(self._configuration(pages), indent=2))
@@ -107,7 +109,8 @@ class Prometheus:
             },
             "rule_files": [str(self._alarms)],
             "scrape_configs": [
-                {"job_name": job, "static_configs": [{"targets": [address]}]} for job, address in pages.items()
+                {"job_name": job, "static_configs": [{"targets": addresses.split(",")}]}
+                for job, addresses in pages.items()
             ],
         }
 

@@ -2,13 +2,16 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from deploy.local.machine import MARK, StackError
 
 BROKER_SETTING = "AMQP_URL"
 TLS_SETTING = "TLS"  # 1: with certificates, made for the purpose
+CELLS_SETTING = "CELLS"  # how many
+CELLS_MAX = 4  # with more, their ports would meet others'
 
 # The caller's variables that configure us, so that whoever restarts one process must give it the same ones.
 SETTING_PREFIXES = (
@@ -24,6 +27,7 @@ SETTING_PREFIXES = (
     "TRUST_DOMAIN",
     "ALLOW_PLAINTEXT",
     "OTEL_",
+    "CELL",
 )
 
 # Here, where no till has a flat battery: the demo replays sales of any year.
@@ -54,36 +58,65 @@ class Address:
 
 
 @dataclass(frozen=True)
-class Database:
+class OfCell:
+    """What each cell has one of, of the same `kind`; what all share counts to the first cell.
+
+    The stack knows it by its name, with which the caller's settings for it begin: PURCHASES_2_LISTEN. What the process
+    itself reads is PURCHASES_LISTEN in every cell.
+    """
+
+    kind: str
+    cell: int = field(default=1, kw_only=True)
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.cell == 1 else f"{self.kind}-{self.cell}"
+
+    @property
+    def prefix(self) -> str:
+        return self.name.upper().replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Database(OfCell):
     """A database, its owner, and the command (after `python -m`) that brings it to the newest schema."""
 
-    name: str
     owner: str
     migrate: tuple[str, ...]
 
     @property
     def setting(self) -> str:
-        return f"{self.name.upper()}_DATABASE_URL"
+        """What its processes read."""
+        return f"{self.kind.upper()}_DATABASE_URL"
+
+    @property
+    def callers_setting(self) -> str:
+        """Where the caller's own is, if it is not on the stack's server."""
+        return f"{self.prefix}_DATABASE_URL"
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(OfCell):
     """A process of the stack; `command` follows `python -m`, `calls` names services."""
 
-    name: str
     command: tuple[str, ...]
     port: int
     metrics_port: int
     calls: tuple[str, ...] = field(default=(), kw_only=True)
+    per_cell: bool = field(default=False, kw_only=True)
 
     def addresses(self, settings: Mapping[str, str]) -> dict[str, Address]:
-        """The settings that name an address to listen on, and their values: its own first, then metrics."""
-        name = self.name.upper()
-        ports = {f"{name}_LISTEN": self.port, f"{name}_METRICS_LISTEN": self.metrics_port}
+        """The caller's settings that name an address to listen on, and their values: its own first, then metrics."""
+        ports = {f"{self.prefix}_LISTEN": self.port, f"{self.prefix}_METRICS_LISTEN": self.metrics_port}
         return {key: Address.parse(key, settings.get(key) or f"127.0.0.1:{ports[key]}") for key in ports}
 
     def target(self, settings: Mapping[str, str]) -> str:
-        return self.addresses(settings)[f"{self.name.upper()}_LISTEN"].target
+        return self.addresses(settings)[f"{self.prefix}_LISTEN"].target
+
+    def in_cell(self, cell: int) -> Self:
+        """The first cell's, or another's."""
+        further = PORTS_PER_CELL * (cell - 1)
+        return replace(self, cell=cell, port=self.port + further, metrics_port=self.metrics_port + further)
 
 
 @dataclass(frozen=True)
@@ -96,7 +129,10 @@ class Service(Program):
 
     @property
     def login(self) -> str:
-        return f"local_{self.name}"
+        return f"local_{self.name.replace('-', '_')}"
+
+    def in_cell(self, cell: int) -> Self:
+        return replace(super().in_cell(cell), database=replace(self.database, cell=cell))
 
 
 @dataclass(frozen=True)
@@ -104,12 +140,16 @@ class Pages(Program):
     """One that answers browsers. It asks the services with the rights of whoever runs the stack."""
 
 
+PORTS_PER_CELL = 10
+
 PURCHASES = Database("purchases", "purchases_owner", ("purchases_svc", "migrate"))
 ANALYTICS = Database("analytics", "analytics_owner", ("analytics_svc", "migrate"))
 
 SERVICES = (
-    Service("purchases", ("purchases_svc", "serve"), 50051, 9464, PURCHASES, "purchases_service"),
-    Service("relay", ("relay_svc", "serve"), 50053, 9466, PURCHASES, "purchases_relay", uses_broker=True),
+    Service("purchases", ("purchases_svc", "serve"), 50051, 9464, PURCHASES, "purchases_service", per_cell=True),
+    Service(
+        "relay", ("relay_svc", "serve"), 50053, 9466, PURCHASES, "purchases_relay", uses_broker=True, per_cell=True
+    ),
     Service(
         "consumer",
         ("analytics_svc", "consume"),
@@ -126,14 +166,24 @@ PAGES = Pages("pages", ("pages_svc", "serve"), 8080, 9468, calls=("purchases", "
 STACK: tuple[Program, ...] = (*SERVICES, PAGES)
 
 
+def programs_of(cells: int, table: Sequence[Program] = STACK) -> tuple[Program, ...]:
+    """The processes of a chain with so many cells: `table` has those of one."""
+    return tuple(
+        program.in_cell(cell) if program.per_cell else program
+        for program in table
+        for cell in range(1, cells + 1 if program.per_cell else 2)
+    )
+
+
 def settings_of(environ: Mapping[str, str]) -> dict[str, str]:
     """What of a caller's environment configures us. As in the services, empty means not set."""
     return {name: value for name, value in environ.items() if name.startswith(SETTING_PREFIXES) and value}
 
 
 def targets(programs: Sequence[Program], settings: Mapping[str, str]) -> dict[str, str]:
-    """The settings that say where each service is found."""
-    found = {f"{it.name.upper()}_TARGET": it.target(settings) for it in programs if isinstance(it, Service)}
+    """The settings that say where each service is found; of those that each cell has, the first cell's."""
+    services = [it for it in programs if isinstance(it, Service) and it.cell == 1]
+    found = {f"{it.prefix}_TARGET": it.target(settings) for it in services}
     return {name: settings.get(name, target) for name, target in found.items()}
 
 
@@ -149,8 +199,9 @@ def service_environ(
     found = targets(programs, settings)
     needed = dict(urls)
     needed |= {name: found[name] for name in (f"{called.upper()}_TARGET" for called in program.calls)}
-    needed |= {name: str(address) for name, address in program.addresses(settings).items()}
-    secrets = {BROKER_SETTING, *(other.database.setting for other in programs if isinstance(other, Service))}
+    own, metrics = map(str, program.addresses(settings).values())
+    needed |= {f"{program.kind.upper()}_LISTEN": own, f"{program.kind.upper()}_METRICS_LISTEN": metrics}
+    secrets = {BROKER_SETTING, *(other.database.callers_setting for other in programs if isinstance(other, Service))}
     return LOCAL_SETTINGS | {name: value for name, value in settings.items() if name not in secrets} | needed
 
 

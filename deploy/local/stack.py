@@ -5,10 +5,10 @@ import itertools
 import os
 import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from deploy.local import machine, programs, terminal
+from deploy.local import cells, machine, programs, terminal
 from deploy.local.launch import OPERATOR, Launcher
 from deploy.local.machine import MARK, Notebook, Process, StackError
 from deploy.local.postgres import Postgres
@@ -19,6 +19,7 @@ from deploy.local.services import (
     TLS_SETTING,
     Program,
     common_environ,
+    programs_of,
     settings_of,
     targets,
 )
@@ -34,19 +35,31 @@ class Stack:
     """The stack that keeps its state in `root`/.local. Wrap what changes it in `changing` or `used`."""
 
     def __init__(
-        self, root: Path, programs: Sequence[Program] = STACK, environ: Mapping[str, str] = os.environ
+        self,
+        root: Path,
+        programs: Sequence[Program] = STACK,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        number_of_cells: int | None = None,
     ) -> None:
+        """`programs` are those of a chain with one cell. How many it has is told by those that run, or by the caller,
+        unless it is given.
+        """
         self.root = root.resolve()
         self.home = self.root / ".local"
-        self.programs = programs
         self._caller = environ
         self._make_home()
-        run = self.home / "run"
-        self._remembered, self._temporary = Notebook(run / "settings.json"), Notebook(run / "temporary.json")
-        log, home = self.log_of, self.home
-        self.postgres = Postgres(home / "postgres", log=log("postgres"), preferred_port=POSTGRES_PORT)
-        self.rabbitmq = RabbitMQ(home / "rabbitmq", log=log("rabbitmq"), preferred_port=RABBITMQ_PORT)
-        self.launcher = Launcher(self.root, home, programs, environ, self.postgres, self.rabbitmq, log)
+        self._remembered = Notebook(self.home / "run" / "settings.json")
+        self.cells = number_of_cells or cells.count(self._remembered.read() if self._ours() else environ)
+        self.programs = programs_of(self.cells, programs)
+        # Apart: a branch's sales would be in a database that is another cell's where there are more, or fewer.
+        data = self.home if self.cells == 1 else self.home / f"{self.cells}-cells"
+        (data / "run").mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._users, self._temporary = data / "run" / "users", Notebook(data / "run" / "temporary.json")
+        self.postgres, self.rabbitmq = self._servers(data)
+        self.launcher = Launcher(
+            self.root, self.home, data, self.programs, environ, self.postgres, self.rabbitmq, self.log_of
+        )
 
     def _make_home(self) -> None:
         self.home.mkdir(mode=0o700, exist_ok=True)
@@ -54,6 +67,13 @@ class Stack:
             raise StackError(f"{self.home} belongs to another user: run make as that user, or remove it")
         for name in ("run", "log"):
             (self.home / name).mkdir(exist_ok=True)
+
+    def _servers(self, data: Path) -> tuple[Postgres, RabbitMQ]:
+        """Those with their data there."""
+        return (
+            Postgres(data / "postgres", log=self.log_of("postgres"), preferred_port=POSTGRES_PORT),
+            RabbitMQ(data / "rabbitmq", log=self.log_of("rabbitmq"), preferred_port=RABBITMQ_PORT),
+        )
 
     def log_of(self, name: str) -> Path:
         return self.home / "log" / f"{name}.log"
@@ -65,8 +85,10 @@ class Stack:
         """The caller's settings, on top of those that the running services were started with."""
         caller = settings_of(self._caller)
         if self._caller.get(MARK) == str(self.home):  # a shell that has read one of our .env files
-            for name in (BROKER_SETTING, *(database.setting for database in self.launcher.databases)):
-                caller.pop(name, None)
+            theirs = {BROKER_SETTING, cells.FILE_SETTING, *(database.setting for database in self.launcher.databases)}
+            if caller.pop(cells.CELL_SETTING, None):  # one cell's addresses are not those of the first
+                theirs |= {name for name in caller if name.endswith("_LISTEN")}
+            caller = {name: value for name, value in caller.items() if name not in theirs}
         return (self._remembered.read() if any(self._instances().values()) else {}) | caller
 
     def processes(self) -> dict[str, Process | None]:
@@ -94,9 +116,20 @@ class Stack:
 
     def _instances(self) -> dict[str, list[Process]]:
         """Each service's processes, oldest first. Found by what they are: one started by hand counts too."""
-        ours = machine.find(lambda process: process.environ.get(MARK) == str(self.home))
-        ours.sort(key=lambda process: process.started)
-        return {program.name: [it for it in ours if _runs(it, program)] for program in self.programs}
+        ours = sorted(self._ours(), key=lambda process: process.started)
+        return {
+            program.name: [it for it in ours if _runs(it, program) and self._is_of_cell(it, program)]
+            for program in self.programs
+        }
+
+    def _ours(self) -> list[Process]:
+        return machine.find(lambda process: process.environ.get(MARK) == str(self.home))
+
+    def _is_of_cell(self, process: Process, program: Program) -> bool:
+        told = cells.environ(program, self.launcher.cells_file)
+        with suppress(OSError):  # it has ended meanwhile
+            return not told or process.environ.get(cells.CELL_SETTING, "") == told[cells.CELL_SETTING]
+        return False
 
     # --- start ---
 
@@ -104,6 +137,7 @@ class Stack:
         """Start what does not run, and wait until all of it serves; the names of what was started."""
         settings, running = self.settings, self.processes()
         self._require_same_transport(settings)
+        self._require_same_cells(settings)
         missing = [program for program in self.programs if not running[program.name]]
         started = [name for name, process in running.items() if not process]
         if started:
@@ -119,6 +153,10 @@ class Stack:
             runs, asked = (it.get(TLS_SETTING) == "1" for it in (self._remembered.read(), settings))
             if runs != asked:
                 raise StackError(f"the services run {'with' if runs else 'without'} certificates: `make stop` first")
+
+    def _require_same_cells(self, settings: Mapping[str, str]) -> None:
+        if (asked := cells.count(settings)) != self.cells:
+            raise StackError(f"CELLS={asked}, but the services run with CELLS={self.cells}: `make stop` first")
 
     def start_servers(self) -> list[str]:
         """Start PostgreSQL and RabbitMQ only, whatever the settings say: for the tests."""
@@ -170,6 +208,8 @@ class Stack:
             with terminal.step("migrations"):
                 self.launcher.migrate(settings)
                 self.launcher.make_logins(settings)
+        if file := self.launcher.cells_file:
+            cells.write(file, self.programs, settings)
         with terminal.step("services"):
             started = {program.name: self.launcher.spawn(program, settings) for program in missing}
             running = {name: found[0] for name, found in self._instances().items() if found}
@@ -209,11 +249,17 @@ class Stack:
         if found:
             with terminal.step(f"stop {', '.join(found)}"):
                 self._stop_services(found)
-        for name, server in (("rabbitmq", self.rabbitmq), ("postgres", self.postgres)):
-            if _in(name, names):
-                with terminal.step(f"stop {name}") if server.process else nullcontext():
-                    if server.stop():
-                        terminal.warn(f"{name} did not stop in time and was killed")
+        own = self.launcher.data
+        others = [] if names is not None else [data for data in (self.home, *self.home.glob("?-cells")) if data != own]
+        for postgres, rabbitmq in ((self.postgres, self.rabbitmq), *map(self._servers, others)):
+            for name, server in (("rabbitmq", rabbitmq), ("postgres", postgres)):
+                if _in(name, names):
+                    self._stop_server(name, server)
+
+    def _stop_server(self, name: str, server: Postgres | RabbitMQ) -> None:
+        with terminal.step(f"stop {name}") if server.process else nullcontext():
+            if server.stop():
+                terminal.warn(f"{name} did not stop in time and was killed")
 
     def _stop_services(self, found: Mapping[str, Sequence[Process]]) -> None:
         """Each is told once, workers by their parent: a second SIGTERM tells a service to drop its work."""
@@ -240,7 +286,7 @@ class Stack:
 
         With `temporary`, that is stopped again in the end, by the last command that still uses the stack.
         """
-        with (self.home / "run" / "users").open("w") as users:
+        with self._users.open("w") as users:
             with self.changing():
                 fcntl.flock(users, fcntl.LOCK_SH)
                 started = self.start_servers() if servers_only else self.start()
@@ -268,7 +314,8 @@ class Stack:
         settings = self.settings
         identity = self.launcher.identity(OPERATOR, settings)
         tills = {"TILL_CERTIFICATES": str(self.launcher.certificates)} if identity else {}
-        return environ | targets(self.programs, settings) | identity | tills
+        listed = {cells.FILE_SETTING: str(file)} if (file := self.launcher.cells_file) else {}
+        return environ | targets(self.programs, settings) | listed | identity | tills
 
 
 def _runs(process: Process, program: Program) -> bool:

@@ -40,5 +40,8 @@ class Clients:
 
     def _open(self, credentials: Credentials | None) -> PosClient:
         return PosClient(
-            connect(self._target, credentials), attempt_timeout_s=ATTEMPT_TIMEOUT_S, total_timeout_s=TOTAL_TIMEOUT_S
+            connect(self._target, credentials),
+            attempt_timeout_s=ATTEMPT_TIMEOUT_S,
+            total_timeout_s=TOTAL_TIMEOUT_S,
+            reach=lambda address: connect(address, credentials),  # where a till's branch is in another cell
         )

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local import machine, services
+from chassis import cells as chassis_cells
+from deploy.local import cells, machine, services
 from deploy.local.__main__ import HALVES
 from deploy.local.launch import how_it_ended
 from deploy.local.machine import Notebook, Process, StackError
-from deploy.local.services import PURCHASES, SERVICES, STACK, Service
+from deploy.local.services import PURCHASES, SERVICES, STACK, Service, programs_of
 from deploy.local.stack import Stack, is_call_of
 from tests.conftest import ROOT
 
@@ -40,6 +41,7 @@ signal.sigwait({signal.SIGTERM})
 server.stop(None).wait()
 """
 
+ENV_OF_2 = ".local/run/relay-2.env"
 DATABASE = services.Database("purchases", "owner", ("stand_in", "migrate"))
 
 
@@ -59,10 +61,26 @@ def table() -> tuple[Service, ...]:
 
 
 @pytest.fixture
+def table_of_cells() -> tuple[Service, ...]:
+    """The same, once per cell, and what all cells share."""
+
+    def both() -> tuple[int, int]:
+        while not machine.port_is_free((port := machine.pick_port()) + services.PORTS_PER_CELL):
+            pass
+        return port, machine.pick_port()
+
+    names = ("purchases", "relay", "consumer")
+    return tuple(
+        Service(name, ("stand_in", name), *both(), DATABASE, role="none", per_cell=name != "consumer") for name in names
+    )
+
+
+@pytest.fixture
 def caller() -> dict[str, str]:
     """The environment of somebody who has servers already, so that none is started here."""
     plain = {name: value for name, value in os.environ.items() if name not in services.settings_of(os.environ)}
-    return plain | {"PURCHASES_DATABASE_URL": "postgresql://elsewhere/purchases", "AMQP_URL": "amqp://elsewhere"}
+    elsewhere = {f"PURCHASES_{number}DATABASE_URL": "postgresql://elsewhere/purchases" for number in ("", "2_")}
+    return plain | elsewhere | {"AMQP_URL": "amqp://elsewhere"}
 
 
 @pytest.fixture
@@ -243,10 +261,107 @@ def test_one_command_at_a_time(tmp_path: Path) -> None:
 
 
 def test_the_table_is_complete() -> None:
-    """No port is given out twice, and each database has an owner."""
-    ports = [port for service in SERVICES for port in (service.port, service.metrics_port)]
+    """No port is given out twice, however many cells there are, and each database has an owner."""
+    everything = programs_of(services.CELLS_MAX)
+    ports = [port for program in everything for port in (program.port, program.metrics_port)]
     assert len(set(ports)) == len(ports)
     assert PURCHASES.setting == "PURCHASES_DATABASE_URL"
+    assert programs_of(1) == STACK
+
+
+def test_the_second_cell_is_told_so_and_finds_its_own() -> None:
+    """The first one's names and ports are those of an only one; the caller's settings of one reach no other."""
+    programs = programs_of(2)
+    names = [program.name for program in programs]
+    assert names == ["purchases", "purchases-2", "relay", "relay-2", "consumer", "analytics", "pages"]
+    first, second = programs[:2]
+    settings = {"PURCHASES_LISTEN": "0.0.0.0:7000", "PURCHASES_2_DATABASE_URL": "secret"}
+    told = [services.service_environ(it, programs, settings, {}) for it in (first, second)]
+    assert [it["PURCHASES_LISTEN"] for it in told] == ["0.0.0.0:7000", "127.0.0.1:50061"]
+    assert [it["PURCHASES_METRICS_LISTEN"] for it in told] == ["127.0.0.1:9464", "127.0.0.1:9474"]
+    assert not any("secret" in it.values() for it in told)
+    assert isinstance(second, Service) and second.database.name == "purchases-2"
+    file = Path("cells.toml")
+    assert [cells.environ(program, file)["CELL"] for program in programs[:3]] == ["default", "cell-2", "default"]
+    assert cells.environ(programs[4], file)["CELL"] == ""
+    assert cells.environ(first, None) == {}
+
+
+@pytest.mark.parametrize("said", ["0", "5", "two", "-1", "1.0", "02"])
+def test_a_number_of_cells_that_cannot_be(tmp_path: Path, said: str) -> None:
+    with pytest.raises(StackError, match=f"CELLS={said}: must be 1 to 4"):
+        Stack(tmp_path, STACK, {"CELLS": said})
+
+
+@pytest.mark.parametrize("number", range(1, services.CELLS_MAX + 1))
+def test_each_branch_is_in_a_cell_and_every_cell_has_some(tmp_path: Path, number: int) -> None:
+    """Also of chains that count from 1, from 100, or from 1000."""
+    cells.write(tmp_path / "cells.toml", programs_of(number), {})
+    listed = chassis_cells.parse((tmp_path / "cells.toml").read_text())
+
+    def having(branch: int) -> str:
+        found = listed.of_branch(branch)
+        assert found, f"branch {branch} is in no cell"
+        return found.name
+
+    assert {having(branch) for branch in (9, 10, 99, 100, 999, 1_000, 9_999, 10_000, chassis_cells.BRANCH_MAX)}
+    for first, last in ((1, 4), (100, 140), (1_000, 1_400)):
+        assert {having(branch) for branch in range(first, last + 1)} == listed.by_name.keys()
+    assert len(listed.by_name) == number
+
+
+def test_a_branch_that_has_moved_stays_where_it_is(tmp_path: Path) -> None:
+    """A start writes the addresses of now; which branch is where is the file's to say. What makes no sense stays."""
+    file = tmp_path / "cells.toml"
+    programs = programs_of(2)
+    cells.write(file, programs, {})
+    file.write_text(file.read_text().replace("branches = [1, 3,", "branches = [3,").replace("[2,", "[1, 2,"))
+    cells.write(file, programs, {"PURCHASES_2_LISTEN": "0.0.0.0:7000"})
+    listed = chassis_cells.parse(file.read_text())
+    assert listed.has("cell-2", 1) and listed.has("cell-2", 2) and listed.has("default", 3)
+    assert listed.by_name["cell-2"].purchases == "127.0.0.1:7000"
+    for broken in ("[default]\n", file.read_text().replace("cell-2", "south")):
+        file.write_text(broken)
+        with pytest.raises(StackError, match="does not list the 2 cells"):
+            cells.write(file, programs, {})
+        assert file.read_text() == broken
+
+
+def test_cells_on_one_machine(tmp_path: Path, table_of_cells: tuple[Service, ...], caller: dict[str, str]) -> None:
+    """Each process is known by its cell, also after kill -9 and when started by hand. While they run, another number of
+    cells is refused."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    stack = Stack(tmp_path, table_of_cells, {**caller, "CELLS": "2"})
+    names = ["purchases", "purchases-2", "relay", "relay-2", "consumer"]
+    try:
+        assert stack.start() == names
+        again = Stack(tmp_path, table_of_cells, caller)
+        assert again.start() == [] and list(again.processes()) == names
+        for other in ("1", "3"):
+            with pytest.raises(
+                StackError, match=f"CELLS={other}, but the services run with CELLS=2: `make stop` first"
+            ):
+                Stack(tmp_path, table_of_cells, {**caller, "CELLS": other}).start()
+        assert "CELLS_FILE" in again.client_environ()
+
+        killed, other_cells = (again.processes()[name] for name in ("relay-2", "relay"))
+        assert killed and other_cells
+        killed.end(signal.SIGKILL)
+        by_hand = f". .local/run/relay-2.env && exec {shlex.quote(sys.executable)} -m stand_in relay"
+        with subprocess.Popen(["sh", "-c", by_hand], cwd=tmp_path, env={}):
+            assert machine.wait_until(lambda: again.processes()["relay-2"] is not None, 10)
+            assert again.processes()["relay"] == other_cells
+            assert again.start() == []
+            words = shlex.split((tmp_path / ENV_OF_2).read_text())
+            in_that_shell = Stack(tmp_path, table_of_cells, dict(word.split("=", 1) for word in words if "=" in word))
+            assert in_that_shell.start() == []
+            assert not {"RELAY_LISTEN", "CELL", "CELLS_FILE"} & in_that_shell.settings.keys()
+            again.stop()
+    finally:
+        stack.stop()
+    assert not any(stack.processes().values())
+    assert Stack(tmp_path, table_of_cells, caller).start() == ["purchases", "relay", "consumer"]
+    Stack(tmp_path, table_of_cells, caller).stop()
 
 
 @pytest.mark.parametrize(
