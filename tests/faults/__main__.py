@@ -1,4 +1,4 @@
-"""`make faults [FAULTS=n] [SEED=n] [CLUSTER=1] [TLS=1] [REPORT=out.json]`: break the system, then count every cent."""
+"""`make faults [FAULTS=n] [SEED=n] [CLUSTER=1] [TLS=1] [CELLS=n] [REPORT=file]`: break the system, count every cent."""
 
 import argparse
 import json
@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from deploy.local import cells
 from deploy.local.machine import StackError
+from deploy.local.services import CELLS_SETTING
 from tests.faults import show
 from tests.faults.prove import CHANGES, unseen
 from tests.faults.run import Options, Result, Run
@@ -39,21 +41,23 @@ def main() -> int:
     parser.add_argument(
         "--certified", action="store_true", default=os.environ.get("TLS") == "1", help="mutual TLS for every call"
     )
+    parser.add_argument("--cells", default=os.environ.get(CELLS_SETTING) or "1", help="how many the chain has")
     parser.add_argument("--keep", action="store_true", help="leave ledger and logs behind")
     chosen = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    options = Options(
-        chosen.faults,
-        chosen.seed,
-        [kind for kind in chosen.only.split(",") if kind],
-        rate=chosen.rate,
-        long_s=chosen.long,
-        gap_s=chosen.gap,
-        cluster=chosen.cluster,
-        certified=chosen.certified,
-    )
     try:
+        options = Options(
+            chosen.faults,
+            chosen.seed,
+            [kind for kind in chosen.only.split(",") if kind],
+            rate=chosen.rate,
+            long_s=chosen.long,
+            gap_s=chosen.gap,
+            cluster=chosen.cluster,
+            certified=chosen.certified,
+            cells=cells.count({CELLS_SETTING: chosen.cells}),
+        )
         result = _run(options, chosen.planted, keep=chosen.keep, proven=chosen.prove)
     except StackError as error:
         show.fail(str(error))
@@ -69,8 +73,12 @@ def main() -> int:
 def _run(options: Options, planted: str | None, *, keep: bool, proven: bool) -> Result:
     again = f"make faults FAULTS={options.faults} SEED={options.seed}{' CLUSTER=1' if options.cluster else ''}"
     again += " TLS=1" if options.certified else ""
+    again += f" CELLS={options.cells}" if options.cells > 1 else ""
     show.say(f"seed {options.seed}: `{again}` plays it again")
-    with running(show.say, planted, cluster=options.cluster, certified=options.certified) as system:
+    rig = running(
+        show.say, planted, cluster=options.cluster, certified=options.certified, number_of_cells=options.cells
+    )
+    with rig as system:
         run = Run(system, options, show.fault)
         with show.progress(run):
             result = run.run()

@@ -8,7 +8,7 @@ import datetime
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple
@@ -60,13 +60,19 @@ class Checker:
     """One check of everything, on open connections: a test may have changed something within their transactions."""
 
     def __init__(
-        self, path: Path, purchases: Connection, analytics: Connection, zone: str, findings: Findings | None = None
+        self,
+        path: Path,
+        purchases: Mapping[str, Connection],
+        analytics: Connection,
+        zone: str,
+        findings: Findings | None = None,
     ) -> None:
+        """`purchases` are the databases of all cells, in their order, which take turns having the branches."""
         self.findings = Findings() if findings is None else findings
         self._told = read_ledger(path)
         self._purchases, self._analytics = purchases, analytics
         self._zone = ZoneInfo(zone)
-        self._dropped_before_us = 0
+        self._dropped_before_us: dict[str, int] = {}  # by database
         self._stored: dict[int, Stored] = {}  # by the sale's number
         self._counted: list[Sale] = []  # what every read model must be the sum of
 
@@ -76,8 +82,10 @@ class Checker:
         return [(sale, self._day(sale.time_us)) for sale in self._counted]
 
     def check(self) -> Findings:
-        (dropped_before,) = self._one(self._purchases, "SELECT dropped_before FROM chain_settings")
-        self._dropped_before_us = _us(datetime.datetime.combine(dropped_before, datetime.time(), datetime.UTC))
+        for database, connection in self._purchases.items():
+            (before,) = self._one(connection, "SELECT dropped_before FROM chain_settings")
+            midnight = datetime.datetime.combine(before, datetime.time(), datetime.UTC)
+            self._dropped_before_us[database] = _us(midnight)
         for why in self._told.wrong:
             self.findings.add(WRONG_ANSWER, why)
         for why in self._told.stopped:
@@ -94,8 +102,7 @@ class Checker:
     def _check_purchases(self) -> None:
         """Every stored purchase is one that was sold, as it was sold, once; keys and receipts are exactly theirs."""
         items: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for purchase_id, product, cents, line_cents in self._rows(
-            self._purchases,
+        for _, purchase_id, product, cents, line_cents in self._recorded(
             "SELECT purchase_id::text, product_id, (unit_price * 100)::bigint, (line_total * 100)::bigint"
             " FROM purchase_items",
         ):
@@ -104,8 +111,7 @@ class Checker:
                 self.findings.add(ALTERED, f"purchase {purchase_id}: a line's total is not its price")
         keys: Counter[str] = Counter()
         receipts: Counter[tuple[object, ...]] = Counter()
-        for row in self._rows(
-            self._purchases,
+        for database, *row in self._recorded(
             "SELECT purchase_id::text, event_id::text, idempotency_key::text, receipt_id, branch_id, cashier_id,"
             " pos_id, customer_id::text, (extract(epoch FROM purchase_time) * 1000000)::bigint,"
             " (total_amount * 100)::bigint, item_count FROM purchases",
@@ -113,6 +119,8 @@ class Checker:
             stored = Stored(*row)
             keys[stored.key] += 1
             receipts[stored.branch_id, stored.pos_id, self._day(stored.time_us), stored.receipt_id] += 1
+            if database != self._database_of(stored.branch_id):
+                self.findings.add(INVENTED, f"purchase {stored.purchase_id} is in {database}, another cell's database")
             self._match(stored, items.pop(stored.purchase_id, []))
         for purchase_id in items:
             self.findings.add(ALTERED, f"lines of purchase {purchase_id}, which is not there")
@@ -164,7 +172,7 @@ class Checker:
         for thing, count in wanted.items():
             if count > 1:
                 self.findings.add(DOUBLED, f"{what}: {thing} has {count} purchases", count - 1)
-        found = {row[0] if len(row) == 2 else row[:-1]: row[-1] for row in self._rows(self._purchases, query)}
+        found = {row[0] if len(row) == 2 else tuple(row[:-1]): row[-1] for _, *row in self._recorded(query)}
         for thing, dropped in found.items():
             if thing not in wanted and not dropped:
                 self.findings.add(LEFTOVER, f"{what}: {thing} has no purchase")
@@ -183,11 +191,17 @@ class Checker:
 
     def _dropped(self, sale: Sale) -> bool:
         """Whether retention has taken its month."""
-        return sale.time_us < self._dropped_before_us
+        return sale.time_us < self._dropped_before_us[self._database_of(sale.branch_id)]
+
+    def _database_of(self, branch_id: int) -> str:
+        """Whose cell has the branch."""
+        return list(self._purchases)[(branch_id - 1) % len(self._purchases)]
 
     def _gone_at(self, sale: Sale) -> float:
         """When retention had dropped the sale's month, at the latest."""
-        return min((at for before_us, at in self._told.dropped if sale.time_us < before_us), default=float("inf"))
+        own = self._database_of(sale.branch_id)
+        times = (at for before_us, at, where in self._told.dropped if sale.time_us < before_us and where == own)
+        return min(times, default=float("inf"))
 
     def _check_refusals(self) -> None:
         """A refused sale is not stored, and something must speak against it."""
@@ -230,8 +244,7 @@ class Checker:
         stored = {row.purchase_id: (number, row) for number, row in self._stored.items()}
         seen: Counter[str] = Counter()
         known = set()
-        for event_id, purchase_id, status, attempts, recorded_at, sent_at, body in self._rows(
-            self._purchases,
+        for _, event_id, purchase_id, status, attempts, recorded_at, sent_at, body in self._recorded(
             "SELECT event_id::text, aggregate_id::text, status, attempts, extract(epoch FROM occurred_at)::float8,"
             " extract(epoch FROM sent_at)::float8, payload_json::text FROM outbox_events",
         ):
@@ -339,6 +352,11 @@ class Checker:
 
     def _day(self, time_us: int) -> datetime.date:
         return business_day(time_us, self._zone)
+
+    def _recorded(self, query: LiteralString) -> Iterator[tuple[Any, ...]]:
+        """The rows of all cells' databases, each behind the name of its own."""
+        for database, connection in self._purchases.items():
+            yield from ((database, *row) for row in self._rows(connection, query))
 
     @staticmethod
     def _rows(connection: Connection, query: LiteralString) -> Iterator[tuple[Any, ...]]:

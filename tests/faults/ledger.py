@@ -107,7 +107,7 @@ class Told(NamedTuple):
     purchase_ids: dict[int, set[str]]  # of the acknowledged ones
     refusals: dict[int, list[tuple[str, float]]]  # reason, when
     decided: list[tuple[int, float]]  # months before which time are not to be kept, and since when
-    dropped: list[tuple[int, float]]  # months before which time were gone, and when that was seen
+    dropped: list[tuple[int, float, str]]  # months before which time were gone, when that was seen, and where
     poison: dict[str, bool]  # SHA-256 of the bad bodies that were sent: whether the broker took it
     faults: dict[int, tuple[str, float, float]]  # by number: kind, begin, end
     wrong: list[str]
@@ -134,7 +134,7 @@ def read_ledger(path: Path) -> Told:
             case "decided":
                 told.decided.append((line["before_us"], line["at"]))
             case "dropped":
-                told.dropped.append((line["before_us"], line["at"]))
+                told.dropped.append((line["before_us"], line["at"], line["database"]))
             case "poison_sent":
                 told.poison[line["sha256"]] = False
             case "poison":

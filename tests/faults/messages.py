@@ -43,7 +43,7 @@ class Messages:
     def publish_again(self, chance: random.Random) -> bool:
         """Events that were sent once already, three times more each."""
         try:
-            with self._system.database("purchases") as connection:
+            with self._system.database(chance.choice(self._system.databases("purchases"))) as connection:
                 rows = connection.execute(
                     "SELECT event_id::text, payload_json::text FROM outbox_events WHERE status = 'SENT'"
                     " ORDER BY event_id DESC LIMIT 500"

@@ -44,21 +44,27 @@ class Months:
             ages_us.append(age_us)
             try:
                 self._system.pause(2)
-                before = self._gone_before_us()
-                died = not fault
-                for _ in range(ATTEMPTS):
-                    self._decide()
-                    died |= self._drop(like, "" if died else fault) < 0
-                    if died and self._gone_before_us() > before:
-                        return True
-                    self._system.pause(PAUSE_S)
+                others = [it for it in self._system.of("purchases") if it.service.cell != like.service.cell]
+                return self._drop_in(like, fault) and all(self._drop_in(other) for other in others)
             finally:
                 ages_us.remove(age_us)
+
+    def _drop_in(self, like: Instance, fault: str = "") -> bool:
+        """In one cell's database."""
+        database = like.service.database.name
+        before = self._gone_before_us(database)
+        died = not fault
+        for _ in range(ATTEMPTS):
+            self._decide(database)
+            died |= self._drop(like, "" if died else fault) < 0
+            if died and self._gone_before_us(database) > before:
+                return True
+            self._system.pause(PAUSE_S)
         return False
 
-    def _decide(self) -> None:
+    def _decide(self, database: str) -> None:
         """What the owner does before; when the database is away, with the next attempt."""
-        with suppress(psycopg.Error), self._system.database("purchases") as connection:
+        with suppress(psycopg.Error), self._system.database(database) as connection:
             row = connection.execute(
                 "SELECT extract(epoch FROM date_trunc('month', now(), 'UTC') - make_interval(months => %s))::bigint",
                 [self._kept],
@@ -82,14 +88,14 @@ class Months:
         self._ledger.write("retention", code=done.returncode, said=(done.stdout + done.stderr)[-1000:])
         return done.returncode
 
-    def _gone_before_us(self) -> int:
+    def _gone_before_us(self, database: str) -> int:
         """Before when everything is dropped, not only closed; the ledger learns it, too.
 
         Raises:
             StackError: the database is away.
         """
         try:
-            with self._system.database("purchases") as connection:
+            with self._system.database(database) as connection:
                 row = connection.execute(
                     """
                     SELECT extract(epoch FROM least(dropped_before, earliest))::bigint
@@ -103,5 +109,5 @@ class Months:
             raise StackError(str(error)) from None
         assert row is not None
         before_us = int(str(row[0])) * 1_000_000
-        self._ledger.write("dropped", before_us=before_us)
+        self._ledger.write("dropped", before_us=before_us, database=database)
         return before_us

@@ -12,18 +12,20 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import LiteralString
 from zoneinfo import ZoneInfo
 
 import psycopg
+from psycopg import sql
 
 from deploy.local.machine import wait_until
 from tests.faults.ledger import Ledger, Sale, business_day
 from tests.faults.months import Months
-from tests.faults.system import TIME_ZONE, System
+from tests.faults.nodes import is_counted
+from tests.faults.system import TIME_ZONE, Instance, System
 from tests.faults.tills import Till, Tills
 
 SALES = 10  # of each neighbour
@@ -57,20 +59,27 @@ class NeighbourFaults:
     ) -> None:
         self._system, self._tills, self._ledger, self._months = system, tills, ledger, months
         self._long_s = long_s
-        self.kinds: Mapping[str, Callable[[random.Random], bool]] = {
+        self.kinds: dict[str, Callable[[random.Random], bool]] = {
             "postgres.row_held": self._row_held,
             "postgres.table_analyzed": self._table_analyzed,
             "postgres.backend_frozen": self._backend_frozen,
             "till.flood": self._flood,
         }
+        if system.cells > 1:
+            self.kinds |= {
+                "cell.database_closed": self._database_closed,
+                "cell.killed": self._cell_killed,
+                "cell.unheard": self._cell_unheard,
+            }
 
     # --- the faults ---
 
     def _row_held(self, chance: random.Random) -> bool:
         """Somebody holds the row of a customer, or has taken a key or a receipt number and does not commit."""
         hold = chance.choice([self._hold_customer, self._hold_key, self._hold_receipt])
-        target = self._system.target(chance.choice(self._system.of("purchases")))
-        with self._undisturbed(), self._tills().beside(target) as till, self._transaction("purchases") as held:
+        instance = chance.choice(self._system.of("purchases"))
+        target, database = self._system.target(instance), instance.service.database.name
+        with self._undisturbed(), self._tills().beside(target) as till, self._transaction(database) as held:
             sale = hold(held, _plain(till))
             victim = threading.Thread(target=till.deliver, args=[sale], daemon=True)
             victim.start()
@@ -111,7 +120,8 @@ class NeighbourFaults:
 
     def _table_analyzed(self, chance: random.Random) -> bool:
         """ANALYZE of a large table takes its time; with the same lock, VACUUM and the building of indexes do."""
-        database, table = chance.choice(ANALYZED)
+        kind, table = chance.choice(ANALYZED)
+        database = chance.choice(self._system.databases(kind))
         with self._undisturbed(), self._transaction(database) as held:
             held.execute("ANALYZE " + table)
             self._months.sell_in_a_new_one()
@@ -178,13 +188,83 @@ class NeighbourFaults:
         self._ledger.sale_sent(sale)
         return sale
 
+    # --- a cell ---
+
+    def _database_closed(self, chance: random.Random) -> bool:
+        """One cell's database lets nobody in any more."""
+        purchases, _ = self._one_cell(chance)
+        name = purchases.service.database.name
+        with self._undisturbed():
+            try:
+                self._let_in(name, 0)
+                self._other_cells_go_on(purchases, "the database of another cell was closed")
+                self._system.pause(chance.uniform(0, 8))
+            finally:
+                self._let_in(name, -1)
+        return True
+
+    def _let_in(self, database: str, sessions: int) -> None:
+        """So many of those who are no superusers, -1 for all."""
+        with self._system.database("postgres") as connection:
+            name = sql.Identifier(database)
+            connection.execute(sql.SQL("ALTER DATABASE {} CONNECTION LIMIT {}").format(name, sql.Literal(sessions)))
+            if not sessions:
+                ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+                connection.execute(ended + " AND starts_with(usename::text, 'local_')", [database])
+
+    def _cell_killed(self, chance: random.Random) -> bool:
+        """Both processes of one cell are dead for a while."""
+        purchases, relay = self._one_cell(chance)
+        with ExitStack() as stack:
+            self._stack_instances(stack)
+            stack.enter_context(relay.lock)
+            try:
+                for instance in (purchases, relay):
+                    instance.wanted = False
+                    instance.kill()
+                self._other_cells_go_on(purchases, "another cell was dead")
+                self._system.pause(chance.uniform(0, 8))
+            finally:
+                purchases.wanted = relay.wanted = True
+        return True
+
+    def _cell_unheard(self, chance: random.Random) -> bool:
+        """What one cell's relay sends to the broker gets lost on its way: its sales are recorded, and not counted."""
+        purchases, relay = self._one_cell(chance)
+        lines = [line for line in self._system.proxies_to("rabbitmq") if line.name.startswith(f"{relay.name}>")]
+        with ExitStack() as stack:
+            self._stack_instances(stack)
+            for line in lines:
+                line.deafen()
+            try:
+                self._other_cells_go_on(purchases, "another cell's relay was unheard")
+                self._system.pause(self._long_s * chance.uniform(0, 1))
+            finally:
+                for line in lines:
+                    line.cut()
+                    line.heal()
+        return True
+
+    def _one_cell(self, chance: random.Random) -> tuple[Instance, Instance]:
+        """The purchases service and the relay of one."""
+        purchases = chance.choice(self._system.of("purchases"))
+        (relay,) = [it for it in self._system.of("relay") if it.service.cell == purchases.service.cell]
+        return purchases, relay
+
+    def _other_cells_go_on(self, away: Instance, while_what: str) -> None:
+        """What they sell is counted, too."""
+        begin = time.time()
+        self._others_sell(while_what, [it for it in self._system.of("purchases") if it is not away])
+        if not wait_until(lambda: is_counted(self._system, begin), GO_ON_TIMEOUT_S):
+            self._stopped(f"{while_what}, and nothing that others sold was counted for {GO_ON_TIMEOUT_S:.0f} s")
+
     # --- the others ---
 
-    def _others_sell(self, while_what: str) -> None:
-        """Each neighbour makes its sales, or that is a finding."""
+    def _others_sell(self, while_what: str, at: Sequence[Instance] = ()) -> None:
+        """Each neighbour makes its sales, or that is a finding; there is one at each service, or at these."""
         sellers = [
             threading.Thread(target=self._sell, args=[self._system.target(instance)], daemon=True)
-            for instance in self._system.of("purchases")
+            for instance in at or self._system.of("purchases")
         ]
         for seller in sellers:
             seller.start()

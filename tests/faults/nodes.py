@@ -53,16 +53,17 @@ class NodeFaults:
 
     def _await_counted(self, lost: broker_cluster.Node) -> None:
         begin = time.time()
-        if wait_until(lambda: self._is_counted(begin), GO_ON_TIMEOUT_S):
+        if wait_until(lambda: is_counted(self._system, begin), GO_ON_TIMEOUT_S):
             self._ledger.write("went_on", without=lost.name, seconds=round(time.time() - begin, 1))
         else:
             why = f"without {lost.name}, nothing that was sold is counted after {GO_ON_TIMEOUT_S:.0f} s"
             self._ledger.write("stopped", why=why)
 
-    def _is_counted(self, since: float) -> bool:
-        """Whether any sale that was recorded since then is: its event's id tells when that was."""
-        with suppress(psycopg.Error), self._system.database("analytics") as connection:
-            lowest = uuid.UUID(int=int(since * 1000) << 80)
-            counted = "SELECT FROM analytics_event_log WHERE event_id > %s LIMIT 1"
-            return bool(connection.execute(counted, [lowest]).rowcount)
-        return False
+
+def is_counted(system: System, since: float) -> bool:
+    """Whether any sale that was recorded since then is: its event's id tells when that was."""
+    with suppress(psycopg.Error), system.database("analytics") as connection:
+        lowest = uuid.UUID(int=int(since * 1000) << 80)
+        counted = "SELECT FROM analytics_event_log WHERE event_id > %s LIMIT 1"
+        return bool(connection.execute(counted, [lowest]).rowcount)
+    return False

@@ -41,7 +41,9 @@ def main() -> int:
         with running(show.say, copies=COPIES) as system:
             ledger = Ledger(system.directory / "ledger.jsonl")
             target, analytics = (system.target(system.of(name)[0]) for name in ("purchases", "analytics"))
-            tills = Tills(system.identities, [target], analytics, ledger, Numbers(), seed="one sale", count=1, rate=1)
+            tills = Tills(
+                system.identities, lambda _: [target], analytics, ledger, Numbers(), seed="one sale", count=1, rate=1
+            )
             with tills.beside(target) as till:
                 for name in chosen:
                     _enumerate(system, ledger, system.of(name)[0], till.sell, table)
@@ -81,7 +83,7 @@ def _enumerate(system: System, ledger: Ledger, instance: Instance, sell: Callabl
             deaths += died
             show.say(f"{'✓' if died else '·'} {instance.name} at {call} {n} of {calls}")
         figures = calls, deaths, ledger.acknowledged - before, round(time.monotonic() - begin)
-        table.add_row(instance.service.name, call, *map(str, figures))
+        table.add_row(instance.service.kind, call, *map(str, figures))
 
 
 def _uncounted(system: System, ledger: Ledger) -> int:

@@ -180,7 +180,7 @@ class ProcessFaults:
         One that two consumers die of, one after the other while it is tried alone, is rightly quarantined.
         """
         ready = wait_until(lambda: all(instance.ready for instance in instances), READY_TIMEOUT_S)
-        if any(instance.service.name == "consumer" for instance in instances):
+        if any(instance.service.kind == "consumer" for instance in instances):
             wait_until(self._none_suspected, TRIALS_TIMEOUT_S)
         return ready
 

@@ -5,8 +5,6 @@ Everything happens within transactions that are rolled back: checked, changed, c
 
 from typing import LiteralString, NamedTuple
 
-import psycopg
-
 from tests.faults.checker import Checker
 from tests.faults.findings import (
     ALTERED,
@@ -147,14 +145,11 @@ def unseen(system: System, ledger: Ledger) -> list[str]:
     """The changes that the checker does not see, or takes for something else."""
     missed = []
     for change in CHANGES:
-        with (
-            psycopg.connect(system.url("purchases")) as purchases,
-            psycopg.connect(system.url("analytics")) as analytics,
-        ):
-            changed = purchases if change.database == "purchases" else analytics
+        with system.connections() as (purchases, analytics):
+            changed = next(iter(purchases.values())) if change.database == "purchases" else analytics
             changed.execute(change.sql)
             found = Checker(ledger.path, purchases, analytics, TIME_ZONE).check().counts
-            for connection in (purchases, analytics):
+            for connection in (*purchases.values(), analytics):
                 connection.rollback()
         if change.finding not in found:
             missed.append(f"{change.what}: found {dict(found)} instead of {change.finding}")

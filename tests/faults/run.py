@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import psycopg
-
 from deploy.local.machine import StackError, wait_until
 from tests.faults.answers import check_answers
 from tests.faults.checker import Checker
@@ -51,6 +49,7 @@ class Options(NamedTuple):
     quiet_s: float = QUIET_WITHIN_S
     cluster: bool = False  # three nodes of RabbitMQ
     certified: bool = False  # mutual TLS for every call
+    cells: int = 1
     in_order: bool = False  # the kinds as they are given, instead of shuffled
 
     @property
@@ -190,7 +189,7 @@ class Run:
         options = self._options
         self._tills = Tills(
             self._system.identities,
-            [self._system.target(instance) for instance in self._system.of("purchases")],
+            self._system.targets_of,
             self._system.target(self._system.of("analytics")[0]),
             self.ledger,
             self._numbers,
@@ -292,12 +291,13 @@ class Run:
         return self.sampler.newest.timestamp() if self.sampler.newest else 0.0
 
     def _left(self) -> dict[str, int]:
-        with self._system.database("purchases") as purchases, self._system.database("analytics") as analytics:
-            unsent = purchases.execute("SELECT count(*) FROM outbox_events WHERE status <> 'SENT'").fetchone()
-            events = purchases.execute("SELECT count(*) FROM outbox_events").fetchone()
+        counting = "SELECT count(*), count(*) FILTER (WHERE status <> 'SENT') FROM outbox_events"
+        with self._system.connections() as (purchases, analytics):
+            rows = [connection.execute(counting).fetchone() for connection in purchases.values()]
             counted = analytics.execute("SELECT count(*) FROM analytics_event_log").fetchone()
-        assert unsent and events and counted
-        left = {"not sent": int(str(unsent[0])), "not counted": int(str(events[0])) - int(str(counted[0]))}
+        assert all(rows) and counted
+        events, unsent = (sum(int(str(row[column])) for row in rows if row) for column in (0, 1))
+        left = {"not sent": unsent, "not counted": events - int(str(counted[0]))}
         if not any(left.values()):
             left["on the queue"] = self._queued()
         return left
@@ -338,10 +338,7 @@ def _months(faults: int) -> int:
 
 def check(system: System, ledger: Ledger, findings: Findings) -> set[str]:
     """Count everything; returns the tables that the checker does not know."""
-    with (
-        psycopg.connect(system.url("purchases")) as purchases,
-        psycopg.connect(system.url("analytics")) as analytics,
-    ):
+    with system.connections() as (purchases, analytics):
         checker = Checker(ledger.path, purchases, analytics, TIME_ZONE, findings)
         checker.check()
         unchecked = unchecked_tables(analytics)

@@ -127,7 +127,7 @@ class ServerFaults:
         instance = chance.choice(self._system.of(chance.choice(["purchases", "relay", "consumer"])))
         proxy = self._system.proxies[f"{instance.name}>postgres"]
         # A sale's statement is a transaction by itself; the others end theirs by a COMMIT.
-        request = b'"event_type":"PurchaseCreated"' if instance.service.name == "purchases" else b"COMMIT"
+        request = b'"event_type":"PurchaseCreated"' if instance.service.kind == "purchases" else b"COMMIT"
         ready_and_idle = b"Z\x00\x00\x00\x05I"
         with instance.lock:
             hit = proxy.lose_answer(request, ready_and_idle, ANSWER_TIMEOUT_S)
@@ -136,7 +136,8 @@ class ServerFaults:
 
     def _postgres_locked(self, chance: random.Random) -> bool:
         """Somebody's ALTER TABLE takes its time: nobody else can even read that table."""
-        database, table = chance.choice(LOCKED)
+        kind, table = chance.choice(LOCKED)
+        database = chance.choice(self._system.databases(kind))
         with self._system.postgres_lock, self._system.database(database) as connection, connection.transaction():
             connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'")
             connection.execute("LOCK TABLE " + table + " IN ACCESS EXCLUSIVE MODE")

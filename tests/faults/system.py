@@ -19,17 +19,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import pika
 import psycopg
 from pika.adapters.blocking_connection import BlockingChannel
 
 from deploy.healthcheck import is_serving
-from deploy.local import machine
+from deploy.local import cells, machine
 from deploy.local.machine import StackError, pick_port, wait_until
 from deploy.local.postgres import Postgres
 from deploy.local.rabbitmq import RabbitMQ
-from deploy.local.services import ANALYTICS, BROKER_SETTING, PURCHASES, SERVICES, Service, common_environ
+from deploy.local.services import BROKER_SETTING, SERVICES, Service, common_environ, programs_of
 from deploy.local.services import service_environ as environ_of
 from tests import broker_cluster
 from tests.faults.identities import OPERATOR, Identities
@@ -58,6 +59,9 @@ SETTINGS = {
     "PURCHASES_FLUSH_TIMEOUT_S": "5",
 }
 POSTGRES_SETTINGS = {**REPLICATION_SETTINGS, "shared_buffers": "128MB", "max_wal_size": "1GB"}
+
+
+Connection: TypeAlias = "psycopg.Connection[tuple[object, ...]]"
 
 
 @dataclass(eq=False)
@@ -112,9 +116,21 @@ class System:
     """See the module. Use it as `with running(...) as system`."""
 
     def __init__(
-        self, directory: Path, planted: str | None, copies: Mapping[str, int], *, cluster: bool, certified: bool
+        self,
+        directory: Path,
+        planted: str | None,
+        copies: Mapping[str, int],
+        *,
+        cluster: bool,
+        certified: bool,
+        number_of_cells: int,
     ) -> None:
-        self.directory, self._planted, self._copies = directory, planted, copies
+        self.directory, self._planted = directory, planted
+        self.cells = number_of_cells
+        self._services = [it for it in programs_of(number_of_cells, SERVICES) if isinstance(it, Service)]
+        # Where there are several cells, each has one copy of what it has of its own.
+        per_cell = {it.kind: number_of_cells for it in self._services if it.per_cell and number_of_cells > 1}
+        self._copies = {**copies, **per_cell}
         for name in ("log", "armed"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         self.identities = Identities(directory / "certificates" if certified else None)
@@ -150,12 +166,27 @@ class System:
         """A superuser's, straight to the server: for the rig itself."""
         return self.postgres.url(database)
 
+    def databases(self, kind: str) -> list[str]:
+        """All of that kind, by their names: of purchases, that of each cell."""
+        return list(dict.fromkeys(it.database.name for it in self._services if it.database.kind == kind))
+
+    def cell_of(self, branch_id: int) -> int:
+        """The number of the cell that has the branch; see `deploy.local.cells.spread`."""
+        return (branch_id - 1) % self.cells + 1
+
+    def targets_of(self, branch_id: int) -> list[str]:
+        """The purchases services that record its sales."""
+        every = self.of("purchases")
+        if self.cells > 1:
+            every = [instance for instance in every if instance.service.cell == self.cell_of(branch_id)]
+        return [self.target(instance) for instance in every]
+
     @property
     def amqp_url(self) -> str:
         return self.rabbitmq.url
 
     def of(self, service: str) -> list[Instance]:
-        return [instance for instance in self.instances.values() if instance.service.name == service]
+        return [instance for instance in self.instances.values() if instance.service.kind == service]
 
     def target(self, instance: Instance) -> str:
         """Where the tills find it."""
@@ -172,16 +203,17 @@ class System:
         for node in self.brokers:
             node.launch()
         self.postgres.start()
-        for database in (PURCHASES, ANALYTICS):
+        for database in dict.fromkeys(service.database for service in self._services):
             self.postgres.ensure_login(database.owner, creates_roles=True)
             self.postgres.ensure_database(database.name, database.owner)
             self._migrate(database.setting, self.postgres.url(database.name, database.owner), database.migrate)
         if self._planted:
             prepare = getattr(importlib.import_module(f"tests.faults.planted.{self._planted}"), "prepare", None)
-            with self.database("purchases") as purchases, self.database("analytics") as analytics:
-                if prepare is not None:
-                    prepare(purchases, analytics)
-        for service in SERVICES:
+            if prepare is not None:
+                for name in self.databases("purchases"):
+                    with self.database(name) as purchases, self.database("analytics") as analytics:
+                        prepare(purchases, analytics)
+        for service in self._services:
             self.postgres.ensure_group(service.role, service.database.owner, service.database.name)
             self.postgres.ensure_login(service.login, member_of=service.role)
         self.pair_up()
@@ -209,7 +241,7 @@ class System:
 
     def _start_pooler(self) -> None:
         line = self._proxy("pooler", "postgres", _host_and_port(self.postgres.address))
-        users = {service.login: self.postgres.notes.password(service.login) for service in SERVICES}
+        users = {service.login: self.postgres.notes.password(service.login) for service in self._services}
         log = self.directory / "log" / "pooler.log"
         self.pooler = Pooler(self.directory / "pooler", line.address, users, log=log)
         self.pooler.start()
@@ -228,25 +260,28 @@ class System:
             raise StackError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
     def _make_instances(self) -> None:
-        services = {service.name: service for service in SERVICES}
+        services = {(service.kind, service.cell): service for service in self._services}
         names = [(name, number) for name, copies in self._copies.items() for number in range(1, copies + 1)]
         ports = {f"{name}-{number}": pick_port() for name, number in names}
         for name, number in names:
-            service, own = services[name], f"{name}-{number}"
+            service, own = services.get((name, number)) or services[name, 1], f"{name}-{number}"
             address = f"127.0.0.1:{ports[own]}"
             settings = SETTINGS | {
-                f"{name.upper()}_LISTEN": address,
-                f"{name.upper()}_METRICS_LISTEN": f"127.0.0.1:{pick_port()}",
+                f"{service.prefix}_LISTEN": address,
+                f"{service.prefix}_METRICS_LISTEN": f"127.0.0.1:{pick_port()}",
             }
             for called in service.calls:  # the first copy calls the first, the second the second
                 callee = f"{called}-{min(number, self._copies[called])}"
                 proxy = self._proxy(own, callee, ("127.0.0.1", ports[callee]))
                 settings[f"{called.upper()}_TARGET"] = proxy.address
-            urls = {service.database.setting: self._database_url(own, service, pooled=number == POOLED)}
+            # A cell has one copy of its own, and pgbouncer may die of a cancellation: that must not be the cell's end.
+            pooled = number == POOLED and not (service.per_cell and self.cells > 1)
+            urls = {service.database.setting: self._database_url(own, service, pooled=pooled)}
             if service.uses_broker:
                 urls[BROKER_SETTING] = self._broker_url(own, name)
             environ = {**_clean_environ(), **common_environ(self.directory)}
-            environ |= environ_of(service, SERVICES, settings, urls)
+            environ |= environ_of(service, self._services, settings, urls)
+            environ |= cells.environ(service, self._cells_file(own, service, ports) if self.cells > 1 else None)
             environ |= self.identities.settings(name)
             instance = Instance(own, service, environ, address, self.directory, self.identities)
             instance.environ["FAULT_FILE"] = str(instance.arming)
@@ -255,6 +290,20 @@ class System:
             self.instances[own] = instance
             if name in ("purchases", "analytics"):
                 self._proxy("tills", own, ("127.0.0.1", ports[own]))
+
+    def _cells_file(self, own: str, service: Service, ports: Mapping[str, int]) -> Path:
+        """Each process has one of its own, in which every cell is behind a line; in those of the purchases services, it
+        is the tills'.
+        """
+        client = own if "purchases" in service.calls else "tills"
+        lines = {
+            f"{it.prefix}_LISTEN": self._proxy(client, f"{it.kind}-{it.cell}", ("127.0.0.1", port)).address
+            for it in self._services
+            if it.per_cell and (port := ports[f"{it.kind}-{it.cell}"])
+        }
+        file = self.directory / f"{own}.cells.toml"
+        cells.write(file, self._services, lines)
+        return file
 
     def _proxy(self, client: str, server: str, target: tuple[str, int]) -> Proxy:
         name = f"{client}>{server}"
@@ -360,9 +409,18 @@ class System:
             raise StackError("the run ends")
 
     @contextmanager
-    def database(self, name: str) -> Iterator["psycopg.Connection[tuple[object, ...]]"]:
+    def database(self, name: str) -> Iterator[Connection]:
         with psycopg.connect(self.url(name), autocommit=True, connect_timeout=5) as connection:
             yield connection
+
+    @contextmanager
+    def connections(self) -> Iterator[tuple[dict[str, Connection], Connection]]:
+        """Those to all purchases databases, by their names, and to that of the read models, each in a transaction."""
+        with ExitStack() as opened:
+            names = [*self.databases("purchases"), "analytics"]
+            every = {name: opened.enter_context(psycopg.connect(self.url(name), connect_timeout=5)) for name in names}
+            analytics = every.pop("analytics")
+            yield every, analytics
 
     @contextmanager
     def channel(self) -> Iterator[BlockingChannel]:
@@ -408,6 +466,7 @@ def _clean_environ() -> dict[str, str]:
         "ANALYTICS_",
         "AMQP_",
         "BUSINESS_",
+        "CELL",
         "LOG_",
         "TLS",
         "FAULT",
@@ -425,6 +484,7 @@ def running(
     *,
     cluster: bool = False,
     certified: bool = False,
+    number_of_cells: int = 1,
 ) -> Iterator[System]:
     """The system from its start to its end; with `system.keep`, logs and ledger stay behind. `cluster`: three nodes of
     RabbitMQ instead of one; `certified`: mutual TLS for every call.
@@ -436,7 +496,9 @@ def running(
     with ExitStack() as stack:
         lock = stack.enter_context((directory / "lock").open("w"))
         machine.try_lock(lock.fileno(), fcntl.LOCK_EX)
-        system = System(directory, planted, copies, cluster=cluster, certified=certified)
+        system = System(
+            directory, planted, copies, cluster=cluster, certified=certified, number_of_cells=number_of_cells
+        )
         stack.callback(_throw_away, system)
         stack.callback(system.close)
         system.start(say)

@@ -5,6 +5,7 @@ with the same key until there is an answer, through either of the two purchases 
 """
 
 import functools
+import itertools
 import random
 import threading
 import time
@@ -79,7 +80,7 @@ class Tills:
     def __init__(
         self,
         identities: Identities,
-        targets: Sequence[str],
+        targets: Callable[[int], Sequence[str]],
         analytics: str,
         ledger: Ledger,
         numbers: "Numbers",
@@ -88,7 +89,7 @@ class Tills:
         count: int,
         rate: float,
     ) -> None:
-        """`targets` are the purchases services', each of which has all sales."""
+        """`targets` are those of the purchases services that record a branch's sales."""
         self.identities, self.analytics = identities, analytics
         self._ledger, self._numbers, self._seed = ledger, numbers, seed
         self._targets = targets
@@ -124,14 +125,15 @@ class Tills:
     def beside(self, target: str) -> "Till":
         """One more till, that knows one of the services only, and whose clock nobody sets wrong."""
         with self._lock:
-            self._count += 1
-            return self._till(self._count - 1, Clock(), [target])
+            number = next(it for it in itertools.count(self._count) if target in self._targets(branch_of(it)))
+            self._count = number + 1
+            return self._till(number, Clock(), [target])
 
     def _till(self, number: int, clock: Clock, targets: Sequence[str]) -> "Till":
         return Till(self, number, clock, targets, self._ledger, self._numbers, f"{self._seed}/till/{number}")
 
     def _work(self, number: int) -> None:
-        with self._till(number, self.clocks[number], self._targets) as till:
+        with self._till(number, self.clocks[number], self._targets(branch_of(number))) as till:
             next_at = time.monotonic()
             while not self.stop.is_set():
                 sales = till.act()
@@ -167,7 +169,7 @@ class Till:
         self._tills, self._ledger, self._numbers = tills, ledger, numbers
         self._clock = clock
         self._seed, self._random = seed, random.Random(seed)
-        self._branch, self._pos = number % BRANCHES + 1, f"POS-{number}"
+        self._branch, self._pos = branch_of(number), f"POS-{number}"
         self._receipts = 0
         self.answers = 0  # that said what became of a sale
         self._done: list[Sale] = []
@@ -299,7 +301,8 @@ class Till:
         """The same sale at both services in the same moment."""
         sale = self.sale()
         self._ledger.sale_sent(sale)
-        list(self._both.map(lambda stub: self._call(sale, [stub], random.Random(sale.key)), self._stubs))
+        both = self._stubs if len(self._stubs) > 1 else 2 * self._stubs
+        list(self._both.map(lambda stub: self._call(sale, [stub], random.Random(sale.key)), both))
         return 1
 
     def _contradict(self) -> int:
@@ -402,7 +405,7 @@ class Till:
     def _deliver_both(self, first: Sale, second: Sale) -> None:
         for sale in (first, second):
             self._ledger.sale_sent(sale)
-        pairs = zip((first, second), self._stubs, strict=False)
+        pairs = zip((first, second), itertools.cycle(self._stubs), strict=False)
         list(self._both.map(lambda pair: self._call(pair[0], [pair[1]], random.Random(pair[0].number)), pairs))
 
     def _call(self, sale: Sale, stubs: Sequence[Any], chance: random.Random) -> str:
@@ -448,6 +451,10 @@ class Till:
             return "refused"
         self._ledger.write("wrong", number=sale.number, why=f"{code.name} {reason}: {status.message[:200]}")
         return "wrong"
+
+
+def branch_of(till: int) -> int:
+    return till % BRANCHES + 1
 
 
 def to_request(sale: Sale) -> CreatePurchaseRequest:
