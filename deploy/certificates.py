@@ -32,8 +32,13 @@ LASTS = timedelta(days=30)
 RENEWED_BEFORE = timedelta(days=10)  # its end
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+SECOND_CELL = ("purchases-2", "relay-2")  # whose processes are called so, and are who the first one's are
 PROCESSES: Mapping[str, tuple[str, ...]] = {
-    f"service/{name}": (name, *LOOPBACK) for name in ("purchases", "relay", "consumer", "analytics")
+    **{
+        f"service/{name}": (name, *(other for other in SECOND_CELL if other == f"{name}-2"), *LOOPBACK)
+        for name in ("purchases", "relay", "consumer", "analytics")
+    },
+    "reader/pages": ("pages", *LOOPBACK),  # browsers are shown it; the services, where nobody's token is
 }
 PEOPLE = ("operator/kim", "reader/hq", "branch/1/manager/anna")
 TILLS = tuple(f"branch/{branch}/till/POS-{till}" for branch in range(1, 6) for till in range(1, 9))

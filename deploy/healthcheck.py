@@ -1,8 +1,12 @@
 """`python healthcheck.py [--alive] HOST:PORT`: exit code 0 if the gRPC server there is SERVING. For containers.
 
+The pages are asked as https://HOST:PORT.
+
 With `--alive`, any answer will do: a process whose database is away is not to be restarted. With certificates, HOST is
 a name in the server's: that of its container, or localhost."""
 
+import http.client
+import ssl
 import sys
 
 import grpc
@@ -23,7 +27,20 @@ def is_serving(target: str, credentials: tls.Credentials | None = None, *, alive
     return alive or bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+def are_served(address: str, ca_file: str) -> bool:
+    """Whether the pages are."""
+    trusted = ssl.create_default_context(cafile=ca_file or None)
+    try:
+        connection = http.client.HTTPSConnection(address, timeout=TIMEOUT_S, context=trusted)
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except OSError:
+        return False
+
+
 if __name__ == "__main__":
-    credentials = tls.credentials(settings.load(tls.TlsSettings))  # the process's own
+    own = settings.load(tls.TlsSettings)  # the process's
     *options, target = sys.argv[1:]
-    sys.exit(0 if is_serving(target, credentials, alive=options == ["--alive"]) else 1)
+    if target.startswith("https://"):
+        sys.exit(0 if are_served(target.removeprefix("https://"), own.ca_file) else 1)
+    sys.exit(0 if is_serving(target, tls.credentials(own), alive=options == ["--alive"]) else 1)

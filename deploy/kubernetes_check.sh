@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Renders both overlays of deploy/kubernetes with kustomize, and validates what comes out against Kubernetes' own schemas,
+# Renders the overlays of deploy/kubernetes with kustomize, and validates what comes out against Kubernetes' own schemas,
 # without a cluster. Kustomize is the one on the PATH, or built with Go; what it keeps is in .local/kubernetes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,7 +15,7 @@ if [ -z "$kustomize" ]; then
     GOBIN=$home/bin go install sigs.k8s.io/kustomize/kustomize/v5@v5.7.1
   fi
 fi
-for overlay in single-node production; do
+for overlay in single-node production two-cells; do
   printf '\033[1m%s\033[0m\n' "$overlay"
   "$kustomize" build "deploy/kubernetes/$overlay" >"$home/$overlay.yaml"
   # What cert-manager brings is no part of Kubernetes, and has no schema here.

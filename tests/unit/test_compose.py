@@ -9,22 +9,30 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from chassis import cells
+from chassis.settings import settings_of
 from chassis.tls import Credentials
 from deploy import broker, certificates, passwords
 from deploy.local.grafana import Grafana
+from deploy.local.services import PAGES
+from pages_svc.settings import ServeSettings
 from tests.conftest import ROOT
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 CONTAINERS: dict[str, dict[str, Any]] = COMPOSE["services"]
-PROCESSES = ("purchases", "relay", "consumer", "analytics")
-WATCHING = ("prometheus", "grafana")  # started with `--profile watch` only
+SERVICES = ("purchases", "relay", "consumer", "analytics")
+PROCESSES = (*SERVICES, "pages")
+OPTIONAL = {"prometheus": ["watch"], "grafana": ["watch"], "pages": ["pages"]}  # started with `--profile …` only
+
+TWO_CELLS: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.two-cells.yaml").read_text())
+SECOND = {name: it for name, it in TWO_CELLS["services"].items() if name.endswith("-2")}  # what it adds
 
 REQUIRED = re.compile(r"\$\{(\w+):\?[^}]+\}")  # compose refuses to start without it
 
 # PostgreSQL's versions have two numbers, the others' three.
 EXACT = re.compile(r"postgres:\d+\.\d+(-\w+)?|[\w/]+:v?\d+\.\d+\.\d+(-[\w-]+)?|[\w.:-]+@sha256:[0-9a-f]{64}")
 
-every_container = pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+every_container = pytest.mark.parametrize("container", (CONTAINERS | SECOND).values(), ids=CONTAINERS | SECOND)
 
 
 def reached_from(name: str) -> set[str]:
@@ -68,7 +76,8 @@ def test_no_password_has_a_default() -> None:
 
 
 def test_each_process_has_its_own_logins_and_no_others() -> None:
-    for name in PROCESSES:
+    assert not any("_URL" in setting for setting in CONTAINERS["pages"]["environment"])
+    for name in SERVICES:
         environment = CONTAINERS[name]["environment"]
         urls = {
             setting: urlsplit(REQUIRED.sub(r"\1", url)) for setting, url in environment.items() if "_URL" in setting
@@ -84,7 +93,7 @@ def test_each_process_has_its_own_logins_and_no_others() -> None:
 def test_who_reaches_whom() -> None:
     """The two servers know nothing of each other; the broker is reached by relay and consumer only, and from inside."""
     assert reached_from("rabbitmq") == {"relay", "consumer"}
-    assert reached_from("postgres") == CONTAINERS.keys() - {"certificates", "postgres", "rabbitmq", *WATCHING}
+    assert reached_from("postgres") == CONTAINERS.keys() - {"certificates", "postgres", "rabbitmq", *OPTIONAL}
     assert not reached_from("certificates")
     assert reached_from("prometheus") == {*PROCESSES, "grafana"}
     assert [name for name, network in COMPOSE["networks"].items() if not (network or {}).get("internal")] == [
@@ -113,8 +122,8 @@ def test_each_process_has_its_own_key_and_no_others() -> None:
         settings = ("TLS_CERTIFICATE_FILE", "TLS_KEY_FILE", "TLS_CA_FILE")
         assert [environment[setting] for setting in settings] == [f"/certificates/{name}/{file}" for file in files]
         *_, checked = CONTAINERS[name]["healthcheck"]["test"]
-        host, _, port = checked.rpartition(":")
-        assert host in certificates.PROCESSES[f"service/{name}"]
+        host, _, port = checked.removeprefix("https://").rpartition(":")
+        assert host in certificates.PROCESSES["reader/pages" if name == "pages" else f"service/{name}"]
         assert environment[f"{name.upper()}_LISTEN"] == f"0.0.0.0:{port}"
         assert CONTAINERS[name]["depends_on"]["certificates"] == {"condition": "service_healthy"}
 
@@ -150,8 +159,60 @@ def test_passwords_are_made_once(tmp_path: Path) -> None:
     assert {user["name"] for user in json.loads(definitions.read_text())["users"]} == {*broker.PROCESSES}
 
 
+def test_the_second_cell_is_as_the_first() -> None:
+    """But for its server, its name, and what only somebody on this machine wants; the rest finds both by one file."""
+    listed = cells.parse((ROOT / "deploy" / "cells.toml").read_text()).by_name
+    assert listed.keys() == {"default", "cell-2"}
+    assert TWO_CELLS["services"].keys() - SECOND.keys() == {"purchases", "relay", "consumer", "prometheus"}
+    assert SECOND.keys() == {f"{name}-2" for name in ("postgres", "migrate-purchases", "purchases", "relay")}
+    own = re.compile(r"\b(postgres|migrate-purchases|purchases|relay)-2\b(?=[:/\"]|$)")
+    for name, second in SECOND.items():
+        kind = name.removesuffix("-2")
+        first = CONTAINERS[kind] | {"environment": dict(CONTAINERS[kind]["environment"])}
+        overlay = TWO_CELLS["services"].get(kind, {})
+        first["environment"] |= overlay.get("environment", {})
+        first["volumes"] = [*first.get("volumes", ()), *overlay.get("volumes", ())]
+        second = second | {"environment": dict(second["environment"]), "volumes": second.get("volumes", [])}
+        for it in (first, second):
+            it.pop("ports", None)
+            it["environment"] = {key: it["environment"][key] for key in it["environment"] if "_TARGET" not in key}
+        if kind in ("purchases", "relay"):
+            cell = second["environment"].pop("CELL"), first["environment"].pop("CELL")
+            assert cell == ("cell-2", "default")
+            address = listed["cell-2"]._asdict()[kind]
+            assert address.partition(":")[0] == name
+            assert address.partition(":")[2] == second["environment"][f"{kind.upper()}_LISTEN"].partition(":")[2]
+            assert name in certificates.PROCESSES[f"service/{kind}"]
+        assert json.loads(own.sub(r"\1", json.dumps(second))) == first, name
+    for name in ("purchases", "consumer"):
+        assert TWO_CELLS["services"][name]["environment"]["CELLS_FILE"] == "/cells.toml"
+    command, _, other = CONTAINERS["prometheus"]["command"][0].rpartition("/")
+    read, read_2 = (
+        yaml.safe_load((ROOT / "deploy" / "prometheus" / file).read_text())
+        for file in (other, TWO_CELLS["services"]["prometheus"]["command"][0].removeprefix(f"{command}/"))
+    )
+    for one, two in zip(read["scrape_configs"], read_2["scrape_configs"], strict=True):
+        (targets,), (all_targets,) = ([it["targets"] for it in job["static_configs"]] for job in (one, two))
+        per_cell = [target.replace(":", "-2:") for target in targets if one["job_name"] in ("purchases", "relay")]
+        assert all_targets == targets + per_cell
+
+
+def test_who_looks_is_known() -> None:
+    """The pages are beyond their machine: they want tokens, which the services take, too."""
+    environment = {name: CONTAINERS[name]["environment"] for name in PROCESSES}
+    everywhere = {"JWT_ISSUER": "${JWT_ISSUER:-}", "JWT_AUDIENCE": "${JWT_AUDIENCE:-}"}
+    everywhere["JWT_KEYS_FILE"] = "${JWT_ISSUER:+/identity-provider/keys.json}"
+    for name in PROCESSES:
+        assert everywhere.items() <= environment[name].items()
+        assert "./identity-provider:/identity-provider:ro" in CONTAINERS[name]["volumes"]
+    called = {name for name in environment["pages"] if name.endswith("_TARGET")}
+    assert called == {f"{name.upper()}_TARGET" for name in PAGES.calls}
+    declared = {it.name for it in settings_of(ServeSettings)}
+    assert {name for name in environment["pages"] if name.startswith(("PAGES_", "JWT_", "OTEL_"))} <= declared
+
+
 def test_who_watches_is_told_of_all() -> None:
-    """Prometheus reads the four pages and has the alarms; Grafana finds it and the dashboard. None starts unasked."""
+    """Prometheus reads all pages and has the alarms; Grafana finds it and the dashboard. None starts unasked."""
     read = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yaml").read_text())
     targets = {it["job_name"]: it["static_configs"][0]["targets"] for it in read["scrape_configs"]}
     for name in PROCESSES:
@@ -159,7 +220,8 @@ def test_who_watches_is_told_of_all() -> None:
         assert targets.pop(name) == [f"{name}:{port}"]
     assert not targets
     assert [(ROOT / "deploy" / "prometheus" / rules).exists() for rules in read["rule_files"]] == [True]
-    assert {name for name, container in CONTAINERS.items() if "profiles" in container} == {*WATCHING}
+    optional = {name: container["profiles"] for name, container in CONTAINERS.items() if "profiles" in container}
+    assert optional == OPTIONAL
     provisioning = ROOT / "deploy" / "grafana" / "provisioning"
     told = Grafana(Path("/nowhere"), Path("/nowhere"), Path("/nowhere")).environ("prometheus:9090")
     environment = CONTAINERS["grafana"]["environment"]

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from analytics_svc import settings as analytics
-from chassis import settings
+from chassis import cells, settings
 from chassis.grpc_server import DRAIN_TIMEOUT_S
 from deploy import broker, certificates
-from deploy.local.services import PURCHASES, SERVICES, Service
+from deploy.local.services import PAGES, PURCHASES, SERVICES, STACK, Service
+from pages_svc import settings as pages
 from purchases_svc import settings as purchases
 from relay_svc import settings as relay
 from tests.conftest import ROOT
@@ -23,6 +24,7 @@ DECLARED = {
     "relay": relay.ServeSettings,
     "consumer": analytics.ConsumeSettings,
     "analytics": analytics.ServeSettings,
+    "pages": pages.ServeSettings,
     "migrate-purchases": purchases.MigrateSettings,
     "migrate-analytics": analytics.MigrateSettings,
 }
@@ -35,7 +37,8 @@ def documents(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 BASE = list(documents(HERE / "base"))
-ALL = [document for folder in ("base", "single-node", "production") for document in documents(HERE / folder)]
+OVERLAYS = ("single-node", "production", "two-cells")
+ALL = [document for folder in ("base", *OVERLAYS) for document in documents(HERE / folder)]
 WORKLOADS = [it for it in ALL if it["kind"] in ("Deployment", "StatefulSet", "Job")]
 (GENERATED,) = [it["configMapGenerator"] for it in BASE if it["kind"] == "Kustomization"]
 SHARED = dict(literal.split("=", 1) for literal in GENERATED[0]["literals"])
@@ -90,6 +93,7 @@ def test_settings(name: str) -> None:
     env = environment(workload)
     assert env.keys() <= declared.keys()
     assert SHARED.keys() <= known.keys() | {f"{service.name.upper()}_TARGET" for service in SERVICES}
+    assert {name for name in known if name.startswith("OTEL_")} >= {name for name in SHARED if name.startswith("OTEL_")}
     must = {it.name for it in declared.values() if it.default is None}
     assert must <= env.keys() | SHARED.keys()
     for setting, value in env.items():
@@ -106,7 +110,7 @@ def test_each_has_secrets_of_its_own() -> None:
         for value in environment(named("Job" if name.startswith("migrate") else "Deployment", name)).values()
         if isinstance(value, dict)
     ]
-    assert len(set(secrets)) == len(secrets) == len(DECLARED) + len(broker.PROCESSES)
+    assert len(set(secrets)) == len(secrets) == len(DECLARED.keys() - {"pages"}) + len(broker.PROCESSES)
     page = (HERE / "README.md").read_text()
     assert {secret for secret in secrets if f"`{secret}`" not in page} == set()
 
@@ -130,6 +134,37 @@ def test_commands_and_probes(service: Service) -> None:
     assert volume["secret"]["secretName"] == issued["spec"]["secretName"]
     for name, key in (("CERTIFICATE", "tls.crt"), ("KEY", "tls.key"), ("CA", "ca.crt")):
         assert SHARED[f"TLS_{name}_FILE"] == f"{mounted['mountPath']}/{key}"
+
+
+def test_the_pages() -> None:
+    """They read, and know whom they serve; they call the services and no database. Probes ask as browsers do."""
+    deployment = named("Deployment", "pages")
+    env, ports = environment(deployment), {it["name"]: it["containerPort"] for it in container(deployment)["ports"]}
+    assert ports == {"https": PAGES.port, "metrics": PAGES.metrics_port}
+    assert (env["PAGES_LISTEN"], env["PAGES_METRICS_LISTEN"]) == ("0.0.0.0:8080", "0.0.0.0:9468")
+    assert container(deployment)["args"] == ["retail-pages", "serve"]
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert container(deployment)[probe]["httpGet"] == {"scheme": "HTTPS", "port": "https", "path": "/health"}
+    (issued,) = [it for it in ALL if it["kind"] == "Certificate" and it["metadata"]["name"] == "pages"]
+    assert issued["spec"]["uris"] == [f"spiffe://{SHARED['TRUST_DOMAIN']}/reader/pages"]
+    assert PAGES.calls and all(SHARED[f"{name.upper()}_TARGET"] for name in PAGES.calls)
+    policy = named("NetworkPolicy", "pages")["spec"]
+    called = {
+        it["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/name"]: it["ports"][0]["port"]
+        for it in policy["egress"]
+    }
+    assert called == {service.name: service.port for service in SERVICES if service.name in PAGES.calls}
+    (unable,) = named("NetworkPolicy", "databases")["spec"]["podSelector"]["matchExpressions"]
+    assert (unable["operator"], unable["values"]) == ("NotIn", ["pages"])
+
+
+@pytest.mark.parametrize("name", [program.name for program in STACK])
+def test_people_are_known_by_their_tokens(name: str) -> None:
+    """Each that they call, by the pages or not, has the keys of who signs them in, in a directory that is followed."""
+    mounted = {it["name"]: it for it in container(named("Deployment", name))["volumeMounts"]}["identity-provider"]
+    assert SHARED["JWT_KEYS_FILE"] == f"{mounted['mountPath']}/keys.json"
+    assert "subPath" not in mounted
+    assert SHARED["JWT_ISSUER"] and SHARED["JWT_AUDIENCE"]
 
 
 @each_service
@@ -173,7 +208,7 @@ def test_who_talks_to_whom(service: Service) -> None:
     callers = {
         it["podSelector"]["matchLabels"]["app.kubernetes.io/name"] for it in calls["from"] if "podSelector" in it
     }
-    assert callers == {other.name for other in SERVICES if service.name in other.calls}
+    assert callers == {other.name for other in STACK if service.name in other.calls}
     assert all("podSelector" in it or "namespaceSelector" in it for it in calls["from"])
     called = {
         (it["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/name"], it["ports"][0]["port"])
@@ -202,7 +237,7 @@ def test_migrations_run_first() -> None:
 
 
 def test_overlays_name_what_there_is() -> None:
-    for overlay in ("single-node", "production"):
+    for overlay in OVERLAYS:
         (kustomization,) = [it for it in documents(HERE / overlay) if it["kind"] == "Kustomization"]
         for resource in kustomization["resources"]:
             assert (HERE / overlay / resource).exists()
@@ -215,3 +250,37 @@ def test_overlays_name_what_there_is() -> None:
     assert scaled["purchases"]["resource"]["name"] == "cpu"
     metric = scaled["consumer"]["external"]["metric"]["name"]
     assert f"`{metric}`" in (ROOT / "docs" / "metrics.md").read_text()
+
+
+def test_two_cells() -> None:
+    """The second has names, secrets and certificates of its own for all that a cell has; the rest is told of both."""
+    listed = cells.parse((HERE / "two-cells" / "cells.toml").read_text()).by_name
+    assert listed.keys() == {"default", "cell-2"}
+    per_cell = [service for service in SERVICES if service.per_cell]
+    issued = {it["metadata"]["name"]: it["spec"] for it in documents(HERE / "two-cells") if it["kind"] == "Certificate"}
+    for service in per_cell:
+        for cell, name in (("default", service.name), ("cell-2", f"{service.name}-2")):
+            assert listed[cell]._asdict()[service.name] == f"dns:///{name}:{service.port}"
+        own = issued[f"{service.name}-2"]
+        assert {"localhost", f"{service.name}-2"} <= {*own["dnsNames"]}
+        assert own["uris"] == [f"spiffe://{SHARED['TRUST_DOMAIN']}/service/{service.name}"]
+    (second,) = documents(HERE / "two-cells" / "second")
+    deleted = second["patches"][0]["target"]["name"].split("|")
+    kept = {it["metadata"]["name"] for it in BASE if "metadata" in it} - {*deleted}
+    assert kept == {*(service.name for service in per_cell), "migrate-purchases"}
+    relabelled = {(it["target"]["kind"], it["target"]["name"]) for it in second["patches"][1:]}
+    assert relabelled == {
+        (it["kind"], it["metadata"]["name"]) for it in BASE if it.get("metadata", {}).get("name") in kept
+    }
+    for patch in second["patches"][1:]:
+        for change in yaml.safe_load(patch["patch"]):
+            assert f"{patch['target']['name']}-2" in change["value"] or change["value"] == "retail-purchases-2-owner"
+    (overlay,) = [it for it in documents(HERE / "two-cells") if it["kind"] == "Kustomization"]
+    told = {it["target"]["name"]: it["patch"] for it in overlay["patches"] if it["target"]["kind"] == "Deployment"}
+    assert {name for names, patch in told.items() if "CELLS_FILE" in patch for name in names.split("|")} == {
+        "purchases",
+        "purchases-2",
+        "consumer",
+    }
+    page = (HERE / "README.md").read_text()
+    assert all(f"`retail-{name}`" in page for name in ("purchases-2-database", "relay-2-database", "purchases-2-owner"))
