@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -41,6 +42,31 @@ def _required(name: str) -> str:
     if not value:
         pytest.fail(f"{name} is not set: run the tests with `make test`, which starts the servers", pytrace=False)
     return value
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two who run beside each other, one begins with the last file."""
+    if os.environ.get("TEST_ORDER") == "from the end":
+        place = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
+        items.sort(key=lambda item: -place[item.path])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """A test that the other one runs counts as done."""
+    return None if _is_ours(item.path) else True
+
+
+@cache
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else has taken that file."""
+    taken = os.environ.get("TEST_FILES_TAKEN")
+    if taken:
+        try:
+            Path(taken, path.name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    return True
 
 
 async def eventually(condition: Callable[[], Awaitable[Any]], what: str, within_s: float = WAIT_S) -> Any:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from urllib.parse import urlsplit
 
@@ -33,11 +34,6 @@ NEXT = (
 )
 # Where the tests find PostgreSQL, RabbitMQ, and that one's directory.
 TEST_SERVERS = ("TEST_POSTGRES_URL", "TEST_AMQP_URL", "TEST_BROKER_DIRECTORY")
-# All tests; either half takes about as long.
-HALVES = (
-    tuple(f"tests/integration/{room}" for room in ("purchases", "relay", "ingest", "proof", "serve", "access")),
-    ("tests/unit", "tests/contract", "tests/faults", "tests/integration/pages", "tests/integration/whole"),
-)
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
 
@@ -168,19 +164,28 @@ def _test_environ(stack: Stack) -> dict[str, str]:
 
 
 def _all_tests(stack: Stack, environ: Mapping[str, str]) -> int:
-    """Two halves beside each other: most of what tests do is to wait for one process or another. Each half has servers
-    and ports of its own, so that neither meets what the other does to them.
+    """Two run beside each other, as most of what tests do is to wait: from either end, file by file, until they meet.
+    Each has servers and ports of its own, so that neither meets what the other does to them.
     """
     beside = stack.home / "second"
     beside.mkdir(exist_ok=True)
-    second, log = Stack(beside, number_of_cells=1), stack.log_of("second-half")
-    with second.used(temporary=True, servers_only=True), log.open("w") as output:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *HALVES[1]]
-        environ_beside = {**_test_environ(second), "TEST_PORTS": "odd"}
-        child = subprocess.Popen(command, env=environ_beside, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    second, log = Stack(beside, number_of_cells=1), stack.log_of("tests-from-the-end")
+    with (
+        second.used(temporary=True, servers_only=True),
+        TemporaryDirectory() as taken,
+        log.open("w") as output,
+    ):
+        both = {"TEST_FILES_TAKEN": taken}
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"],
+            env={**_test_environ(second), **both, "TEST_ORDER": "from the end", "TEST_PORTS": "odd"},
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         try:
-            code = _in_foreground(["-m", "pytest", *HALVES[0]], environ)
-            terminal.say(f"\nThe other half of the tests, beside these (log: {_log(stack, log.stem)}):\n")
+            code = _in_foreground(["-m", "pytest"], {**environ, **both})
+            terminal.say(f"\nThose from the end (log: {_log(stack, log.stem)}):\n")
             code = max(code, abs(child.wait()))
             terminal.say(log.read_text())
         finally:

@@ -15,12 +15,10 @@ import pytest
 
 from chassis import cells as chassis_cells
 from deploy.local import cells, machine, services
-from deploy.local.__main__ import HALVES
 from deploy.local.launch import how_it_ended
 from deploy.local.machine import Notebook, Process, StackError
 from deploy.local.services import PURCHASES, SERVICES, STACK, Service, programs_of
 from deploy.local.stack import Stack, is_call_of
-from tests.conftest import ROOT
 
 STAND_IN = """
 import os, signal, sys
@@ -378,10 +376,3 @@ def test_cells_on_one_machine(tmp_path: Path, table_of_cells: tuple[Service, ...
 def test_a_service_is_known_by_its_call(argv: str, ours: bool) -> None:
     """However it was started: by the stack, or by hand."""
     assert is_call_of(("relay_svc", "serve"), argv.split()) is ours
-
-
-def test_each_test_is_in_one_half() -> None:
-    """Of those that `make test` runs beside each other."""
-    folders = [f"{folder}/" for half in HALVES for folder in half]
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        assert sum(str(path.relative_to(ROOT)).startswith(folder) for folder in folders) == 1, path
