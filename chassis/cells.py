@@ -104,9 +104,9 @@ def _cell(name: str, table: Any, reaches: Callable[[str], Iterable[str]], proble
         own.append("must be a table")
     own += [f"{key} is not known" for key in table if key not in ("branches", *_ADDRESSES)]
     listed = table.get("branches")
-    if not isinstance(listed, list) or not listed:
+    if not isinstance(listed, list):
         listed = []
-        own.append('branches must be a list of numbers and ranges, such as [7, "100-199"]')
+        own.append('branches must be a list of numbers and ranges, such as [7, "100-199"], and may be empty')
     branches = []
     for each in listed:
         if (found := _range(each)) is None:

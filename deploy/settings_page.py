@@ -20,6 +20,7 @@ PROCESSES: dict[str, tuple[type, ...]] = {
     "The consumer: `retail-analytics consume`": (analytics.ConsumeSettings,),
     "The query server: `retail-analytics serve`": (analytics.ServeSettings,),
     "The pages: `retail-pages serve`": (pages.ServeSettings,),
+    "Moving a branch: `retail-purchases move`": (purchases.MoveSettings,),
     TRACES: (TraceSettings,),
     EVERYWHERE: (TlsSettings,),
     "Where commands find the services": (

@@ -16,6 +16,9 @@ from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 
 HOPS_MAX = 3  # while a branch moves, two services may each say that the other one has it
 
+# They agree soon. So it is no refusal, but a reason to come again.
+MOVING = Status(grpc.StatusCode.UNAVAILABLE, "the branch is being moved: each cell says that another one has it")
+
 Reach = Callable[[str], grpc.Channel]
 
 
@@ -49,16 +52,32 @@ class Cells:
         """CreatePurchase at the service that has the branch, wherever that is said to be.
 
         Raises:
-            grpc.RpcError
+            grpc.RpcError, Unavailable
         """
-        for hop in range(1, HOPS_MAX + 1):
+        return self._call("CreatePurchase", request.purchase.branch_id, request, timeout, metadata)  # type: ignore[no-any-return]
+
+    def report_till(
+        self, request: pb2.ReportTillRequest, timeout: float, metadata: Sequence[tuple[str, str]] = ()
+    ) -> pb2.ReportTillResponse:
+        """ReportTill, as `create`."""
+        return self._call("ReportTill", request.branch_id, request, timeout, metadata)  # type: ignore[no-any-return]
+
+    def till_state(
+        self, request: pb2.GetTillStateRequest, timeout: float, metadata: Sequence[tuple[str, str]] = ()
+    ) -> pb2.GetTillStateResponse:
+        """GetTillState, as `create`."""
+        return self._call("GetTillState", request.branch_id, request, timeout, metadata)  # type: ignore[no-any-return]
+
+    def _call(
+        self, method: str, branch_id: int, request: Any, timeout: float, metadata: Sequence[tuple[str, str]]
+    ) -> Any:
+        for _ in range(HOPS_MAX):
             try:
-                create: Any = self.of(request.purchase.branch_id).CreatePurchase
-                return create(request, timeout=timeout, metadata=metadata)  # type: ignore[no-any-return]
+                return getattr(self.of(branch_id), method)(request, timeout=timeout, metadata=metadata)
             except grpc.RpcError as error:
-                if hop == HOPS_MAX or not self.learn(request.purchase.branch_id, errors.read_status(error)):
+                if not self.learn(branch_id, errors.read_status(error)):
                     raise
-        raise AssertionError("it returns or raises")
+        raise errors.Unavailable(MOVING)
 
     def learn(self, branch_id: int, status: Status) -> bool:
         """Whether a refusal tells where to send the branch's sales from now on."""

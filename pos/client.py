@@ -24,7 +24,7 @@ from chassis import wire
 from chassis.tls import Credentials
 from pos import errors, values
 from pos.calls import ATTEMPT_TIMEOUT_S, Calls, Pause, connect, sleep
-from pos.cells import HOPS_MAX, Cells, Reach, reaching
+from pos.cells import HOPS_MAX, MOVING, Cells, Reach, reaching
 from pos.open_stream import OpenStream
 from pos.sale import Item, Sale, create_request
 from pos.service_config import TOTAL_TIMEOUT_S
@@ -91,7 +91,7 @@ class PosClient:
     @contextmanager
     def at(cls, target: str, credentials: Credentials | None = None, **options: Any) -> Iterator["PosClient"]:
         """A client of the service at `host:port` which, where the chain has cells, goes on to the one that has a sale's
-        branch, and remembers it. For the block; other calls than sales go to `target`.
+        branch, and remembers it. For the block; calls that are not about one branch go to `target`.
         """
         with reaching(credentials) as reach:
             yield cls(reach(target), reach=reach, **options)
@@ -165,11 +165,12 @@ class PosClient:
         )
         elsewhere: dict[PurchasesServiceStub, list[Sale]] = {}  # kept until those of this cell are through
         for sale, outcome in uploader.send(sales, until - time.monotonic()):
-            wrong = isinstance(outcome, errors.WrongCell) and hops > 1
-            if wrong and self._cells.learn(sale.branch_id, outcome.status):  # type: ignore[union-attr]
+            if not isinstance(outcome, errors.WrongCell) or not self._cells.learn(sale.branch_id, outcome.status):
+                yield Uploaded(sale, outcome)
+            elif hops > 1:
                 elsewhere.setdefault(self._cells.of(sale.branch_id), []).append(sale)
             else:
-                yield Uploaded(sale, outcome)
+                yield Uploaded(sale, errors.OutcomeUnknown(MOVING))
         for other, theirs in elsewhere.items():
             yield from self._upload(other, theirs, registers, until, hops - 1)
 
@@ -177,7 +178,7 @@ class PosClient:
         """Tell what a till's journal has given out, and learn what of it is stored; `pos.journal` does so by itself."""
         with errors.sending():
             request = purchases_service_pb2.ReportTillRequest(**report._asdict())
-        reply = self._call(self._purchases.ReportTill, request, within_s=within_s)
+        reply = self._call(self._cells.report_till, request, within_s=within_s)
         with errors.reading(errors.CallFailed):
             return Reported(values.till_state(reply.state), values.moment(reply.server_time), reply.time_zone)
 
@@ -185,7 +186,7 @@ class PosClient:
         """What is stored of a till's journals, that which reported last first."""
         with errors.sending():
             request = purchases_service_pb2.GetTillStateRequest(branch_id=branch_id, pos_id=pos_id)
-        reply = self._call(self._purchases.GetTillState, request)
+        reply = self._call(self._cells.till_state, request)
         with errors.reading(errors.CallFailed):
             return [values.till_state(state) for state in reply.states]
 

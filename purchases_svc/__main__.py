@@ -17,13 +17,16 @@ from chassis.wire import PageTokens
 from purchases_svc import flush, messages, record, retention, server, stored, workers
 from purchases_svc.backlog import STATEMENT_TIMEOUT_S as WATCH_TIMEOUT_S
 from purchases_svc.backlog import Backlog
+from purchases_svc.branches import Branches
 from purchases_svc.commands import cells as cells_command
+from purchases_svc.commands import move as move_command
 from purchases_svc.commands import partitions as partitions_command
 from purchases_svc.commands import retention as retention_command
 from purchases_svc.commands import tills as tills_command
+from purchases_svc.moving.copying import MoveError
 from purchases_svc.partitions import Partitions
 from purchases_svc.primary import Primary
-from purchases_svc.settings import CellsCommandSettings, MigrateSettings, ServeSettings
+from purchases_svc.settings import CellsCommandSettings, MigrateSettings, MoveSettings, ServeSettings
 from purchases_svc.till_watch import TillWatch
 from purchases_svc.upload import Uploads
 from retail.purchases.v1 import customers_service_pb2_grpc as customers_grpc
@@ -103,6 +106,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         listed = cells.follow(config) if config.cells_file else None
         if listed and config.cell not in listed.value.by_name:
             raise settings.SettingsError([f"CELL={config.cell}: {config.cells_file} has no such cell"])
+        branches = Branches(config.cell, (lambda: listed.value) if listed else None)
         recorder = record.Recorder(
             write_pool,
             partitions,
@@ -115,8 +119,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             backlog_months=config.backlog_months,
             retention_months=lambda: retaining.months,
             standby_required=config.require_sync_standby,
-            cell=config.cell,
-            listed=(lambda: listed.value) if listed else None,
+            branches=branches,
         )
         tokens = PageTokens(page_token_key)
         shares = Shares(read_pool, max(config.read_connections // server.READ_KINDS, 1), short={server.ONE})
@@ -147,6 +150,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
                 backlog.watch(),
                 primary.watch(),
                 TillWatch(watch_pool).watch(),
+                branches.follow(watch_pool),
                 *([listed.follow(lambda: log.info("the file of cells has changed"))] if listed else []),
             ),
         ):
@@ -166,7 +170,7 @@ commands = cli.Commands(
     "retail-purchases",
     "The purchases service: records sales, and reads them back.",
     {"serve": (ServeSettings, "purchases"), "migrate": (MigrateSettings, "purchases")},
-    failures=(migrate.MigrationError, PortTaken, psycopg.Error, PoolTimeout),
+    failures=(migrate.MigrationError, MoveError, PortTaken, psycopg.Error, PoolTimeout),
 )
 
 
@@ -250,6 +254,25 @@ def _cells(as_json: bool) -> int:
     """
     config = cli.of_environment_or_local_stack(CellsCommandSettings, "consumer")
     return 0 if cells_command.run(config, as_json=as_json) else 1
+
+
+@commands.command("move")
+@click.argument("branch", type=click.IntRange(1, cells.BRANCH_MAX))
+@click.option("--to", "target", required=True, metavar="CELL", help="The cell to which it moves.")
+@click.option("--cancel", is_flag=True, help="Take back a move that is not finished.")
+def _move(branch: int, target: str, cancel: bool) -> None:
+    """Move a branch to another cell while it sells.
+
+    Its purchases, keys, receipts and journals are copied; for a moment at the end no cell takes its sales, and tills
+    come again. Then CELLS_FILE is changed. Whatever ends the command: called again, it goes on; once the branch has
+    moved, it changes nothing.
+
+    As the owner of both databases: PURCHASES_DATABASE_URL is that of the cell in which the branch is,
+    PURCHASES_TARGET_DATABASE_URL that of CELL.
+    """
+    config = settings.load(MoveSettings)
+    logs.configure("purchases-move", config.log_level)
+    move_command.run(config, branch, target, cancel=cancel)
 
 
 main = commands.run

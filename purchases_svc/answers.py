@@ -12,7 +12,8 @@ from chassis.errors import ServiceError
 from chassis.logs import Sampled
 from chassis.postgres import Connection
 from chassis.standby import make_durable
-from purchases_svc import stored
+from purchases_svc import branches, stored
+from purchases_svc.branches import Branches
 from purchases_svc.errors import (
     ClocksDiffer,
     CustomerUnknown,
@@ -53,12 +54,13 @@ CLOCKS_APART_MAX = datetime.timedelta(days=1)  # ours and the database's
 _clocks = Sampled("error", "this machine's clock and the database's are far apart")
 
 
-async def explain(connection: Connection, purchases: Sequence[Purchase]) -> list[Outcome | None]:
+async def explain(connection: Connection, purchases: Sequence[Purchase], ours: Branches) -> list[Outcome | None]:
     """Why purchases were not stored, by what is stored: replays first, since a stored sale also holds its receipt
     number. None for one that nothing speaks against any more.
     """
     holders = await stored.by_keys(connection, [purchase.sale.idempotency_key for purchase in purchases])
     new = [purchase for purchase in purchases if purchase.sale.idempotency_key not in holders]
+    closed = await branches.closed(connection, (purchase.sale.branch_id for purchase in new))
     unknown = await stored.unknown_customers(connection, [purchase.sale for purchase in new])
     receipts = await stored.receipt_holders(connection, new)
     if holders or receipts:
@@ -70,6 +72,8 @@ async def explain(connection: Connection, purchases: Sequence[Purchase]) -> list
             if holder.purchase_id == purchase.purchase_id:
                 return Recorded(holder, replayed=False)  # our own: the answer to its commit was lost
             return replay(sale, holder)
+        if move := closed.get(sale.branch_id):
+            return ours.refusal(sale.branch_id, move)
         if sale.customer_id in unknown and not sale.register_customer:
             return _customer_unknown(sale.customer_id)
         if receipt_holder := receipts.get(sale.idempotency_key):

@@ -8,11 +8,19 @@ from chassis.postgres import Connection
 LOAD_OVER = datetime.timedelta(minutes=1)
 
 
+class Moved(NamedTuple):
+    branch_id: int
+    state: str  # as in the migration
+    other_cell: str
+    since: datetime.datetime
+
+
 class CellStatus(NamedTuple):
     database_id: str
     purchases: int  # an estimate; 0 while nothing was analysed
     bytes: int
     sales_per_s: float
+    moves: list[Moved]
 
 
 async def read(connection: Connection) -> CellStatus:
@@ -30,7 +38,11 @@ async def read(connection: Connection) -> CellStatus:
         prepare=False,  # planned for this very time: then only today's events are looked at
     )
     ((database_id, purchases, size, sales),) = await cursor.fetchall()
-    return CellStatus(database_id, purchases, size, sales / LOAD_OVER.total_seconds())
+    cursor = await connection.execute(
+        "SELECT branch_id, state, other_cell, greatest(since, 'epoch') FROM branch_moves ORDER BY branch_id"
+    )
+    moves = [Moved(*row) for row in await cursor.fetchall()]
+    return CellStatus(database_id, purchases, size, sales / LOAD_OVER.total_seconds(), moves)
 
 
 def _uuid7_floor(moment: datetime.datetime) -> str:

@@ -47,7 +47,9 @@ async def control_totals(
           AND purchase_time >= %(from)s AND purchase_time < %(to)s
           AND (%(all_branches)s OR branch_id = ANY(%(branch_ids)s))
           AND (business_day, branch_id) > (%(after_day)s, %(after_branch)s)
-        GROUP BY business_day, branch_id ORDER BY business_day, branch_id LIMIT %(limit)s
+        GROUP BY business_day, branch_id
+        HAVING branch_id NOT IN (SELECT branch_id FROM unlisted_branches)
+        ORDER BY business_day, branch_id LIMIT %(limit)s
         """,
         {
             "start": start,

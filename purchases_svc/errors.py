@@ -5,7 +5,8 @@ ServiceError
 ├── PurchaseTimeOutOfRange                too long ago
 ├── PurchaseTimeAhead                     too far in the future: it is taken when that time has come
 ├── ClocksDiffer                          ours and the database's: no sale is refused for its time
-├── WrongCell                            another cell records the sales of that branch
+├── WrongCell                             another cell records the sales of that branch
+├── BranchMoving                          it is being moved: no cell does, for a moment
 ├── MonthNotOpen                          so long ago that an operator has to open its month
 ├── IdempotencyKeyReused                  the key belongs to a sale with other content
 ├── ReceiptExists                         another sale of that branch, till and day has the receipt number
@@ -51,6 +52,12 @@ class MonthNotOpen(ServiceError):
 class WrongCell(ServiceError):
     code = StatusCode.FAILED_PRECONDITION
     reason = _named(reasons.WRONG_CELL)
+
+
+class BranchMoving(ServiceError):
+    code = StatusCode.UNAVAILABLE
+    reason = _named(reasons.BRANCH_MOVING)
+    retry_after_s = 0.5
 
 
 class IdempotencyKeyReused(ServiceError):

@@ -24,6 +24,7 @@ from purchases_svc import answers
 from purchases_svc.admission import Admission
 from purchases_svc.answers import Recorded
 from purchases_svc.aside import Aside
+from purchases_svc.branches import Branches
 from purchases_svc.entry import Entry
 from purchases_svc.insert import NO_TRACES, insert
 from purchases_svc.tasks import Tasks
@@ -57,11 +58,13 @@ class Flushes:
         tasks: Tasks,
         batch_max: int,
         without_month: Callable[[Sequence[Entry]], None],
+        branches: Branches,
     ) -> None:
         """`writing` has CONNECTIONS connections, and its patience for all that may happen to a flush of `batch_max`
         sales. `without_month` takes those whose month turns out not to be there.
         """
         self._writing, self._tasks, self._without_month = writing, tasks, without_month
+        self._branches = branches
         self.waiting = Waiting(admission, batch_max, self.add)
         pool, patience_s = writing.pool, writing.patience_s
         self._aside = Aside(pool, self.add, self._flush_alone, self.waiting.settle, self.waiting.drop, patience_s)
@@ -183,7 +186,7 @@ class Flushes:
                     self.waiting.settle(entry, Recorded(entry.purchase, replayed=False))
             if refused_at:
                 refused = [batch[index] for index in refused_at]
-                outcomes = await answers.explain(connection, [entry.purchase for entry in refused])
+                outcomes = await answers.explain(connection, [entry.purchase for entry in refused], self._branches)
                 await self._writing.confirm(connection)
                 for entry, outcome in zip(refused, outcomes, strict=True):
                     if outcome is not None:

@@ -10,7 +10,7 @@ from chassis.wire import cents_text
 from purchases_svc.sale import JournalEntry, Purchase, rfc3339
 
 # One statement is one transaction. Everything hangs on `new_receipt` and `new_key`: what gets in has both, what does
-# not leaves nothing behind. Of sales whose key and customer allow it, those with a free receipt number get in.
+# not leaves nothing behind. Of sales whose key, customer and branch allow it, those with a free receipt number get in.
 # (The same sale on its way twice has the same receipt number, so the second waits for the first and is not accepted.
 # Should another sale take its key at this very moment, the statement fails as a whole; `flush.py` sorts it out.)
 # Receipts, keys and customers are inserted in sorted order, and the tables in an order that PostgreSQL chooses but that
@@ -34,7 +34,11 @@ WITH input AS MATERIALIZED (
     LEFT JOIN LATERAL (
         SELECT true AS known FROM customers c WHERE c.customer_id = input.customer_id LIMIT 1
     ) AS customer ON input.customer_id IS NOT NULL AND NOT register_customer
-    WHERE key.known IS NULL AND (input.customer_id IS NULL OR register_customer OR customer.known)
+    LEFT JOIN LATERAL (
+        SELECT true AS known FROM closed_branches b WHERE b.branch_id = input.branch_id LIMIT 1
+    ) AS closed ON true
+    WHERE key.known IS NULL AND closed.known IS NULL
+        AND (input.customer_id IS NULL OR register_customer OR customer.known)
     ORDER BY branch_id, pos_id, business_day, receipt_id
     ON CONFLICT DO NOTHING
     RETURNING purchase_id

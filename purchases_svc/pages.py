@@ -43,7 +43,10 @@ async def page(
 
     The page is shorter than `limit` where purchases have so many items that they would not fit into a message.
     """
-    conditions: list[LiteralString] = ["p.purchase_time >= %(from)s AND p.purchase_time < %(to)s"]
+    conditions: list[LiteralString] = [
+        "p.purchase_time >= %(from)s AND p.purchase_time < %(to)s",
+        "p.branch_id NOT IN (SELECT branch_id FROM unlisted_branches)",
+    ]
     if branch_id is not None:
         conditions.append("p.branch_id = %(branch_id)s")
     if customer_id is not None:
@@ -93,6 +96,7 @@ async def export_day(
                 f"SELECT {COLUMNS} FROM purchases p"
                 " WHERE p.business_day = %(day)s"
                 "   AND p.purchase_time >= %(from)s AND p.purchase_time < %(to)s"
+                "   AND p.branch_id NOT IN (SELECT branch_id FROM unlisted_branches)"
                 "   AND (%(everybody)s OR p.customer_id = ANY(%(customer_ids)s::uuid[]))"
                 " ORDER BY p.created_xid",
                 {

@@ -7,16 +7,16 @@ from zoneinfo import ZoneInfo
 
 from uuid_utils import uuid7
 
-from chassis import cells, traces
-from chassis.cells import Cells
+from chassis import traces
 from chassis.postgres import Pool
 from chassis.traces import Span
 from chassis.zones import business_day
 from purchases_svc.admission import Admission
 from purchases_svc.answers import Outcome, Recorded
 from purchases_svc.backlog import Backlog
+from purchases_svc.branches import Branches
 from purchases_svc.entry import Call, Entry
-from purchases_svc.errors import OutboxFull, WrongCell
+from purchases_svc.errors import OutboxFull
 from purchases_svc.flush import Flushes
 from purchases_svc.months import Months
 from purchases_svc.partitions import Partitions
@@ -44,20 +44,19 @@ class Recorder:
         backlog_months: int = 0,
         retention_months: Callable[[], int] = lambda: 0,
         standby_required: bool = False,
-        cell: str = cells.DEFAULT,
-        listed: Callable[[], Cells] | None = None,
+        branches: Branches | None = None,
     ) -> None:
         """`pool` has `flush.CONNECTIONS` connections; `zone` cuts business days. `batch_max` sales go in one flush,
         which has `flush_timeout_s` for all that may happen to it. `waiting_max` sales may be on their way, with
-        `waiting_items_max` items in all. This is `cell`, of those that are `listed`, if there are several.
+        `waiting_items_max` items in all. `branches` are those whose sales are recorded here; without it, all are.
         """
         self._partitions, self._backlog, self._zone = partitions, backlog, zone
         self._flush_timeout_s = flush_timeout_s
-        self.cell, self._listed = cell, listed
+        self.branches = branches or Branches()
         self._admission = Admission(waiting_max, waiting_items_max)
         self._tasks = Tasks()
         writing = Writing(pool, flush_timeout_s, standby_required=standby_required)
-        self._flushes = Flushes(writing, self._admission, self._tasks, batch_max, self._without_month)
+        self._flushes = Flushes(writing, self._admission, self._tasks, batch_max, self._without_month, self.branches)
         self._months = Months(
             partitions,
             writing,
@@ -121,17 +120,9 @@ class Recorder:
         """The sale, if this is the cell that records its branch's.
 
         Raises:
-            WrongCell
+            WrongCell, BranchMoving
         """
-        if self._listed:
-            found = self._listed().of_branch(sale.branch_id)
-            if found is None:
-                raise WrongCell(f"no cell has branch {sale.branch_id}", metadata={"branch_id": str(sale.branch_id)})
-            if found.name != self.cell:
-                raise WrongCell(
-                    f"the sales of branch {sale.branch_id} are recorded in cell {found.name}, at {found.purchases}",
-                    metadata={"cell": found.name, "address": found.purchases},
-                )
+        self.branches.require_ours(sale.branch_id)
         return sale
 
     def require_room(self, caller: str, sales: int) -> None:

@@ -11,12 +11,29 @@ from google.protobuf import message
 from uuid_utils import uuid7
 
 from chassis import identity, wire
-from chassis.errors import DatabaseUnavailable, FieldReason, InvalidRequest, Overloaded, Violation
+from chassis.errors import (
+    DatabaseUnavailable,
+    FieldReason,
+    InvalidRequest,
+    Overloaded,
+    TransactionConflict,
+    Violation,
+)
 from chassis.grpc_server import CALL_TIMEOUT_S
 from chassis.parts import in_parts
 from chassis.postgres import Connection, Pool, on_standby
 from chassis.shares import Shares
-from purchases_svc import cell_status, control_totals, customers, messages, pages, recorded_days, tills, windows
+from purchases_svc import (
+    branches,
+    cell_status,
+    control_totals,
+    customers,
+    messages,
+    pages,
+    recorded_days,
+    tills,
+    windows,
+)
 from purchases_svc.errors import CustomerNotFound, PurchaseNotFound
 from purchases_svc.record import Recorder
 from purchases_svc.upload import Uploads
@@ -176,7 +193,11 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         self, request: purchases_service_pb2.ReportTillRequest, context: Any
     ) -> purchases_service_pb2.ReportTillResponse:
         told = messages.parse_report(request)
+        ours = self._recorder.branches
+        ours.require_ours(told.till.branch_id)
         async with _reading(self._shares, context) as connection:
+            if move := (await branches.closed(connection, [told.till.branch_id])).get(told.till.branch_id):
+                raise ours.refusal(told.till.branch_id, move) or TransactionConflict("the branch moves; try again")
             state = await tills.report(connection, told)
         return purchases_service_pb2.ReportTillResponse(
             state=messages.to_till_state(state),
@@ -188,6 +209,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         self, request: purchases_service_pb2.GetTillStateRequest, context: Any
     ) -> purchases_service_pb2.GetTillStateResponse:
         till, epoch = messages.parse_till(request)
+        self._recorder.branches.require_ours(till.branch_id)
         async with _reading(self._shares, context) as connection:
             states = [await tills.state(connection, till, epoch)] if epoch else await tills.states(connection, till)
         return purchases_service_pb2.GetTillStateResponse(states=map(messages.to_till_state, states))
@@ -247,11 +269,20 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         async with _reading(self._shares, context, "control totals") as connection:
             status = await cell_status.read(connection)
         return purchases_service_pb2.GetCellResponse(
-            cell=self._recorder.cell,
+            cell=self._recorder.branches.cell,
             database_id=status.database_id,
             purchase_count=status.purchases,
             byte_count=status.bytes,
             sales_per_second=status.sales_per_s,
+            moves=(
+                purchases_service_pb2.BranchMove(
+                    branch_id=move.branch_id,
+                    state=purchases_service_pb2.BranchState.Value(f"BRANCH_STATE_{move.state}"),
+                    other_cell=move.other_cell,
+                    since_time=wire.timestamp(move.since),
+                )
+                for move in status.moves
+            ),
         )
 
     @asynccontextmanager

@@ -106,6 +106,15 @@ class ServeSettings(AccessSettings, MigrateSettings, CellSettings, TraceSettings
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoveSettings(MigrateSettings, CellsSettings):
+    """Of the command that moves a branch, from the cell of `database_url` to another one; as the owner of both."""
+
+    target_database_url: str = setting(
+        "PURCHASES_TARGET_DATABASE_URL", postgres_url, "URL", "the database of the cell to which a branch moves"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CellsCommandSettings(CellsSettings):
     """Of the command that asks all cells."""
 

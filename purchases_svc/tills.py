@@ -175,7 +175,7 @@ class Trouble(NamedTuple):
 async def troubles(
     connection: Connection, *, older_than: datetime.timedelta, conflicts_for: datetime.timedelta
 ) -> list[Trouble]:
-    """Gaps that are older than that, and conflicts of the last time, by branch and till."""
+    """Gaps that are older than that, and conflicts of the last time, by branch and till; not of branches elsewhere."""
     cursor = await connection.execute(
         f"""
         WITH conflicts AS (
@@ -191,7 +191,9 @@ async def troubles(
             coalesce(conflicts.conflicts, 0), j.clock_offset_ms
         FROM till_journals j LEFT JOIN gaps USING (branch_id, pos_id, epoch)
             LEFT JOIN conflicts USING (branch_id, pos_id, epoch)
-        WHERE gaps.through IS NOT NULL OR conflicts.conflicts IS NOT NULL ORDER BY 1, 2, j.reported_at
+        WHERE (gaps.through IS NOT NULL OR conflicts.conflicts IS NOT NULL)
+            AND branch_id NOT IN (SELECT branch_id FROM branch_moves WHERE state <> 'HERE')
+        ORDER BY 1, 2, j.reported_at
         """,
         {"older_than": older_than, "conflicts_for": conflicts_for},
     )

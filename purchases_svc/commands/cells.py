@@ -69,10 +69,10 @@ def ask(listed: Cells, credentials: Credentials | None) -> list[Seen]:
                     outbox.future(relay_pb.GetOutboxStatusRequest(), timeout=CALL_TIMEOUT_S),
                 )
             )
-        return [_seen(*each) for each in asked]
+        return [_seen(listed, *each) for each in asked]
 
 
-def _seen(cell: Cell, has: Any, outbox: Any) -> Seen:
+def _seen(listed: Cells, cell: Cell, has: Any, outbox: Any) -> Seen:
     answers: list[Any] = []
     problems = []
     for who, call in ((f"purchases at {cell.purchases}", has), (f"relay at {cell.relay}", outbox)):
@@ -88,7 +88,23 @@ def _seen(cell: Cell, has: Any, outbox: Any) -> Seen:
         problems.append(f"relay at {cell.relay} does not publish: {relay.breaker_reason}")
     if relay and relay.failed_count:
         problems.append(f"relay at {cell.relay} has given up {relay.failed_count:,} events")
+    moves = purchases.moves if purchases else ()
+    problems.extend(filter(None, (_of_move(listed, cell, move) for move in moves)))
     return Seen(cell, purchases, relay, problems)
+
+
+def _of_move(listed: Cells, cell: Cell, move: purchases_pb.BranchMove) -> str | None:
+    since = f"{move.since_time.ToDatetime():%Y-%m-%d %H:%M} UTC"
+    if move.state == purchases_pb.BRANCH_STATE_LEAVING:
+        return f"branch {move.branch_id} has been leaving for {move.other_cell} since {since}: nobody takes its sales"
+    if move.state == purchases_pb.BRANCH_STATE_ARRIVING:
+        return f"branch {move.branch_id} has been arriving from {move.other_cell} since {since}"
+    here = listed.of_branch(move.branch_id) == cell
+    if move.state == purchases_pb.BRANCH_STATE_HERE and not here:
+        return f"branch {move.branch_id} is here since {since}, and the file does not say so"
+    if move.state == purchases_pb.BRANCH_STATE_LEFT and here:
+        return f"branch {move.branch_id} is in {move.other_cell} since {since}, and the file says that it is here"
+    return None
 
 
 def _told_apart(seen: Sequence[Seen]) -> list[Seen]:
@@ -143,5 +159,15 @@ def _as_json(each: Seen) -> dict[str, Any]:
         "sales_per_second": has.sales_per_second if has else None,
         "waiting_count": outbox.new_count if outbox else None,
         "oldest_waiting_seconds": _lag_s(outbox) if outbox else None,
+        "moves": [_move_as_json(move) for move in has.moves] if has else None,
         "problems": each.problems,
+    }
+
+
+def _move_as_json(move: purchases_pb.BranchMove) -> dict[str, Any]:
+    return {
+        "branch_id": move.branch_id,
+        "state": purchases_pb.BranchState.Name(move.state).removeprefix("BRANCH_STATE_"),
+        "other_cell": move.other_cell,
+        "since": move.since_time.ToJsonString(),
     }

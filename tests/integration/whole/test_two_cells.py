@@ -49,8 +49,8 @@ class World:
     purchases: dict[str, str] = field(default_factory=lambda: {name: free_address() for name in ("north", "south")})
     relays: dict[str, str] = field(default_factory=lambda: {name: free_address() for name in ("north", "south")})
 
-    def list_cells(self, south: str = '"100-199"') -> None:
-        branches = {"north": '"1-99"', "south": south}
+    def list_cells(self, south: str = '"100-199"', north: str = '"1-99"') -> None:
+        branches = {"north": north, "south": south}
         said = "".join(
             f'[{name}]\nbranches = [{listed}]\npurchases = "{self.purchases[name]}"\nrelay = "{self.relays[name]}"\n'
             for name, listed in branches.items()
@@ -207,7 +207,7 @@ async def test_two_cells(
         await eventually(redriven, "the consumer knows of the new branch")
 
         async def known() -> bool:
-            return cells.cells.has("south", UNLISTED)
+            return cells.cells.of_branch(UNLISTED) is not None
 
         await eventually(known, "and so does whoever asks here")
 

@@ -133,6 +133,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     cell, metadata's cell, by the service at metadata's address: send the same
     sale there, with its key. Without an address, no cell has the branch.
     """
+    BRANCH_MOVING: _ErrorReason.ValueType  # 26
+    """UNAVAILABLE. Retry after 0.5 s: the branch is being moved to this cell, which
+    takes its sales, with their keys, as soon as it has all of them.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the reason of google.rpc.ErrorInfo, whose domain is
@@ -252,5 +256,9 @@ WRONG_CELL: ErrorReason.ValueType  # 25
 """FAILED_PRECONDITION. Final: the branch's sales are recorded in another
 cell, metadata's cell, by the service at metadata's address: send the same
 sale there, with its key. Without an address, no cell has the branch.
+"""
+BRANCH_MOVING: ErrorReason.ValueType  # 26
+"""UNAVAILABLE. Retry after 0.5 s: the branch is being moved to this cell, which
+takes its sales, with their keys, as soon as it has all of them.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

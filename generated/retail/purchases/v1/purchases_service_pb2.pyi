@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from google.type import date_pb2 as _date_pb2
 from google.type import decimal_pb2 as _decimal_pb2
@@ -23,6 +24,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _BranchState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BranchStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BranchState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BRANCH_STATE_UNSPECIFIED: _BranchState.ValueType  # 0
+    """Not given."""
+    BRANCH_STATE_HERE: _BranchState.ValueType  # 1
+    """It is here: its sales are taken."""
+    BRANCH_STATE_LEAVING: _BranchState.ValueType  # 2
+    """No sales are taken here any more, and the last ones are being copied."""
+    BRANCH_STATE_LEFT: _BranchState.ValueType  # 3
+    """The other cell takes its sales."""
+    BRANCH_STATE_ARRIVING: _BranchState.ValueType  # 4
+    """It is being copied to here: no sales are taken yet."""
+
+class BranchState(_BranchState, metaclass=_BranchStateEnumTypeWrapper):
+    """Where a branch is that moves, or has moved, as one of its two cells has it."""
+
+BRANCH_STATE_UNSPECIFIED: BranchState.ValueType  # 0
+"""Not given."""
+BRANCH_STATE_HERE: BranchState.ValueType  # 1
+"""It is here: its sales are taken."""
+BRANCH_STATE_LEAVING: BranchState.ValueType  # 2
+"""No sales are taken here any more, and the last ones are being copied."""
+BRANCH_STATE_LEFT: BranchState.ValueType  # 3
+"""The other cell takes its sales."""
+BRANCH_STATE_ARRIVING: BranchState.ValueType  # 4
+"""It is being copied to here: no sales are taken yet."""
+Global___BranchState: _TypeAlias = BranchState  # noqa: Y015
 
 @_typing.final
 class CreatePurchaseRequest(_message.Message):
@@ -852,6 +885,7 @@ class GetCellResponse(_message.Message):
     PURCHASE_COUNT_FIELD_NUMBER: _builtins.int
     BYTE_COUNT_FIELD_NUMBER: _builtins.int
     SALES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
     cell: _builtins.str
     """The cell's name, as its processes are set."""
     database_id: _builtins.str
@@ -864,6 +898,10 @@ class GetCellResponse(_message.Message):
     """Size of the database."""
     sales_per_second: _builtins.float
     """Sales recorded in a second, on the average of the last minute."""
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___BranchMove]:
+        """Branches that have moved from or to another cell, or are about to."""
+
     def __init__(
         self,
         *,
@@ -872,11 +910,51 @@ class GetCellResponse(_message.Message):
         purchase_count: _builtins.int = ...,
         byte_count: _builtins.int = ...,
         sales_per_second: _builtins.float = ...,
+        moves: _abc.Iterable[Global___BranchMove] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_count", b"byte_count", "cell", b"cell", "database_id", b"database_id", "purchase_count", b"purchase_count", "sales_per_second", b"sales_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_count", b"byte_count", "cell", b"cell", "database_id", b"database_id", "moves", b"moves", "purchase_count", b"purchase_count", "sales_per_second", b"sales_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetCellResponse: _TypeAlias = GetCellResponse  # noqa: Y015
+
+@_typing.final
+class BranchMove(_message.Message):
+    """A branch that moves, or has moved, as one of its two cells has it. For an hour
+    after it has left, both cells tell of its sales in lists and exports, as what
+    the old one tells is part of what the new one does.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BRANCH_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    OTHER_CELL_FIELD_NUMBER: _builtins.int
+    SINCE_TIME_FIELD_NUMBER: _builtins.int
+    branch_id: _builtins.int
+    """The branch."""
+    state: Global___BranchState.ValueType
+    """Where it is."""
+    other_cell: _builtins.str
+    """Name of the cell to which it goes, or from which it comes."""
+    @_builtins.property
+    def since_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when."""
+
+    def __init__(
+        self,
+        *,
+        branch_id: _builtins.int = ...,
+        state: Global___BranchState.ValueType = ...,
+        other_cell: _builtins.str = ...,
+        since_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since_time", b"since_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch_id", b"branch_id", "other_cell", b"other_cell", "since_time", b"since_time", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BranchMove: _TypeAlias = BranchMove  # noqa: Y015

@@ -119,6 +119,11 @@ class PurchasesServiceServicer:
         idempotency_key: the same content gets the stored answer, other content is
         refused with IDEMPOTENCY_KEY_REUSED. A receipt number that another sale of
         that branch, till and business day holds is refused with RECEIPT_EXISTS.
+
+        Where the chain has cells, keys and receipt numbers are unique within a
+        cell, and so over the chain, since a branch is in one cell. A branch that
+        moves takes its keys and receipt numbers along before the new cell takes a
+        sale: sent again there, a sale gets the answer that it had.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,6 +48,11 @@ class PurchasesServiceStub:
     idempotency_key: the same content gets the stored answer, other content is
     refused with IDEMPOTENCY_KEY_REUSED. A receipt number that another sale of
     that branch, till and business day holds is refused with RECEIPT_EXISTS.
+
+    Where the chain has cells, keys and receipt numbers are unique within a
+    cell, and so over the chain, since a branch is in one cell. A branch that
+    moves takes its keys and receipt numbers along before the new cell takes a
+    sale: sent again there, a sale gets the answer that it had.
     """
     GetPurchase: _grpc.UnaryUnaryMultiCallable[_purchases_service_pb2.GetPurchaseRequest, _purchases_service_pb2.GetPurchaseResponse]
     """Reads one purchase."""
@@ -117,6 +122,11 @@ class PurchasesServiceAsyncStub(PurchasesServiceStub):
     idempotency_key: the same content gets the stored answer, other content is
     refused with IDEMPOTENCY_KEY_REUSED. A receipt number that another sale of
     that branch, till and business day holds is refused with RECEIPT_EXISTS.
+
+    Where the chain has cells, keys and receipt numbers are unique within a
+    cell, and so over the chain, since a branch is in one cell. A branch that
+    moves takes its keys and receipt numbers along before the new cell takes a
+    sale: sent again there, a sale gets the answer that it had.
     """
     GetPurchase: _aio.UnaryUnaryMultiCallable[_purchases_service_pb2.GetPurchaseRequest, _purchases_service_pb2.GetPurchaseResponse]  # type: ignore[assignment]
     """Reads one purchase."""
@@ -189,6 +199,11 @@ class PurchasesServiceServicer(metaclass=_abc_1.ABCMeta):
         idempotency_key: the same content gets the stored answer, other content is
         refused with IDEMPOTENCY_KEY_REUSED. A receipt number that another sale of
         that branch, till and business day holds is refused with RECEIPT_EXISTS.
+
+        Where the chain has cells, keys and receipt numbers are unique within a
+        cell, and so over the chain, since a branch is in one cell. A branch that
+        moves takes its keys and receipt numbers along before the new cell takes a
+        sale: sent again there, a sale gets the answer that it had.
         """
 
     @_abc_1.abstractmethod
