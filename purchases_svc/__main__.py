@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 import click
@@ -23,7 +24,9 @@ from purchases_svc.commands import move as move_command
 from purchases_svc.commands import partitions as partitions_command
 from purchases_svc.commands import retention as retention_command
 from purchases_svc.commands import tills as tills_command
+from purchases_svc.customers_server import CustomersServicer
 from purchases_svc.moving.copying import MoveError
+from purchases_svc.other_cells import OtherCells
 from purchases_svc.partitions import Partitions
 from purchases_svc.primary import Primary
 from purchases_svc.settings import CellsCommandSettings, MigrateSettings, MoveSettings, ServeSettings
@@ -32,6 +35,7 @@ from purchases_svc.upload import Uploads
 from retail.purchases.v1 import customers_service_pb2_grpc as customers_grpc
 from retail.purchases.v1 import purchases_service_pb2_grpc as purchases_grpc
 
+SERVICE_CONFIG = (resources.files("retail") / "service_config.json").read_text()  # what cells ask each other by
 MIGRATIONS = Path(__file__).parent / "migrations"
 READ_TIMEOUT_S = grpc_server.CALL_TIMEOUT_S
 
@@ -46,7 +50,8 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
         return
     if worker is not None:
         workers.die_with_parent()
-    host = grpc_server.Server("purchases.retail.example", config, tls.credentials(config))
+    credentials = tls.credentials(config)
+    host = grpc_server.Server("purchases.retail.example", config, credentials)
     metrics_listen = workers.metrics_address(config.metrics_listen, worker)
     async with (
         metrics.serving_metrics(metrics_listen),
@@ -133,7 +138,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
             ),
             grpc_server.Service(
                 customers_grpc.add_CustomersServiceServicer_to_server,
-                server.CustomersServicer(shares, tokens),
+                CustomersServicer(shares, tokens),
                 "retail.purchases.v1.CustomersService",
             ),
         ]
@@ -151,6 +156,11 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
                 primary.watch(),
                 TillWatch(watch_pool).watch(),
                 branches.follow(watch_pool),
+                *(
+                    [OtherCells(watch_pool, config.cell, lambda: listed.value, SERVICE_CONFIG, credentials).follow()]
+                    if listed
+                    else []
+                ),
                 *([listed.follow(lambda: log.info("the file of cells has changed"))] if listed else []),
             ),
         ):

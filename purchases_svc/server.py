@@ -8,7 +8,6 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from google.protobuf import message
-from uuid_utils import uuid7
 
 from chassis import identity, wire
 from chassis.errors import (
@@ -27,19 +26,16 @@ from purchases_svc import (
     branches,
     cell_status,
     control_totals,
-    customers,
     messages,
     pages,
     recorded_days,
     tills,
     windows,
 )
-from purchases_svc.errors import CustomerNotFound, PurchaseNotFound
+from purchases_svc.errors import PurchaseNotFound
 from purchases_svc.record import Recorder
 from purchases_svc.upload import Uploads
-from retail.purchases.v1 import customers_service_pb2 as customers_pb2
 from retail.purchases.v1 import (
-    customers_service_pb2_grpc,
     purchases_service_pb2,
     purchases_service_pb2_grpc,
 )
@@ -47,7 +43,6 @@ from retail.purchases.v1 import (
 UPLOAD_BYTES_MAX = 1 << 20  # of a message of UploadPurchases, which brings hundreds of sales at once
 CALLS_OF_CONNECTION_MAX = 32  # at once: some 10 ms of work, and enough for thousands of sales a second
 PURCHASES_PER_PAGE = (50, 500)  # by default, at most
-CUSTOMERS_PER_PAGE = (50, 500)
 CONTROL_TOTALS_PER_PAGE = (500, 1_000)
 CONTROL_TOTALS_DAYS_MAX = 31
 INCOMPLETE_TILLS_MAX = 100
@@ -87,8 +82,8 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     async def GetPurchase(
         self, request: purchases_service_pb2.GetPurchaseRequest, context: Any
     ) -> purchases_service_pb2.GetPurchaseResponse:
-        purchase_id = _required_uuid("purchase_id", request.purchase_id)
-        async with _reading(self._shares, context) as connection:
+        purchase_id = required_uuid("purchase_id", request.purchase_id)
+        async with reading(self._shares, context) as connection:
             purchase = await pages.by_id(connection, purchase_id, identity.current().branch_id)
         if purchase is None:
             raise PurchaseNotFound(f"no purchase has the id {purchase_id}", metadata={"purchase_id": purchase_id})
@@ -108,10 +103,10 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             if customer_id is None:
                 violations.append(Violation("customer_id", wire.UUID_RULE, FieldReason.NOT_A_UUID))
         start, end = (_optional_time(request, field, violations) for field in ("start_time", "end_time"))
-        _raise_if(violations)
+        raise_if(violations)
         position = self._tokens.read(request)
         before = (datetime.datetime.fromisoformat(position[0]), position[1]) if position else None
-        async with _reading(self._shares, context, "purchases") as connection:
+        async with reading(self._shares, context, "purchases") as connection:
             purchases, more = await pages.page(
                 connection,
                 limit=limit,
@@ -145,12 +140,12 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             for index, branch_id in enumerate(request.branch_ids):
                 wire.check_id(f"branch_ids[{index}]", branch_id, violations)
         end = _optional_time(request, "end_time", violations)
-        _raise_if(violations)
+        raise_if(violations)
         assert first and last
         position = self._tokens.read(request)
         after = (datetime.date.fromisoformat(position[0]), position[1]) if position else None
-        async with _reading(self._shares, context, "control totals") as connection:
-            _require_primary(connection)
+        async with reading(self._shares, context, "control totals") as connection:
+            require_primary(connection)
             rows = await control_totals.control_totals(
                 connection,
                 first=first,
@@ -179,8 +174,8 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         self, request: purchases_service_pb2.ListRecordedDaysRequest, context: Any
     ) -> purchases_service_pb2.ListRecordedDaysResponse:
         after = recorded_days.parse(request.after_position)
-        async with _reading(self._shares, context, "control totals") as connection:
-            _require_primary(connection)
+        async with reading(self._shares, context, "control totals") as connection:
+            require_primary(connection)
             recorded = await recorded_days.since(connection, after)
         return purchases_service_pb2.ListRecordedDaysResponse(
             sales_dates=map(wire.date, recorded.days),
@@ -195,7 +190,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         told = messages.parse_report(request)
         ours = self._recorder.branches
         ours.require_ours(told.till.branch_id)
-        async with _reading(self._shares, context) as connection:
+        async with reading(self._shares, context) as connection:
             if move := (await branches.closed(connection, [told.till.branch_id])).get(told.till.branch_id):
                 raise ours.refusal(told.till.branch_id, move) or TransactionConflict("the branch moves; try again")
             state = await tills.report(connection, told)
@@ -210,14 +205,14 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     ) -> purchases_service_pb2.GetTillStateResponse:
         till, epoch = messages.parse_till(request)
         self._recorder.branches.require_ours(till.branch_id)
-        async with _reading(self._shares, context) as connection:
+        async with reading(self._shares, context) as connection:
             states = [await tills.state(connection, till, epoch)] if epoch else await tills.states(connection, till)
         return purchases_service_pb2.GetTillStateResponse(states=map(messages.to_till_state, states))
 
     async def ListIncompleteTills(
         self, request: purchases_service_pb2.ListIncompleteTillsRequest, context: Any
     ) -> purchases_service_pb2.ListIncompleteTillsResponse:
-        async with _reading(self._shares, context, "control totals") as connection:
+        async with reading(self._shares, context, "control totals") as connection:
             found = await tills.troubles(connection, older_than=tills.GAP_AGE, conflicts_for=tills.CONFLICTS_TOLD)
         return purchases_service_pb2.ListIncompleteTillsResponse(
             incomplete_tills=map(messages.to_incomplete_till, found[:INCOMPLETE_TILLS_MAX]), total_size=len(found)
@@ -245,7 +240,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
         if len(request.customer_ids) > CUSTOMER_IDS_MAX:
             rule = f"must have at most {CUSTOMER_IDS_MAX:,} customers"
             violations.append(Violation("customer_ids", rule, FieldReason.TOO_MANY))
-        _raise_if(violations)
+        raise_if(violations)
         assert first and last
         asked = [customer_id for customer_id in customer_ids if customer_id]
         async with self._exporting(context) as connection:
@@ -266,7 +261,7 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
     async def GetCell(
         self, request: purchases_service_pb2.GetCellRequest, context: Any
     ) -> purchases_service_pb2.GetCellResponse:
-        async with _reading(self._shares, context, "control totals") as connection:
+        async with reading(self._shares, context, "control totals") as connection:
             status = await cell_status.read(connection)
         return purchases_service_pb2.GetCellResponse(
             cell=self._recorder.branches.cell,
@@ -309,53 +304,8 @@ class PurchasesServicer(purchases_service_pb2_grpc.PurchasesServiceServicer):
             turn.release()
 
 
-class CustomersServicer(customers_service_pb2_grpc.CustomersServiceServicer):
-    """`retail.purchases.v1.CustomersService`."""
-
-    def __init__(self, shares: Shares, tokens: wire.PageTokens) -> None:
-        self._shares, self._tokens = shares, tokens
-
-    async def CreateCustomer(
-        self, request: customers_pb2.CreateCustomerRequest, context: Any
-    ) -> customers_pb2.CreateCustomerResponse:
-        given = request.HasField("customer_id")
-        customer_id = _required_uuid("customer_id", request.customer_id) if given else str(uuid7())
-        async with _reading(self._shares, context) as connection:
-            created_at = await customers.register(connection, customer_id)
-        return customers_pb2.CreateCustomerResponse(customer=_customer(customer_id, created_at))
-
-    async def GetCustomer(
-        self, request: customers_pb2.GetCustomerRequest, context: Any
-    ) -> customers_pb2.GetCustomerResponse:
-        customer_id = _required_uuid("customer_id", request.customer_id)
-        async with _reading(self._shares, context) as connection:
-            created_at = await customers.registered_at(connection, customer_id)
-        if created_at is None:
-            raise CustomerNotFound(f"no customer has the id {customer_id}", metadata={"customer_id": customer_id})
-        return customers_pb2.GetCustomerResponse(customer=_customer(customer_id, created_at))
-
-    async def ListCustomers(
-        self, request: customers_pb2.ListCustomersRequest, context: Any
-    ) -> customers_pb2.ListCustomersResponse:
-        violations: list[Violation] = []
-        limit = wire.page_size(request.page_size, *CUSTOMERS_PER_PAGE, violations)
-        prefix = request.customer_id_prefix
-        between = customers.beginning_with(prefix) if prefix else None
-        if prefix and not between:
-            rule = "must be the beginning of a UUID, such as 7b0d3a52-5"
-            violations.append(Violation("customer_id_prefix", rule, FieldReason.NOT_A_UUID))
-        _raise_if(violations)
-        position = self._tokens.read(request)
-        after = position[0] if position else None
-        async with _reading(self._shares, context, "customers") as connection:
-            rows = await customers.page(connection, limit=limit + 1, after=after, between=between)
-        page = rows[:limit]
-        token = self._tokens.issue(request, [page[-1][0]]) if len(rows) > limit else ""
-        return customers_pb2.ListCustomersResponse(customers=(_customer(*row) for row in page), next_page_token=token)
-
-
 @asynccontextmanager
-async def _reading(shares: Shares, context: Any, kind: str = ONE) -> AsyncIterator[Connection]:
+async def reading(shares: Shares, context: Any, kind: str = ONE) -> AsyncIterator[Connection]:
     """A transaction whose statements end when the caller's deadline does, so that nobody's query lingers."""
     remaining = context.time_remaining()
     timeout_s = CALL_TIMEOUT_S if remaining is None else min(max(remaining, 0.001), CALL_TIMEOUT_S)
@@ -366,7 +316,7 @@ async def _reading(shares: Shares, context: Any, kind: str = ONE) -> AsyncIterat
         yield connection
 
 
-def _require_primary(connection: Connection) -> None:
+def require_primary(connection: Connection) -> None:
     """What a standby lacks, the audit would call invented, and a repair would take out."""
     if on_standby(connection):
         raise DatabaseUnavailable("a standby cannot tell what is recorded by now; ask the primary")
@@ -383,16 +333,12 @@ def _control_totals(row: control_totals.ControlTotals) -> purchases_service_pb2.
     )
 
 
-def _customer(customer_id: str, created_at: datetime.datetime) -> customers_pb2.Customer:
-    return customers_pb2.Customer(customer_id=customer_id, create_time=wire.timestamp(created_at))
-
-
-def _raise_if(violations: list[Violation]) -> None:
+def raise_if(violations: list[Violation]) -> None:
     if violations:
         raise InvalidRequest(violations)
 
 
-def _required_uuid(field: str, text: str) -> str:
+def required_uuid(field: str, text: str) -> str:
     parsed = wire.parse_uuid(text)
     if parsed is None:
         raise InvalidRequest([Violation(field, wire.UUID_RULE, FieldReason.NOT_A_UUID)])

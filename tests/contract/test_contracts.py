@@ -22,7 +22,7 @@ SERVICES = {
         "CreatePurchase GetPurchase ListPurchases UploadPurchases ListControlTotals ListRecordedDays ReportTill"
         " GetTillState ListIncompleteTills ExportPurchases GetCell"
     ),
-    "retail.purchases.v1.CustomersService": "CreateCustomer GetCustomer ListCustomers",
+    "retail.purchases.v1.CustomersService": "CreateCustomer GetCustomer ListCustomers ListNewCustomers",
     "retail.relay.v1.OutboxService": "GetOutboxStatus ListOutboxEvents RequeueEvents ListCommittedEventIds",
     "retail.analytics.v1.AnalyticsService": (
         "ListDailySales ListProductSales ListTopProducts ListLoyalCustomers GetCustomerLoyalty GetSalesSummary"

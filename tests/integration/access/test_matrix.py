@@ -86,7 +86,10 @@ def comers(chain: Backbone) -> list[Comer]:
         Comer("manager of another branch", own("/branch/2/manager/anna"), role="manager", own_branch=False),
         Comer("reader", own("/reader/hq"), role="reader"),
         Comer("operator", own("/operator/kim"), role="operator"),
-        *(Comer(it, own(f"/service/{it}"), role="service", service=it) for it in ("consumer", "relay", "analytics")),
+        *(
+            Comer(it, own(f"/service/{it}"), role="service", service=it)
+            for it in ("purchases", "consumer", "relay", "analytics")
+        ),
         *bearers(chain),
     ]
 

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from retail.access.v1 import access_pb2 as retail_dot_access_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+retail/purchases/v1/customers_service.proto\x12\x13retail.purchases.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dretail/access/v1/access.proto\"P\n\x08\x43ustomer\x12\x13\n\x0b\x63ustomer_id\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"G\n\x15\x43reateCustomerRequest\x12\x1e\n\x0b\x63ustomer_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_customer_id\"I\n\x16\x43reateCustomerResponse\x12/\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x1d.retail.purchases.v1.Customer\"/\n\x12GetCustomerRequest\x12\x19\n\x0b\x63ustomer_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"F\n\x13GetCustomerResponse\x12/\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x1d.retail.purchases.v1.Customer\"Y\n\x14ListCustomersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x1a\n\x12\x63ustomer_id_prefix\x18\x03 \x01(\t\"b\n\x15ListCustomersResponse\x12\x30\n\tcustomers\x18\x01 \x03(\x0b\x32\x1d.retail.purchases.v1.Customer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xf8\x02\n\x10\x43ustomersService\x12x\n\x0e\x43reateCustomer\x12*.retail.purchases.v1.CreateCustomerRequest\x1a+.retail.purchases.v1.CreateCustomerResponse\"\r\x90\x02\x02\xe2\xce\x18\x06\n\x02\x01\x02\x10\x01\x12q\n\x0bGetCustomer\x12\'.retail.purchases.v1.GetCustomerRequest\x1a(.retail.purchases.v1.GetCustomerResponse\"\x0f\x90\x02\x01\xe2\xce\x18\x08\n\x04\x01\x02\x03\x04\x10\x01\x12w\n\rListCustomers\x12).retail.purchases.v1.ListCustomersRequest\x1a*.retail.purchases.v1.ListCustomersResponse\"\x0f\x90\x02\x01\xe2\xce\x18\x08\n\x04\x01\x02\x03\x04\x10\x01\x42g\n\x1b\x65xample.retail.purchases.v1P\x01Z0retail.example/backbone/purchases/v1;purchasesv1\xaa\x02\x13Retail.Purchases.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+retail/purchases/v1/customers_service.proto\x12\x13retail.purchases.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dretail/access/v1/access.proto\"P\n\x08\x43ustomer\x12\x13\n\x0b\x63ustomer_id\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"G\n\x15\x43reateCustomerRequest\x12\x1e\n\x0b\x63ustomer_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_customer_id\"I\n\x16\x43reateCustomerResponse\x12/\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x1d.retail.purchases.v1.Customer\"/\n\x12GetCustomerRequest\x12\x19\n\x0b\x63ustomer_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"F\n\x13GetCustomerResponse\x12/\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x1d.retail.purchases.v1.Customer\"Y\n\x14ListCustomersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x1a\n\x12\x63ustomer_id_prefix\x18\x03 \x01(\t\"b\n\x15ListCustomersResponse\x12\x30\n\tcustomers\x18\x01 \x03(\x0b\x32\x1d.retail.purchases.v1.Customer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x17ListNewCustomersRequest\x12\x16\n\x0e\x61\x66ter_position\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\"\x9c\x01\n\x18ListNewCustomersResponse\x12\x30\n\tcustomers\x18\x01 \x03(\x0b\x32\x1d.retail.purchases.v1.Customer\x12\x10\n\x08position\x18\x02 \x01(\t\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12.\n\nas_of_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\x84\x04\n\x10\x43ustomersService\x12x\n\x0e\x43reateCustomer\x12*.retail.purchases.v1.CreateCustomerRequest\x1a+.retail.purchases.v1.CreateCustomerResponse\"\r\x90\x02\x02\xe2\xce\x18\x06\n\x02\x01\x02\x10\x01\x12q\n\x0bGetCustomer\x12\'.retail.purchases.v1.GetCustomerRequest\x1a(.retail.purchases.v1.GetCustomerResponse\"\x0f\x90\x02\x01\xe2\xce\x18\x08\n\x04\x01\x02\x03\x04\x10\x01\x12w\n\rListCustomers\x12).retail.purchases.v1.ListCustomersRequest\x1a*.retail.purchases.v1.ListCustomersResponse\"\x0f\x90\x02\x01\xe2\xce\x18\x08\n\x04\x01\x02\x03\x04\x10\x01\x12\x89\x01\n\x10ListNewCustomers\x12,.retail.purchases.v1.ListNewCustomersRequest\x1a-.retail.purchases.v1.ListNewCustomersResponse\"\x18\x90\x02\x01\xe2\xce\x18\x11\n\x02\x04\x05\x10\x01\x1a\tpurchasesBg\n\x1b\x65xample.retail.purchases.v1P\x01Z0retail.example/backbone/purchases/v1;purchasesv1\xaa\x02\x13Retail.Purchases.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,6 +45,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CUSTOMERSSERVICE'].methods_by_name['GetCustomer']._serialized_options = b'\220\002\001\342\316\030\010\n\004\001\002\003\004\020\001'
   _globals['_CUSTOMERSSERVICE'].methods_by_name['ListCustomers']._loaded_options = None
   _globals['_CUSTOMERSSERVICE'].methods_by_name['ListCustomers']._serialized_options = b'\220\002\001\342\316\030\010\n\004\001\002\003\004\020\001'
+  _globals['_CUSTOMERSSERVICE'].methods_by_name['ListNewCustomers']._loaded_options = None
+  _globals['_CUSTOMERSSERVICE'].methods_by_name['ListNewCustomers']._serialized_options = b'\220\002\001\342\316\030\021\n\002\004\005\020\001\032\tpurchases'
   _globals['_CUSTOMER']._serialized_start=165
   _globals['_CUSTOMER']._serialized_end=245
   _globals['_CREATECUSTOMERREQUEST']._serialized_start=247
@@ -59,6 +61,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTCUSTOMERSREQUEST']._serialized_end=605
   _globals['_LISTCUSTOMERSRESPONSE']._serialized_start=607
   _globals['_LISTCUSTOMERSRESPONSE']._serialized_end=705
-  _globals['_CUSTOMERSSERVICE']._serialized_start=708
-  _globals['_CUSTOMERSSERVICE']._serialized_end=1084
+  _globals['_LISTNEWCUSTOMERSREQUEST']._serialized_start=707
+  _globals['_LISTNEWCUSTOMERSREQUEST']._serialized_end=775
+  _globals['_LISTNEWCUSTOMERSRESPONSE']._serialized_start=778
+  _globals['_LISTNEWCUSTOMERSRESPONSE']._serialized_end=934
+  _globals['_CUSTOMERSSERVICE']._serialized_start=937
+  _globals['_CUSTOMERSSERVICE']._serialized_end=1453
 # @@protoc_insertion_point(module_scope)

@@ -56,6 +56,11 @@ class CustomersServiceStub:
                 request_serializer=retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListCustomersRequest.SerializeToString,
                 response_deserializer=retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListCustomersResponse.FromString,
                 _registered_method=True)
+        self.ListNewCustomers = channel.unary_unary(
+                '/retail.purchases.v1.CustomersService/ListNewCustomers',
+                request_serializer=retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListNewCustomersRequest.SerializeToString,
+                response_deserializer=retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListNewCustomersResponse.FromString,
+                _registered_method=True)
 
 
 class CustomersServiceServicer:
@@ -90,6 +95,14 @@ class CustomersServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListNewCustomers(self, request, context):
+        """Lists customers in the order in which they came to be known in this cell,
+        from a position on: how the chain's other cells get to know them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CustomersServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -107,6 +120,11 @@ def add_CustomersServiceServicer_to_server(servicer, server):
                     servicer.ListCustomers,
                     request_deserializer=retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListCustomersRequest.FromString,
                     response_serializer=retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListCustomersResponse.SerializeToString,
+            ),
+            'ListNewCustomers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListNewCustomers,
+                    request_deserializer=retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListNewCustomersRequest.FromString,
+                    response_serializer=retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListNewCustomersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -197,6 +215,33 @@ class CustomersService:
             '/retail.purchases.v1.CustomersService/ListCustomers',
             retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListCustomersRequest.SerializeToString,
             retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListCustomersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListNewCustomers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/retail.purchases.v1.CustomersService/ListNewCustomers',
+            retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListNewCustomersRequest.SerializeToString,
+            retail_dot_purchases_dot_v1_dot_customers__service__pb2.ListNewCustomersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,10 @@ class CustomersServiceStub:
     """Reads one customer."""
     ListCustomers: _grpc.UnaryUnaryMultiCallable[_customers_service_pb2.ListCustomersRequest, _customers_service_pb2.ListCustomersResponse]
     """Lists customers by id: the selection of a returning customer."""
+    ListNewCustomers: _grpc.UnaryUnaryMultiCallable[_customers_service_pb2.ListNewCustomersRequest, _customers_service_pb2.ListNewCustomersResponse]
+    """Lists customers in the order in which they came to be known in this cell,
+    from a position on: how the chain's other cells get to know them.
+    """
 
 @_typing.type_check_only
 class CustomersServiceAsyncStub(CustomersServiceStub):
@@ -69,6 +73,10 @@ class CustomersServiceAsyncStub(CustomersServiceStub):
     """Reads one customer."""
     ListCustomers: _aio.UnaryUnaryMultiCallable[_customers_service_pb2.ListCustomersRequest, _customers_service_pb2.ListCustomersResponse]  # type: ignore[assignment]
     """Lists customers by id: the selection of a returning customer."""
+    ListNewCustomers: _aio.UnaryUnaryMultiCallable[_customers_service_pb2.ListNewCustomersRequest, _customers_service_pb2.ListNewCustomersResponse]  # type: ignore[assignment]
+    """Lists customers in the order in which they came to be known in this cell,
+    from a position on: how the chain's other cells get to know them.
+    """
 
 class CustomersServiceServicer(metaclass=_abc_1.ABCMeta):
     """Registers the chain's customers and finds them again at the till.
@@ -105,5 +113,15 @@ class CustomersServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_customers_service_pb2.ListCustomersResponse, _abc.Awaitable[_customers_service_pb2.ListCustomersResponse]]:
         """Lists customers by id: the selection of a returning customer."""
+
+    @_abc_1.abstractmethod
+    def ListNewCustomers(
+        self,
+        request: _customers_service_pb2.ListNewCustomersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_customers_service_pb2.ListNewCustomersResponse, _abc.Awaitable[_customers_service_pb2.ListNewCustomersResponse]]:
+        """Lists customers in the order in which they came to be known in this cell,
+        from a position on: how the chain's other cells get to know them.
+        """
 
 def add_CustomersServiceServicer_to_server(servicer: CustomersServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
