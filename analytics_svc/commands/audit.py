@@ -30,6 +30,7 @@ FOREIGN_SHOWN = 10
 STYLES = {Verdict.AGREED: "green", Verdict.DIFFERENT: "red"}  # and yellow
 EXIT_CODES = {Verdict.AGREED: 0, Verdict.PENDING: 3, Verdict.UNPROVEN: 3, Verdict.FOREIGN: 1, Verdict.DIFFERENT: 1}
 NO_ANSWER = 4
+HELD_BACK_S = 60.0  # a cell that is so far behind
 
 
 DAY = click.DateTime(["%Y-%m-%d"])
@@ -143,6 +144,19 @@ def _show(
         style=_style(verdict),
     )
     console.print(_age(status), style=_style(_known(status)))
+    if len(status.cell_marks) > 1:
+        for mark in status.cell_marks:
+            console.print(_cell(mark))
+
+
+def _cell(mark: pb.CellMark) -> Text:
+    """How far a cell's sales go, and since when they go no further."""
+    if not mark.HasField("complete_through_time"):
+        return Text(f"Cell {mark.cell}: nothing is known of it yet, which holds back the time of all.", style="yellow")
+    lag = mark.lag.ToTimedelta().total_seconds()
+    waits = f", waiting for event {mark.oldest_awaited_event_id}" if mark.oldest_awaited_event_id else ""
+    told = f"Cell {mark.cell}: counted up to {_time(mark.complete_through_time)}, {lag:,.0f} s ago{waits}."
+    return Text(told, style="yellow" if lag > HELD_BACK_S else "green")
 
 
 def _age(status: pb.GetAuditStatusResponse) -> str:

@@ -53,6 +53,7 @@ class Report(NamedTuple):
     data_as_of: datetime.datetime | None  # None before the first sale
     complete_through: datetime.datetime | None  # None while it is not known
     quarantined: int
+    furthest_behind: str  # the cell that complete_through waits for; empty where there is one
 
 
 def gather(stub: Any, day_count: int, branch_id: int | None) -> Report:
@@ -99,6 +100,7 @@ def gather(stub: Any, day_count: int, branch_id: int | None) -> Report:
         _time(loyal.data_as_of_time) if loyal.HasField("data_as_of_time") else None,
         _time(loyal.complete_through_time) if loyal.HasField("complete_through_time") else None,
         loyal.quarantined_count,
+        loyal.furthest_behind_cell,
     )
 
 

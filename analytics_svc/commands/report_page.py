@@ -140,7 +140,9 @@ def _freshness(report: Report) -> Text:
         parts.append((" · completeness not known", BAD))
     else:
         behind = now - report.complete_through
-        parts.append((f" · complete up to {_ago(behind)}", BAD if behind.total_seconds() > STALE_S else GOOD))
+        stale = behind.total_seconds() > STALE_S
+        by = f", held back by cell {report.furthest_behind}" if stale and report.furthest_behind else ""
+        parts.append((f" · complete up to {_ago(behind)}{by}", BAD if stale else GOOD))
     if report.quarantined:
         parts.append((f" · {report.quarantined:,} events in quarantine", BAD))
     return Text.assemble(*parts)

@@ -6,6 +6,7 @@ from typing import Any
 from google.protobuf import duration_pb2, message
 
 from analytics_svc.proof import audit, audit_status, rebuild
+from analytics_svc.proof.audit_status import CellMark
 from analytics_svc.proof.day import FOREIGN_IDS_MAX
 from analytics_svc.proof.verdicts import Finding, Row, Verdict
 from analytics_svc.upstream.source import CONTROL_TOTALS_DAYS_MAX, Source, Totals
@@ -82,6 +83,7 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
             unproven_day_count=status.unproven_days,
             stale=status.stale,
             cycle_duration=duration_pb2.Duration(seconds=int(status.compare_duration.total_seconds())),
+            cell_marks=map(_cell_mark, status.cell_marks),
         )
         if status.oldest_day:
             response.sweep_date.CopyFrom(wire.date(status.oldest_day))
@@ -112,6 +114,14 @@ def _row(row: Row) -> pb.AuditRow:
         verdict=_verdict(row.verdict),
         detail=row.detail,
     )
+
+
+def _cell_mark(mark: CellMark) -> pb.CellMark:
+    named = pb.CellMark(cell=mark.cell, oldest_awaited_event_id=mark.oldest_awaited_id or "")
+    if mark.complete_through and mark.lag is not None:
+        named.complete_through_time.CopyFrom(wire.timestamp(mark.complete_through))
+        named.lag.FromTimedelta(mark.lag)
+    return named
 
 
 def _totals(totals: Totals) -> pb.AuditTotals:

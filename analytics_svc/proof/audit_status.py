@@ -13,6 +13,15 @@ GONE_AFTER = timedelta(minutes=1)  # while no process audits: another one takes 
 AUDIT_LOCK = 7_265_746_177  # whose holder audits; any number, advisory locks are per database
 
 
+class CellMark(NamedTuple):
+    """How far a cell's sales go."""
+
+    cell: str
+    complete_through: datetime | None  # None: nothing is known of it
+    lag: timedelta | None  # how long ago that is
+    oldest_awaited_id: str | None
+
+
 class Status(NamedTuple):
     """What the audit says."""
 
@@ -32,6 +41,7 @@ class Status(NamedTuple):
     unproven_days: int  # that were never proven row by row
     oldest_day: date | None  # the one whose proof is the oldest
     oldest_at: datetime | None  # everything was proven since; None while something never was
+    cell_marks: list[CellMark]  # that of the cell which is the furthest behind first
 
 
 async def read(connection: Connection) -> Status:
@@ -70,6 +80,13 @@ async def read(connection: Connection) -> Status:
             "SELECT found FROM audit_parts WHERE verdict <> 1 ORDER BY since, kind, first LIMIT %s", [PARTS_NAMED_MAX]
         )
         found = [_parse(found) for (found,) in await cursor.fetchall()]
+        cursor = await connection.execute(
+            """
+            SELECT cell, complete_through_at, now() - complete_through_at, oldest_awaited_id::text
+            FROM cell_marks ORDER BY complete_through_at NULLS FIRST, cell
+            """
+        )
+        cell_marks = [CellMark(*row) for row in await cursor.fetchall()]
     return Status(
         verdict=worst(map(Verdict, verdicts)) if verdicts else None,
         compared_through=through,
@@ -87,6 +104,7 @@ async def read(connection: Connection) -> Status:
         unproven_days=unproven,
         oldest_day=date.fromisoformat(oldest_day) if oldest_day else None,
         oldest_at=oldest_at,
+        cell_marks=cell_marks,
     )
 
 

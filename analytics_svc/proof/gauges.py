@@ -26,6 +26,12 @@ THROUGH_AT = Gauge(
 CYCLE_AT = Gauge("analytics_audit_cycle_timestamp_seconds", "When the sums of all days that change were compared last.")
 SWEEP_AT = Gauge("analytics_audit_sweep_timestamp_seconds", "Everything was proven since then; NaN while it never was.")
 
+CELL_LAG = Gauge(
+    "analytics_cell_complete_through_lag_seconds",
+    "Age of a cell's complete_through_time; NaN while nothing is known of the cell.",
+    ["cell"],
+)
+
 ALL = (WRONG_ROWS, FOREIGN, PENDING, UNPROVEN_DAYS, STALE, THROUGH_AT, CYCLE_AT, SWEEP_AT)
 
 log = structlog.get_logger()
@@ -40,6 +46,7 @@ async def show(pool: Pool) -> None:
         except Exception as error:
             log.warning("what the audit knows cannot be read", error=error)
             VERDICT.clear()
+            CELL_LAG.clear()
             for gauge in ALL:
                 gauge.set(float("nan"))
         await asyncio.sleep(EVERY_S)
@@ -48,6 +55,9 @@ async def show(pool: Pool) -> None:
 def _set(status: audit_status.Status) -> None:
     for verdict in Verdict:
         VERDICT.labels(verdict.name).set(verdict == status.verdict)
+    CELL_LAG.clear()  # of a cell that is not there any more, nothing is said
+    for mark in status.cell_marks:
+        CELL_LAG.labels(mark.cell).set(float("nan") if mark.lag is None else mark.lag.total_seconds())
     WRONG_ROWS.set(status.wrong)
     FOREIGN.set(status.foreign)
     PENDING.set(status.pending)

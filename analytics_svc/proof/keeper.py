@@ -310,10 +310,12 @@ async def _alone(connection: Connection) -> None:
 _SUM_UP = """
     UPDATE freshness SET
         complete_through_at = CASE WHEN known THEN least_through ELSE complete_through_at END,
-        oldest_awaited_id = lowest_id
+        oldest_awaited_id = lowest_id,
+        furthest_behind = CASE WHEN cells > 1 THEN least_cell ELSE '' END
     FROM (
         SELECT bool_and(complete_through_at IS NOT NULL) AS known, min(complete_through_at) AS least_through,
-            min(oldest_awaited_id::text)::uuid AS lowest_id
+            min(oldest_awaited_id::text)::uuid AS lowest_id, count(*) AS cells,
+            (array_agg(cell ORDER BY complete_through_at NULLS FIRST, cell))[1] AS least_cell
         FROM cell_marks
     ) AS marks
 """

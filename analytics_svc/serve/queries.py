@@ -93,6 +93,7 @@ class Freshness(NamedTuple):
     applied_at: datetime | None
     complete_through_at: datetime | None
     quarantined_count: int
+    furthest_behind: str  # the cell that complete_through_at waits for; empty where there is one
 
 
 class Answer(NamedTuple):
@@ -364,7 +365,7 @@ async def _ask(
     """Read the answer and its freshness with one statement: one round trip, and one snapshot."""
     cursor = await connection.execute(
         f"""
-        SELECT answer.*, applied_at, complete_through_at, quarantined_count
+        SELECT answer.*, applied_at, complete_through_at, quarantined_count, furthest_behind
         FROM freshness LEFT JOIN ({question}) AS answer ON true
         ORDER BY {order}
         """,
@@ -373,4 +374,4 @@ async def _ask(
     )
     rows = await cursor.fetchall()
     # An empty answer comes as one row without values.
-    return Answer([row[:-3] for row in rows] if rows[0][0] is not None else [], Freshness(*rows[0][-3:]))
+    return Answer([row[:-4] for row in rows] if rows[0][0] is not None else [], Freshness(*rows[0][-4:]))

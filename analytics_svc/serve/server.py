@@ -266,6 +266,7 @@ def _marks(freshness: Freshness) -> dict[str, Any]:
         "data_as_of_time": freshness.applied_at and wire.timestamp(freshness.applied_at),
         "complete_through_time": freshness.complete_through_at and wire.timestamp(freshness.complete_through_at),
         "quarantined_count": freshness.quarantined_count,
+        "furthest_behind_cell": freshness.furthest_behind,
     }
 
 

@@ -51,7 +51,7 @@ class Marks(NamedTuple):
     freshness: Freshness
 
 
-NO_MARKS = Marks(-1, Freshness(None, None, 0))
+NO_MARKS = Marks(-1, Freshness(None, None, 0, ""))
 
 
 class Update(NamedTuple):
@@ -321,7 +321,7 @@ async def read_page(connection: Connection, key: PageKey) -> tuple[list[DailySal
     return await _ask(
         connection,
         """
-        SELECT applied_at, complete_through_at, quarantined_count, announced_count, sales.*
+        SELECT applied_at, complete_through_at, quarantined_count, furthest_behind, announced_count, sales.*
         FROM freshness LEFT JOIN LATERAL (
             SELECT day, branch_id, revenue_sum::text, items_sum, purchases_count, purchases_with_customer_count
             FROM daily_sales_by_branch
@@ -347,7 +347,7 @@ async def read_rows(connection: Connection, rows: Iterable[Row]) -> tuple[list[D
     return await _ask(
         connection,
         """
-        SELECT applied_at, complete_through_at, quarantined_count, announced_count, day, branch_id,
+        SELECT applied_at, complete_through_at, quarantined_count, furthest_behind, announced_count, day, branch_id,
             coalesce(revenue_sum, 0.00)::text, coalesce(items_sum, 0), coalesce(purchases_count, 0),
             coalesce(purchases_with_customer_count, 0)
         FROM freshness LEFT JOIN (
@@ -361,5 +361,5 @@ async def read_rows(connection: Connection, rows: Iterable[Row]) -> tuple[list[D
 
 async def _ask(connection: Connection, question: str, parameters: dict[str, object]) -> tuple[list[DailySales], Marks]:
     rows = await (await connection.execute(question, parameters)).fetchall()
-    *freshness, announced_count = rows[0][:4]
-    return [DailySales(*row[4:]) for row in rows if row[4] is not None], Marks(announced_count, Freshness(*freshness))
+    *freshness, announced_count = rows[0][:5]
+    return [DailySales(*row[5:]) for row in rows if row[5] is not None], Marks(announced_count, Freshness(*freshness))

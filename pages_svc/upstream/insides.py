@@ -72,6 +72,14 @@ class Finding(NamedTuple):
     day: datetime.date | None  # whose rebuild repairs it; None: any day's
 
 
+class CellMark(NamedTuple):
+    """How far a cell's sales go."""
+
+    cell: str
+    complete_through: datetime.datetime | None  # None: nothing is known of it
+    awaited: str  # the id of the oldest event that is waited for
+
+
 class Proof(NamedTuple):
     """What the audit knows."""
 
@@ -88,6 +96,7 @@ class Proof(NamedTuple):
     unproven_days: int
     differences: list[Difference]
     findings: list[Finding]
+    cells: list[CellMark]  # the one that is the furthest behind first
 
 
 class IncompleteTill(NamedTuple):
@@ -170,6 +179,10 @@ class Insides:
             [
                 Finding(it.table, it.key, it.detail, date_of(it.sales_date) if it.HasField("sales_date") else None)
                 for it in reply.findings
+            ],
+            [
+                CellMark(it.cell, _moment(it, "complete_through_time"), it.oldest_awaited_event_id)
+                for it in reply.cell_marks
             ],
         )
 

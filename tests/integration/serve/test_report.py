@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,16 @@ async def test_page_before_the_first_sale(berlin_db: str) -> None:
     async with target(berlin_db, Books([])) as address:
         found = await asyncio.to_thread(gather, address, 28)
     assert "No sale has been counted yet." in "\n".join(page(found, 80))
+
+
+async def test_page_names_the_cell_that_holds_back(berlin_db: str, books: Books) -> None:
+    """Only once the numbers are old: one of several cells is always a moment behind the others."""
+    async with target(berlin_db, books) as address:
+        found = await asyncio.to_thread(gather, address, 28)
+    now = datetime.now(UTC)
+    for age_s, told in ((1, False), (600, True)):
+        old = found._replace(complete_through=now - timedelta(seconds=age_s), furthest_behind="south")
+        assert ("held back by cell south" in " ".join("\n".join(page(old, 120)).split())) is told
 
 
 def gather(address: str, days: int) -> figures.Report:

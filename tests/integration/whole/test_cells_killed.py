@@ -2,11 +2,12 @@
 early, and nothing is called wrong.
 """
 
+import itertools
 import signal
 import threading
-import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -72,10 +73,30 @@ class Chain:
         return self.audit.CompareControlTotals(request, timeout=WAIT_S)
 
     def agrees(self, day: date) -> bool:
-        return bool(self.compare(day).verdict == AGREED)
+        """Not while a cell does not answer."""
+        with suppress(grpc.RpcError):
+            return bool(self.compare(day).verdict == AGREED)
+        return False
+
+    def status(self) -> Any:
+        return self.audit.GetAuditStatus(audit_pb.GetAuditStatusRequest(), timeout=WAIT_S)
+
+    def tells_who_holds_it_back(self, cell: str, since: datetime) -> None:
+        """Every answer of the query server, the audit, the page of operations and the metrics."""
+        answer = self.analytics.GetSalesSummary(analytics_pb.GetSalesSummaryRequest(), timeout=WAIT_S)
+        assert answer.furthest_behind_cell == cell
+        first, *others = self.status().cell_marks
+        assert first.cell == cell and first.complete_through_time.ToDatetime(UTC) < since
+        assert answer.complete_through_time == first.complete_through_time
+        assert [it.cell for it in others] == ["default"] and others[0].lag.ToTimedelta() < first.lag.ToTimedelta()
+        endpoints = self.stack.endpoints()
+        until(
+            lambda: f"Cell {cell}" in text_of(f"http://{endpoints['pages'][0]}/operations"), "the page names the cell"
+        )
+        until(lambda: lag_of(cell, endpoints["consumer"][1]) > lag_of("default", endpoints["consumer"][1]), "metrics")
 
     def nothing_is_wrong(self) -> None:
-        status = self.audit.GetAuditStatus(audit_pb.GetAuditStatusRequest(), timeout=WAIT_S)
+        status = self.status()
         assert (status.wrong_count, status.foreign_event_count) == (0, 0), status
 
 
@@ -115,15 +136,29 @@ class Selling:
             raise self.trouble
 
 
+_receipts = itertools.count(1)
+
+
 def a_sale(branch_id: int, at: datetime) -> Sale:
     return Sale(
-        receipt_id=f"{time.monotonic_ns()}",
+        receipt_id=f"R{next(_receipts)}",
         branch_id=branch_id,
         cashier_id=1,
         pos_id="POS-1",
         items=[Item(1001, 250)],
         purchase_time=at,
     )
+
+
+def text_of(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=WAIT_S) as reply:
+        return str(reply.read().decode())
+
+
+def lag_of(cell: str, metrics: str) -> float:
+    """In seconds; negative while it is not told."""
+    lines = dict(line.rsplit(" ", 1) for line in text_of(metrics).splitlines() if not line.startswith("#"))
+    return float(lines.get(f'analytics_cell_complete_through_lag_seconds{{cell="{cell}"}}', "-1"))
 
 
 @pytest.fixture
@@ -155,7 +190,7 @@ def test_the_other_cell_goes_on(chain: Chain) -> None:
         until(lambda: chain.agrees(days[0].date()), "the first sale is counted")
 
         without_its_relay(chain, till, selling, counted=days[0], late=days[1])
-        without_its_service(chain, selling, days[2])
+        without_its_service(chain, till, selling, days[2])
         without_its_database(chain, till, selling, days[3])
 
         for day in days:
@@ -172,6 +207,7 @@ def without_its_relay(chain: Chain, till: PosClient, selling: Selling, *, counte
     selling.goes_on()
     assert chain.marks()["cell-2"] < waiting.create_time
     assert chain.through() < waiting.create_time
+    chain.tells_who_holds_it_back("cell-2", waiting.create_time)
     compared = chain.compare(late.date())
     assert [(row.branch_id, row.verdict) for row in compared.rows] == [(SECOND, PENDING)]
     assert (compared.verdict, compared.pending_count) == (PENDING, 1)
@@ -182,21 +218,20 @@ def without_its_relay(chain: Chain, till: PosClient, selling: Selling, *, counte
     assert chain.agrees(late.date())
 
 
-def without_its_service(chain: Chain, selling: Selling, day: datetime) -> None:
+def without_its_service(chain: Chain, till: PosClient, selling: Selling, day: datetime) -> None:
     """Its tills cannot sell, and get through with the same sale later. Of its days nothing is said meanwhile."""
-    with PosClient.at(chain.purchases, total_timeout_s=IMPATIENT_S) as impatient:
-        chain.kill("purchases-2")
-        sale = a_sale(SECOND, day)
-        with pytest.raises(OutcomeUnknown):
-            impatient.create_purchase(sale)
-        selling.goes_on()
-        with pytest.raises(grpc.RpcError) as refused:
-            chain.compare(day.date())
-        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-        chain.nothing_is_wrong()
-        chain.start()
-        stored: Recorded = impatient.create_purchase(sale)
-        assert not stored.replayed
+    chain.kill("purchases-2")
+    sale = a_sale(SECOND, day)
+    with PosClient.at(chain.purchases, total_timeout_s=IMPATIENT_S) as impatient, pytest.raises(OutcomeUnknown):
+        impatient.create_purchase(sale)
+    selling.goes_on()
+    with pytest.raises(grpc.RpcError) as refused:
+        chain.compare(day.date())
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    chain.nothing_is_wrong()
+    chain.start()
+    stored: Recorded = till.create_purchase(sale)
+    assert not stored.replayed
     until(lambda: chain.through() > stored.purchase.create_time, "the time passes its sale")
 
 

@@ -88,6 +88,7 @@ def test_two_cells_by_one_command(stack: Stack, tmp_path: Path) -> None:
 
     assert machine.wait_until(agreed, TIMEOUT_S), audited
     assert f"{2 * SALES:,} purchases recorded" in audited
+    assert all(f"Cell {name}: counted up to" in audited for name in ("default", "cell-2"))
 
     file = stack.launcher.cells_file
     assert file and cells.parse(file.read_text()).by_name.keys() == {"default", "cell-2"}

@@ -291,10 +291,15 @@ class ListDailySalesResponse(_message.Message):
     DATA_AS_OF_TIME_FIELD_NUMBER: _builtins.int
     COMPLETE_THROUGH_TIME_FIELD_NUMBER: _builtins.int
     QUARANTINED_COUNT_FIELD_NUMBER: _builtins.int
+    FURTHEST_BEHIND_CELL_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty on the last page."""
     quarantined_count: _builtins.int
     """Events that wait in quarantine and so are missing from this answer."""
+    furthest_behind_cell: _builtins.str
+    """The cell whose sales go the least far: as far as complete_through_time.
+    Empty where the chain has one cell.
+    """
     @_builtins.property
     def daily_sales(self) -> _containers.RepeatedCompositeFieldContainer[Global___DailySales]:
         """One page of rows."""
@@ -317,10 +322,11 @@ class ListDailySalesResponse(_message.Message):
         data_as_of_time: _timestamp_pb2.Timestamp | None = ...,
         complete_through_time: _timestamp_pb2.Timestamp | None = ...,
         quarantined_count: _builtins.int = ...,
+        furthest_behind_cell: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "daily_sales", b"daily_sales", "data_as_of_time", b"data_as_of_time", "next_page_token", b"next_page_token", "quarantined_count", b"quarantined_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "daily_sales", b"daily_sales", "data_as_of_time", b"data_as_of_time", "furthest_behind_cell", b"furthest_behind_cell", "next_page_token", b"next_page_token", "quarantined_count", b"quarantined_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -393,10 +399,15 @@ class ListProductSalesResponse(_message.Message):
     DATA_AS_OF_TIME_FIELD_NUMBER: _builtins.int
     COMPLETE_THROUGH_TIME_FIELD_NUMBER: _builtins.int
     QUARANTINED_COUNT_FIELD_NUMBER: _builtins.int
+    FURTHEST_BEHIND_CELL_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty on the last page."""
     quarantined_count: _builtins.int
     """Events that wait in quarantine and so are missing from this answer."""
+    furthest_behind_cell: _builtins.str
+    """The cell whose sales go the least far: as far as complete_through_time.
+    Empty where the chain has one cell.
+    """
     @_builtins.property
     def product_sales(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProductSales]:
         """One page of rows."""
@@ -419,10 +430,11 @@ class ListProductSalesResponse(_message.Message):
         data_as_of_time: _timestamp_pb2.Timestamp | None = ...,
         complete_through_time: _timestamp_pb2.Timestamp | None = ...,
         quarantined_count: _builtins.int = ...,
+        furthest_behind_cell: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "next_page_token", b"next_page_token", "product_sales", b"product_sales", "quarantined_count", b"quarantined_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "furthest_behind_cell", b"furthest_behind_cell", "next_page_token", b"next_page_token", "product_sales", b"product_sales", "quarantined_count", b"quarantined_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -495,10 +507,15 @@ class ListTopProductsResponse(_message.Message):
     DATA_AS_OF_TIME_FIELD_NUMBER: _builtins.int
     COMPLETE_THROUGH_TIME_FIELD_NUMBER: _builtins.int
     QUARANTINED_COUNT_FIELD_NUMBER: _builtins.int
+    FURTHEST_BEHIND_CELL_FIELD_NUMBER: _builtins.int
     truncated: _builtins.bool
     """True when ties were asked for and not all of them fitted."""
     quarantined_count: _builtins.int
     """Events that wait in quarantine and so are missing from this answer."""
+    furthest_behind_cell: _builtins.str
+    """The cell whose sales go the least far: as far as complete_through_time.
+    Empty where the chain has one cell.
+    """
     @_builtins.property
     def top_products(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopProduct]:
         """The best first."""
@@ -521,10 +538,11 @@ class ListTopProductsResponse(_message.Message):
         data_as_of_time: _timestamp_pb2.Timestamp | None = ...,
         complete_through_time: _timestamp_pb2.Timestamp | None = ...,
         quarantined_count: _builtins.int = ...,
+        furthest_behind_cell: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "quarantined_count", b"quarantined_count", "top_products", b"top_products", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "furthest_behind_cell", b"furthest_behind_cell", "quarantined_count", b"quarantined_count", "top_products", b"top_products", "truncated", b"truncated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -587,11 +605,16 @@ class ListLoyalCustomersResponse(_message.Message):
     DATA_AS_OF_TIME_FIELD_NUMBER: _builtins.int
     COMPLETE_THROUGH_TIME_FIELD_NUMBER: _builtins.int
     QUARANTINED_COUNT_FIELD_NUMBER: _builtins.int
+    FURTHEST_BEHIND_CELL_FIELD_NUMBER: _builtins.int
     TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty on the last page."""
     quarantined_count: _builtins.int
     """Events that wait in quarantine and so are missing from this answer."""
+    furthest_behind_cell: _builtins.str
+    """The cell whose sales go the least far: as far as complete_through_time.
+    Empty where the chain has one cell.
+    """
     total_size: _builtins.int
     """All customers that match, on all pages, when they were asked for; counting
     stops at 100,000.
@@ -618,11 +641,12 @@ class ListLoyalCustomersResponse(_message.Message):
         data_as_of_time: _timestamp_pb2.Timestamp | None = ...,
         complete_through_time: _timestamp_pb2.Timestamp | None = ...,
         quarantined_count: _builtins.int = ...,
+        furthest_behind_cell: _builtins.str = ...,
         total_size: _builtins.int | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_total_size", b"_total_size", "complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "total_size", b"total_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_size", b"_total_size", "complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "loyal_customers", b"loyal_customers", "next_page_token", b"next_page_token", "quarantined_count", b"quarantined_count", "total_size", b"total_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_size", b"_total_size", "complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "furthest_behind_cell", b"furthest_behind_cell", "loyal_customers", b"loyal_customers", "next_page_token", b"next_page_token", "quarantined_count", b"quarantined_count", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__total_size: _TypeAlias = _typing.Literal["total_size"]  # noqa: Y015
     _WhichOneofArgType__total_size: _TypeAlias = _typing.Literal["_total_size", b"_total_size"]  # noqa: Y015
@@ -669,8 +693,13 @@ class GetCustomerLoyaltyResponse(_message.Message):
     DATA_AS_OF_TIME_FIELD_NUMBER: _builtins.int
     COMPLETE_THROUGH_TIME_FIELD_NUMBER: _builtins.int
     QUARANTINED_COUNT_FIELD_NUMBER: _builtins.int
+    FURTHEST_BEHIND_CELL_FIELD_NUMBER: _builtins.int
     quarantined_count: _builtins.int
     """Events that wait in quarantine and so are missing from this answer."""
+    furthest_behind_cell: _builtins.str
+    """The cell whose sales go the least far: as far as complete_through_time.
+    Empty where the chain has one cell.
+    """
     @_builtins.property
     def loyal_customer(self) -> Global___LoyalCustomer:
         """Over the whole chain."""
@@ -697,10 +726,11 @@ class GetCustomerLoyaltyResponse(_message.Message):
         data_as_of_time: _timestamp_pb2.Timestamp | None = ...,
         complete_through_time: _timestamp_pb2.Timestamp | None = ...,
         quarantined_count: _builtins.int = ...,
+        furthest_behind_cell: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "loyal_customer", b"loyal_customer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branches", b"branches", "complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "loyal_customer", b"loyal_customer", "quarantined_count", b"quarantined_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branches", b"branches", "complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "furthest_behind_cell", b"furthest_behind_cell", "loyal_customer", b"loyal_customer", "quarantined_count", b"quarantined_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -761,6 +791,7 @@ class GetSalesSummaryResponse(_message.Message):
     DATA_AS_OF_TIME_FIELD_NUMBER: _builtins.int
     COMPLETE_THROUGH_TIME_FIELD_NUMBER: _builtins.int
     QUARANTINED_COUNT_FIELD_NUMBER: _builtins.int
+    FURTHEST_BEHIND_CELL_FIELD_NUMBER: _builtins.int
     item_count: _builtins.int
     """Units sold."""
     purchase_count: _builtins.int
@@ -771,6 +802,10 @@ class GetSalesSummaryResponse(_message.Message):
     """
     quarantined_count: _builtins.int
     """Events that wait in quarantine and so are missing from this answer."""
+    furthest_behind_cell: _builtins.str
+    """The cell whose sales go the least far: as far as complete_through_time.
+    Empty where the chain has one cell.
+    """
     @_builtins.property
     def revenue(self) -> _decimal_pb2.Decimal:
         """Sum of the purchases' totals."""
@@ -795,10 +830,11 @@ class GetSalesSummaryResponse(_message.Message):
         data_as_of_time: _timestamp_pb2.Timestamp | None = ...,
         complete_through_time: _timestamp_pb2.Timestamp | None = ...,
         quarantined_count: _builtins.int = ...,
+        furthest_behind_cell: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_unique_customer_count", b"_unique_customer_count", "complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "revenue", b"revenue", "unique_customer_count", b"unique_customer_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unique_customer_count", b"_unique_customer_count", "complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "item_count", b"item_count", "purchase_count", b"purchase_count", "quarantined_count", b"quarantined_count", "revenue", b"revenue", "unique_customer_count", b"unique_customer_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unique_customer_count", b"_unique_customer_count", "complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time", "furthest_behind_cell", b"furthest_behind_cell", "item_count", b"item_count", "purchase_count", b"purchase_count", "quarantined_count", b"quarantined_count", "revenue", b"revenue", "unique_customer_count", b"unique_customer_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__unique_customer_count: _TypeAlias = _typing.Literal["unique_customer_count"]  # noqa: Y015
     _WhichOneofArgType__unique_customer_count: _TypeAlias = _typing.Literal["_unique_customer_count", b"_unique_customer_count"]  # noqa: Y015
@@ -858,8 +894,13 @@ class WatchDailySalesResponse(_message.Message):
     DATA_AS_OF_TIME_FIELD_NUMBER: _builtins.int
     COMPLETE_THROUGH_TIME_FIELD_NUMBER: _builtins.int
     QUARANTINED_COUNT_FIELD_NUMBER: _builtins.int
+    FURTHEST_BEHIND_CELL_FIELD_NUMBER: _builtins.int
     quarantined_count: _builtins.int
     """Events that wait in quarantine and so are missing from this answer."""
+    furthest_behind_cell: _builtins.str
+    """The cell whose sales go the least far: as far as complete_through_time.
+    Empty where the chain has one cell.
+    """
     @_builtins.property
     def daily_sales(self) -> _containers.RepeatedCompositeFieldContainer[Global___DailySales]:
         """Rows that are new or changed since they were last sent; none when only the
@@ -886,10 +927,11 @@ class WatchDailySalesResponse(_message.Message):
         data_as_of_time: _timestamp_pb2.Timestamp | None = ...,
         complete_through_time: _timestamp_pb2.Timestamp | None = ...,
         quarantined_count: _builtins.int = ...,
+        furthest_behind_cell: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "data_as_of_time", b"data_as_of_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "daily_sales", b"daily_sales", "data_as_of_time", b"data_as_of_time", "quarantined_count", b"quarantined_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "daily_sales", b"daily_sales", "data_as_of_time", b"data_as_of_time", "furthest_behind_cell", b"furthest_behind_cell", "quarantined_count", b"quarantined_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

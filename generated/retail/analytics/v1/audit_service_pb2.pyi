@@ -396,6 +396,7 @@ class GetAuditStatusResponse(_message.Message):
     COMPARED_THROUGH_TIME_FIELD_NUMBER: _builtins.int
     WRONG_COUNT_FIELD_NUMBER: _builtins.int
     FOREIGN_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    CELL_MARKS_FIELD_NUMBER: _builtins.int
     verdict: Global___AuditVerdict.ValueType
     """The worst verdict of all that was looked at. What is wrong stays wrong until
     it is proven right.
@@ -460,6 +461,13 @@ class GetAuditStatusResponse(_message.Message):
         everything is proven since last_sweep_time. Absent before the first time.
         """
 
+    @_builtins.property
+    def cell_marks(self) -> _containers.RepeatedCompositeFieldContainer[Global___CellMark]:
+        """How far the sales of each cell go, that which is the furthest behind first:
+        the complete_through_time of analytics is its own. Where the chain has no
+        cells, there is one entry.
+        """
+
     def __init__(
         self,
         *,
@@ -479,11 +487,57 @@ class GetAuditStatusResponse(_message.Message):
         compared_through_time: _timestamp_pb2.Timestamp | None = ...,
         wrong_count: _builtins.int = ...,
         foreign_event_count: _builtins.int = ...,
+        cell_marks: _abc.Iterable[Global___CellMark] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compared_through_time", b"compared_through_time", "cycle_duration", b"cycle_duration", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_since_time", b"pending_since_time", "sweep_date", b"sweep_date"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_through_time", b"compared_through_time", "cycle_duration", b"cycle_duration", "different_rows", b"different_rows", "findings", b"findings", "foreign_event_count", b"foreign_event_count", "foreign_event_ids", b"foreign_event_ids", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_count", b"pending_count", "pending_since_time", b"pending_since_time", "proven_day_count", b"proven_day_count", "stale", b"stale", "sweep_date", b"sweep_date", "unproven_day_count", b"unproven_day_count", "verdict", b"verdict", "wrong_count", b"wrong_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cell_marks", b"cell_marks", "compared_through_time", b"compared_through_time", "cycle_duration", b"cycle_duration", "different_rows", b"different_rows", "findings", b"findings", "foreign_event_count", b"foreign_event_count", "foreign_event_ids", b"foreign_event_ids", "last_cycle_time", b"last_cycle_time", "last_sweep_time", b"last_sweep_time", "pending_count", b"pending_count", "pending_since_time", b"pending_since_time", "proven_day_count", b"proven_day_count", "stale", b"stale", "sweep_date", b"sweep_date", "unproven_day_count", b"unproven_day_count", "verdict", b"verdict", "wrong_count", b"wrong_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetAuditStatusResponse: _TypeAlias = GetAuditStatusResponse  # noqa: Y015
+
+@_typing.final
+class CellMark(_message.Message):
+    """How far the sales of a cell go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CELL_FIELD_NUMBER: _builtins.int
+    COMPLETE_THROUGH_TIME_FIELD_NUMBER: _builtins.int
+    LAG_FIELD_NUMBER: _builtins.int
+    OLDEST_AWAITED_EVENT_ID_FIELD_NUMBER: _builtins.int
+    cell: _builtins.str
+    """The cell's name; "default" where the chain has no cells."""
+    oldest_awaited_event_id: _builtins.str
+    """The oldest event that the cell has committed and that is awaited, for longer
+    than a second; empty when there is none.
+    """
+    @_builtins.property
+    def complete_through_time(self) -> _timestamp_pb2.Timestamp:
+        """Every purchase that the cell committed before this time is counted or in
+        quarantine. Absent while nothing is known of the cell: then the time of all
+        stands still.
+        """
+
+    @_builtins.property
+    def lag(self) -> _duration_pb2.Duration:
+        """How long ago that is, by the clock of the analytics database; some seconds,
+        unless something is held up.
+        """
+
+    def __init__(
+        self,
+        *,
+        cell: _builtins.str = ...,
+        complete_through_time: _timestamp_pb2.Timestamp | None = ...,
+        lag: _duration_pb2.Duration | None = ...,
+        oldest_awaited_event_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete_through_time", b"complete_through_time", "lag", b"lag"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell", "complete_through_time", b"complete_through_time", "lag", b"lag", "oldest_awaited_event_id", b"oldest_awaited_event_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CellMark: _TypeAlias = CellMark  # noqa: Y015
