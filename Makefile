@@ -58,7 +58,7 @@ image-check: ## build the container image without Docker, and try its commands; 
 kubernetes-check: ready ## render deploy/kubernetes and validate it, without a cluster; needs kustomize or Go
 	@bash deploy/kubernetes_check.sh
 
-bench: ready ## measure; [ONLY=write|pipeline|analytics|isolation|size] [REPORT=out.json]
+bench: ready ## measure; [ONLY=write|pipeline|analytics|isolation|size|cells] [REPORT=out.json]
 	@exec $(PYTHON) -m tests.bench
 
 faults: ready ## break the running system and count every cent; [FAULTS=n] [SEED=n] [CLUSTER=1] [CELLS=n] [REPORT=out.json]

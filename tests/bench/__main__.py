@@ -13,6 +13,7 @@ from chassis.settings import SettingsError, integer, load, setting
 from deploy.local.machine import StackError
 from tests.bench import machine, scoreboard
 from tests.bench.analytics import part as analytics
+from tests.bench.cells import part as cells
 from tests.bench.figures import Outcome, Plan, Score, Value, Values
 from tests.bench.isolation import part as isolation
 from tests.bench.isolation.attacks import ATTACKS
@@ -28,6 +29,7 @@ PARTS: dict[str, Callable[[Plan, Show], Outcome]] = {
     "analytics": analytics.run,
     "isolation": isolation.run,
     "size": size.run,
+    "cells": cells.run,
 }
 
 PICTURE = Path(".local", "bench.svg")  # of the last run

@@ -26,6 +26,7 @@ class Job(NamedTuple):
     per_s: float = 0.0  # the rate of the calls; 0: each client sends as soon as it has its answer
     probe: bool = False  # whether to watch, beside the load, how soon sales are visible
     journal: bool = False  # whether calls say where their sale stands in its till's journal
+    first_branch: int = 1  # of those in which sales are made
 
 
 class Load(NamedTuple):

@@ -66,7 +66,10 @@ class Run:
         if job.method != "upload":
             calls = int((seconds + 1) * (job.per_s or CALLS_PER_S_MAX)) + job.at_once
             journal = str(uuid.uuid4()) if job.journal else ""
-            requests = (sale(branches=branches, place=(journal, n) if journal else None) for n in range(1, calls + 1))
+            requests = (
+                sale(branches=branches, first=job.first_branch, place=(journal, n) if journal else None)
+                for n in range(1, calls + 1)
+            )
             self._requests = iter([request.SerializeToString() for request in requests])
         else:
             messages = int(seconds * UPLOADED_PER_S_MAX / SALES_PER_MESSAGE) + job.at_once * MESSAGES_AHEAD
@@ -233,14 +236,14 @@ def check(answer: CreatePurchaseResponse) -> None:
 
 
 def sale(
-    random: Random = Random(), branches: int = BRANCHES, place: tuple[str, int] | None = None
+    random: Random = Random(), branches: int = BRANCHES, first: int = 1, place: tuple[str, int] | None = None
 ) -> CreatePurchaseRequest:
     """A sale of this moment, as the yardstick's: three items, a random key and a random receipt number. `place` is the
     epoch and the number of its till's journal."""
     request = CreatePurchaseRequest(idempotency_key=str(uuid.uuid4()))
     purchase = request.purchase
     purchase.receipt_id = str(uuid.uuid4())
-    purchase.branch_id = random.randint(1, branches)
+    purchase.branch_id = random.randint(first, first + branches - 1)
     purchase.cashier_id = random.randint(1, CASHIERS)
     purchase.pos_id = "POS-3"
     purchase.purchase_time.GetCurrentTime()
