@@ -75,7 +75,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     operations.live = Live(operations.render, watch.bell, static.version, viewers_max=config.viewers_max)
 
     certificates = Path(config.till_certificates) if config.till_certificates else None
-    clients = Clients(config.purchases_target, credentials, certificates)
+    clients = Clients(lambda: services.cells, credentials, certificates)
     journals = Path(config.journals) if config.journals and accepted is None else None
     till = TillPage(clients, assortment.sample(), templates, reader.zone, journals)
     till.live = Live(till.render, Bell(), static.version, viewers_max=config.viewers_max)
@@ -112,7 +112,7 @@ async def serve(config: ServeSettings, stop: asyncio.Event) -> None:
     try:
         with listening(config.listen) as listener:
             lives = (owner.live, operations.live, till.live)
-            work = [watch.run(), till.run(), *(live.run() for live in lives)]
+            work = [watch.run(), till.run(), services.follow(), *(live.run() for live in lives)]
             if accepted is not None:
                 work.append(accepted.keys.follow(accepted.forget))
             async with metrics.serving_metrics(config.metrics_listen), lifecycle.beside(*work):

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
+from chassis.cells import CellsSettings
 from chassis.plaintext import BUT_FOR, TLS_FILES, is_local
 from chassis.settings import SettingsError, address, integer, log_level, setting, target, text
-from chassis.tls import TlsSettings
 from chassis.tokens import TokenSettings
 from chassis.traces import TraceSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(TokenSettings, TlsSettings, TraceSettings):
+class ServeSettings(TokenSettings, CellsSettings, TraceSettings):
     listen: str = setting(
         "PAGES_LISTEN",
         address,

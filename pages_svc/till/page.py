@@ -6,6 +6,7 @@ import itertools
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +25,7 @@ from pages_svc.till.cart import FOUND_MAX, Cart
 from pages_svc.till.clients import Clients
 from pages_svc.till.journals import Journals, Till, Zone
 from pages_svc.web import Templates
-from pos.client import Customer, Sale
+from pos.client import Customer, Purchase, Sale
 from pos.errors import (
     CustomerUnknown,
     IdempotencyKeyReused,
@@ -141,10 +142,10 @@ class TillPage:
 
     async def _find(self, cart: Cart) -> tuple[Cart, Sequence[Customer]]:
         """Those whose number begins so; all of them, from the first on, when nothing is said."""
+        branch_id = int(cart.branch) if cart.branch.isdecimal() else None
+        reader, *_ = self._clients.readers(branch_id)
         try:
-            listed = await self._call(
-                lambda: list(itertools.islice(self._clients.own.list_customers(cart.find), FOUND_MAX + 1))
-            )
+            listed = await self._call(lambda: list(itertools.islice(reader.list_customers(cart.find), FOUND_MAX + 1)))
         except InvalidRequest:
             return cart.said(find="A customer's number has the digits 0–9, letters a–f, and hyphens."), ()
         except PosError as error:
@@ -214,7 +215,7 @@ class TillPage:
 
     async def _receipt(self, purchase_id: str, asked: Mapping[str, str]) -> Response:
         try:
-            purchase = await self._call(lambda: self._clients.own.get_purchase(purchase_id))
+            purchase = await self._call(lambda: self._found(purchase_id))
         except (NotFound, InvalidRequest):
             return await self._render(Cart.begin().said(pay="There is no such receipt."), status=404)
         except PosError as error:
@@ -228,6 +229,18 @@ class TillPage:
             names=self._names,
             next=_next(asked),
         )
+
+    def _found(self, purchase_id: str) -> Purchase:
+        """In whichever cell it is.
+
+        Raises:
+            PosError: of one that does not tell, or NotFound.
+        """
+        *first, last = self._clients.readers()
+        for reader in first:
+            with suppress(NotFound):
+                return reader.get_purchase(purchase_id)
+        return last.get_purchase(purchase_id)
 
     @property
     def _names(self) -> Mapping[int, str]:

@@ -1,12 +1,13 @@
 """What is on its way through the system, what is stuck, what the audit has found; what an operator can do about it."""
 
+import asyncio
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from chassis import wire
 from pages_svc.upstream.sales import Totals, date_of, moment_of, totals_of
-from pages_svc.upstream.services import CALL_TIMEOUT_S, Services
+from pages_svc.upstream.services import CALL_TIMEOUT_S, OfCell, Services
 from retail.analytics.v1 import audit_service_pb2 as audit_pb
 from retail.analytics.v1 import quarantine_service_pb2 as quarantine_pb
 from retail.purchases.v1 import purchases_service_pb2 as purchases_pb
@@ -118,7 +119,27 @@ class Insides:
         self._services = services
 
     async def outbox(self) -> Outbox:
-        reply = await self._relay(self._services.outbox.GetOutboxStatus, outbox_pb.GetOutboxStatusRequest())
+        """Those of all cells together."""
+        every = self._services.of_cells()
+        found = await asyncio.gather(*(self._outbox(each) for each in every))
+        names = [f"{each.cell.name}: " if len(every) > 1 else "" for each in every]
+
+        def told(texts: Iterable[str]) -> str:
+            return "; ".join(name + text for name, text in zip(names, texts, strict=True) if text)
+
+        return Outbox(
+            sum(it.waiting for it in found),
+            sum(it.failed for it in found),
+            max((it.oldest_s for it in found if it.oldest_s is not None), default=None),
+            all(it.publishing for it in found),
+            told(it.reason for it in found),
+            sum(it.per_second for it in found),
+            told(it.blocker for it in found),
+            max((it.queue for it in found if it.queue is not None), default=None),  # all look at the same one
+        )
+
+    async def _outbox(self, of: OfCell) -> Outbox:
+        reply = await self._relay(of, "GetOutboxStatus", outbox_pb.GetOutboxStatusRequest())
         age = reply.oldest_pending_age
         return Outbox(
             reply.new_count,
@@ -132,8 +153,12 @@ class Insides:
         )
 
     async def failed(self) -> list[Failed]:
+        every = await asyncio.gather(*(self._failed(each) for each in self._services.of_cells()))
+        return [it for found in every for it in found]
+
+    async def _failed(self, of: OfCell) -> list[Failed]:
         request = outbox_pb.ListOutboxEventsRequest(page_size=LISTED_MAX, status=outbox_pb.OUTBOX_STATUS_FAILED)
-        reply = await self._relay(self._services.outbox.ListOutboxEvents, request)
+        reply = await self._relay(of, "ListOutboxEvents", request)
         return [
             Failed(it.event_id, it.aggregate_id, moment_of(it.occur_time), it.attempt_count, it.last_error or "unknown")
             for it in reply.outbox_events
@@ -188,12 +213,13 @@ class Insides:
 
     async def incomplete_tills(self) -> tuple[list[IncompleteTill], int]:
         """Some of them, and how many there are."""
-        reply = await self._services.ask(
-            "purchases",
-            self._services.call(
-                self._services.purchases.ListIncompleteTills, purchases_pb.ListIncompleteTillsRequest()
-            ),
-        )
+        every = self._services.of_cells()
+        found = await asyncio.gather(*(self._incomplete_tills(each) for each in every))
+        return [till for tills, _ in found for till in tills], sum(count for _, count in found)
+
+    async def _incomplete_tills(self, of: OfCell) -> tuple[list[IncompleteTill], int]:
+        call = self._services.call(of.purchases.ListIncompleteTills, purchases_pb.ListIncompleteTillsRequest())
+        reply = await self._services.ask("purchases", call, of.cell.purchases)
         return [
             IncompleteTill(
                 it.branch_id,
@@ -209,9 +235,16 @@ class Insides:
 
     async def requeue(self, event_ids: Sequence[str]) -> int:
         """Publish events once more; how many are NEW now."""
-        request = outbox_pb.RequeueEventsRequest(event_ids=event_ids)
-        reply = await self._relay(self._services.outbox.RequeueEvents, request, ACT_TIMEOUT_S)
-        return int(reply.requeued_count)
+        requeued, every = 0, self._services.of_cells()
+        for of in every:
+            own = event_ids
+            if len(every) > 1:  # with one that is another cell's, none would be
+                known = {it.event_id for it in await self._failed(of)}
+                own = [event_id for event_id in event_ids if event_id in known]
+            if own:
+                request = outbox_pb.RequeueEventsRequest(event_ids=own)
+                requeued += (await self._relay(of, "RequeueEvents", request, ACT_TIMEOUT_S)).requeued_count
+        return requeued
 
     async def redrive(self, quarantine_ids: Sequence[str]) -> tuple[int, int, int]:
         """Try to count events again; how many are counted now, stay, and are not there any more."""
@@ -230,8 +263,9 @@ class Insides:
         request = audit_pb.RebuildDayRequest(sales_date=wire.date(day))
         return await self._consumer(self._services.audit.RebuildDay, request, ACT_TIMEOUT_S)
 
-    async def _relay(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        return await self._services.ask("relay", self._services.call(method, request, timeout_s))
+    async def _relay(self, of: OfCell, method: str, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        call = self._services.call(getattr(of.outbox, method), request, timeout_s)
+        return await self._services.ask("relay", call, of.cell.relay)
 
     async def _consumer(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         return await self._services.ask("consumer", self._services.call(method, request, timeout_s))

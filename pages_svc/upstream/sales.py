@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from chassis import wire, zones
-from pages_svc.upstream.services import Services
+from pages_svc.upstream.services import OfCell, Services
 from pos.client import cents
 from retail.analytics.v1 import analytics_service_pb2 as pb
 from retail.analytics.v1 import audit_service_pb2 as audit_pb
@@ -120,11 +120,13 @@ class Sales:
         request = purchases_pb.ListControlTotalsRequest(
             first_date=any_day, last_date=any_day, branch_ids=[branch_id] if branch_id else []
         )
-        reply = await self._purchases(self._services.purchases.ListControlTotals, request)
+        asked = self._services.of_cells(branch_id)
+        replies = await asyncio.gather(*(self._control_totals(each, request) for each in asked))
+        known = [reply for reply in replies if reply.HasField("earliest_sales_date")]
         return Calendar(
-            zones.load(reply.time_zone),
-            date_of(reply.earliest_sales_date) if reply.HasField("earliest_sales_date") else None,
-            date_of(reply.latest_sales_date) if reply.HasField("latest_sales_date") else None,
+            zones.load(replies[0].time_zone),
+            min((date_of(reply.earliest_sales_date) for reply in known), default=None),
+            max((date_of(reply.latest_sales_date) for reply in known), default=None),
         )
 
     async def recorded_until(self, end: datetime.datetime, day: datetime.date, branch_id: int | None) -> Totals:
@@ -136,14 +138,21 @@ class Sales:
             branch_ids=[branch_id] if branch_id else [],
             end_time=wire.timestamp(end),
         )
-        totals = Totals()
-        while True:
-            reply = await self._purchases(self._services.purchases.ListControlTotals, request)
-            for row in reply.control_totals:
-                totals += totals_of(row)
-            if not reply.next_page_token:
-                return totals
-            request.page_token = reply.next_page_token
+
+        async def of_cell(each: OfCell) -> Totals:
+            totals, page = Totals(), purchases_pb.ListControlTotalsRequest()
+            page.CopyFrom(request)
+            while True:
+                reply = await self._control_totals(each, page)
+                for row in reply.control_totals:
+                    if self._services.cells.has(each.cell.name, row.branch_id):
+                        totals += totals_of(row)
+                if not reply.next_page_token:
+                    return totals
+                page.page_token = reply.next_page_token
+
+        every = await asyncio.gather(*(of_cell(each) for each in self._services.of_cells(branch_id)))
+        return functools.reduce(Totals.__add__, every)
 
     async def daily(self, first: datetime.date, last: datetime.date, branch_id: int | None) -> Daily:
         at_once = asyncio.Semaphore(PARTS_AT_ONCE)
@@ -222,8 +231,9 @@ class Sales:
     async def _analytics(self, method: Any, request: Any) -> Any:
         return await self._services.ask("analytics", self._services.call(method, request))
 
-    async def _purchases(self, method: Any, request: Any) -> Any:
-        return await self._services.ask("purchases", self._services.call(method, request))
+    async def _control_totals(self, of: OfCell, request: Any) -> Any:
+        call = self._services.call(of.purchases.ListControlTotals, request)
+        return await self._services.ask("purchases", call, of.cell.purchases)
 
 
 def totals_of(row: Any) -> Totals:

@@ -1,12 +1,13 @@
 """Channels to the services, the deadline of what is asked of them, and what it means to a person when they refuse."""
 
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 from grpc import StatusCode
 
-from chassis import grpc_client
+from chassis import cells, grpc_client
+from chassis.cells import Cell, Cells
 from chassis.errors import Violation
 from chassis.tls import Credentials
 from pages_svc import person
@@ -16,7 +17,6 @@ from pos.errors import read_status
 from retail.analytics.v1.analytics_service_pb2_grpc import AnalyticsServiceStub
 from retail.analytics.v1.audit_service_pb2_grpc import AuditServiceStub
 from retail.analytics.v1.quarantine_service_pb2_grpc import QuarantineServiceStub
-from retail.purchases.v1.customers_service_pb2_grpc import CustomersServiceStub
 from retail.purchases.v1.purchases_service_pb2_grpc import PurchasesServiceStub
 from retail.relay.v1.outbox_service_pb2_grpc import OutboxServiceStub
 
@@ -38,33 +38,60 @@ class Problem(Exception):
         return self.reason in ("PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
+class OfCell(NamedTuple):
+    """The stubs of a cell's own services."""
+
+    cell: Cell
+    purchases: Any
+    outbox: Any
+
+
 class Services:
-    """One stub for each service."""
+    """A stub for each service; of those that each cell has, one for each."""
 
     def __init__(self, config: ServeSettings, credentials: Credentials | None) -> None:
-        def channel(target: str) -> grpc.aio.Channel:
-            return grpc_client.connect(target, service_config.TEXT, credentials)
+        """Raises SettingsError: the file of cells makes no sense."""
+        self._credentials = credentials
+        self._channels: dict[str, grpc.aio.Channel] = {}  # by target
+        self._targets = {"analytics": config.analytics_target, "consumer": config.consumer_target}
+        self._said = cells.follow(config) if config.cells_file else None
+        self._only = cells.only(config.purchases_target, config.relay_target)
+        self.analytics: Any = AnalyticsServiceStub(self._channel(config.analytics_target))
+        self.audit: Any = AuditServiceStub(self._channel(config.consumer_target))
+        self.quarantine: Any = QuarantineServiceStub(self._channel(config.consumer_target))
 
-        self._targets = {
-            "purchases": config.purchases_target,
-            "analytics": config.analytics_target,
-            "relay": config.relay_target,
-            "consumer": config.consumer_target,
-        }
-        self._channels = {name: channel(target) for name, target in self._targets.items()}
-        self.purchases: Any = PurchasesServiceStub(self._channels["purchases"])
-        self.customers: Any = CustomersServiceStub(self._channels["purchases"])
-        self.analytics: Any = AnalyticsServiceStub(self._channels["analytics"])
-        self.outbox: Any = OutboxServiceStub(self._channels["relay"])
-        self.audit: Any = AuditServiceStub(self._channels["consumer"])
-        self.quarantine: Any = QuarantineServiceStub(self._channels["consumer"])
+    @property
+    def cells(self) -> Cells:
+        return self._said.value if self._said else self._only
+
+    def of_cells(self, branch_id: int | None = None) -> list[OfCell]:
+        """Those of all cells, or of the one that has the branch."""
+        having = branch_id and self.cells.of_branch(branch_id)
+        return [
+            OfCell(
+                cell,
+                PurchasesServiceStub(self._channel(cell.purchases)),
+                OutboxServiceStub(self._channel(cell.relay)),
+            )
+            for cell in ([having] if having else self.cells.by_name.values())
+        ]
+
+    async def follow(self) -> None:
+        """What the file of cells says, until cancelled."""
+        if self._said:
+            await self._said.follow(lambda: None)
+
+    def _channel(self, target: str) -> grpc.aio.Channel:
+        if target not in self._channels:
+            self._channels[target] = grpc_client.connect(target, service_config.TEXT, self._credentials)
+        return self._channels[target]
 
     def call(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """A call in the name of who looks."""
         return method(request, timeout=timeout_s, metadata=person.metadata())
 
-    async def ask(self, service: str, call: Awaitable[T]) -> T:
-        """The answer to a call of that service.
+    async def ask(self, service: str, call: Awaitable[T], target: str = "") -> T:
+        """The answer to a call of that service; `target` is where, of those that each cell has.
 
         Raises:
             Problem
@@ -72,11 +99,11 @@ class Services:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise self.problem(service, error) from None
+            raise self.problem(service, error, target) from None
 
-    def problem(self, service: str, error: grpc.aio.AioRpcError) -> Problem:
+    def problem(self, service: str, error: grpc.aio.AioRpcError, target: str = "") -> Problem:
         status = read_status(error)
-        where = f"the {service} service at {self._targets[service]}"
+        where = f"the {service} service at {target or self._targets[service]}"
         reason = status.reason or status.code.name
         if status.code in (StatusCode.PERMISSION_DENIED, StatusCode.UNAUTHENTICATED):
             text, advice = "This is not for you to see or do.", "Ask whoever runs the system for the right role."

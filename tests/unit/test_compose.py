@@ -163,7 +163,7 @@ def test_the_second_cell_is_as_the_first() -> None:
     """But for its server, its name, and what only somebody on this machine wants; the rest finds both by one file."""
     listed = cells.parse((ROOT / "deploy" / "cells.toml").read_text()).by_name
     assert listed.keys() == {"default", "cell-2"}
-    assert TWO_CELLS["services"].keys() - SECOND.keys() == {"purchases", "relay", "consumer", "prometheus"}
+    assert TWO_CELLS["services"].keys() - SECOND.keys() == {"purchases", "relay", "consumer", "pages", "prometheus"}
     assert SECOND.keys() == {f"{name}-2" for name in ("postgres", "migrate-purchases", "purchases", "relay")}
     own = re.compile(r"\b(postgres|migrate-purchases|purchases|relay)-2\b(?=[:/\"]|$)")
     for name, second in SECOND.items():
@@ -184,7 +184,7 @@ def test_the_second_cell_is_as_the_first() -> None:
             assert address.partition(":")[2] == second["environment"][f"{kind.upper()}_LISTEN"].partition(":")[2]
             assert name in certificates.PROCESSES[f"service/{kind}"]
         assert json.loads(own.sub(r"\1", json.dumps(second))) == first, name
-    for name in ("purchases", "consumer"):
+    for name in ("purchases", "consumer", "pages"):
         assert TWO_CELLS["services"][name]["environment"]["CELLS_FILE"] == "/cells.toml"
     command, _, other = CONTAINERS["prometheus"]["command"][0].rpartition("/")
     read, read_2 = (

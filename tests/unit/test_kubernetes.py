@@ -281,6 +281,9 @@ def test_two_cells() -> None:
         "purchases",
         "purchases-2",
         "consumer",
+        "pages",
     }
+    (callers,) = [it["target"]["name"] for it in overlay["patches"] if it["target"]["kind"] == "NetworkPolicy"]
+    assert {*callers.split("|")} == {it.name for it in STACK if {"purchases", "relay"} <= {*it.calls}}
     page = (HERE / "README.md").read_text()
     assert all(f"`retail-{name}`" in page for name in ("purchases-2-database", "relay-2-database", "purchases-2-owner"))

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from analytics_svc.upstream.chain import Chain
 from chassis import lifecycle, zones
 from chassis.cells import CellsSettings
 from chassis.settings import SettingsError
+from pages_svc.settings import ServeSettings
+from pages_svc.upstream.sales import Calendar, Sales
+from pages_svc.upstream.services import Services
 from pos.client import Item, PosClient, Recorded, Sale
 from pos.errors import WrongCell
 from purchases_svc.settings import ServeSettings as PurchasesSettings
@@ -241,6 +244,22 @@ async def test_a_file_that_makes_no_sense(world: World, analytics_db: str) -> No
         refused = await refusal(_stub(north).CreatePurchase(sale(branch_id=SOUTH), timeout=WAIT_S))
         assert refused.reason == "WRONG_CELL"
         await _stub(north).CreatePurchase(sale(branch_id=NORTH, seconds=_now()), timeout=WAIT_S)
+
+
+async def test_the_pages_ask_all_cells(world: World, one_day: None) -> None:
+    """What was recorded today is what both have recorded; of one branch, what its cell has."""
+    services = Services(ServeSettings(cells_file=str(world.file)), None)
+    sales = Sales(services)
+    async with world.selling("north") as north, world.selling("south") as south:
+        for channel, branch, count in ((north, NORTH, 2), (south, SOUTH, 3)):
+            for _ in range(count):
+                await _stub(channel).CreatePurchase(sale(branch_id=branch, seconds=_now()), timeout=WAIT_S)
+        end = datetime.now(UTC) + timedelta(days=1)
+        for branch_id, recorded in ((None, 5), (NORTH, 2), (SOUTH, 3), (UNLISTED, 0)):
+            assert (await sales.recorded_until(end, today(), branch_id)).purchase_count == recorded
+        assert await sales.calendar(None) == Calendar(zones.load("UTC"), today(), today())
+        assert (await sales.calendar(SOUTH)).first == today()
+    await services.close()
 
 
 async def test_positions_of_cells(world: World) -> None:
