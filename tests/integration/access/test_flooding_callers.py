@@ -48,12 +48,20 @@ def test_calls_over_any_number_of_connections_are_one_callers(purchases: Backbon
 
 def test_a_flood_is_refused_before_anything_is_done_for_it(purchases: Backbone, purchases_url: str) -> None:
     """Nothing of it is read: bytes that are no message are refused as any other call is. Nothing of it is stored."""
-    with purchases.channel("purchases", purchases.certificate("/branch/97/till/POS-1")) as channel:
+    with (
+        purchases.channel("purchases", purchases.certificate("/branch/97/till/POS-1")) as channel,
+        ThreadPoolExecutor(30) as threads,
+    ):
         create = PurchasesServiceStub(channel).CreatePurchase
         garbage: Any = channel.unary_unary(f"/{SERVICE}/CreatePurchase")
-        outcomes = Counter(_outcome(create, sale(branch_id=97, pos_id="POS-1")) for _ in range(10 * AT_ONCE))
-        assert set(outcomes) == {"OK", "RATE_EXCEEDED"}
-        assert {_outcome(garbage, b"\xff") for _ in range(AT_ONCE)} == {"RATE_EXCEEDED"}
+        began = time.monotonic()
+        calls = (sale(branch_id=97, pos_id="POS-1") for _ in range(20 * AT_ONCE))
+        outcomes = Counter(threads.map(lambda call: _outcome(create, call), calls))
+        of_garbage = Counter(threads.map(lambda _: _outcome(garbage, b"\xff"), range(20 * AT_ONCE)))
+        let_in = PER_S * (time.monotonic() - began) + 1  # meanwhile
+    assert set(outcomes) == {"OK", "RATE_EXCEEDED"}
+    assert set(of_garbage) <= {"RATE_EXCEEDED", "MALFORMED_MESSAGE"}
+    assert of_garbage["RATE_EXCEEDED"] and of_garbage["MALFORMED_MESSAGE"] <= let_in
     with psycopg.connect(purchases_url) as connection:
         assert connection.execute("SELECT count(*) FROM purchases WHERE branch_id = 97").fetchone() == (outcomes["OK"],)
 
