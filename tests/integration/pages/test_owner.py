@@ -106,8 +106,13 @@ async def test_what_is_shown_is_what_is_in_the_files(site: Site, till: PosClient
     assert {(row["day"], row["branch"]) for row in rows} == {
         (str(s.purchase_time.date()), str(s.branch_id)) for s in sent
     }
-    assert len(list(csv.reader(io.StringIO(get(site, f"/products.csv{address}")[1])))) > 10
-    assert len(list(csv.reader(io.StringIO(get(site, f"/customers.csv{address}")[1])))) > 5
+
+    async def listed(name: str, more_than: int) -> bool:  # which is remembered for a moment, perhaps of one before
+        text = (await asyncio.to_thread(get, site, f"/{name}.csv{address}"))[1]
+        return len(list(csv.reader(io.StringIO(text)))) > more_than
+
+    await eventually(lambda: listed("products", 10), "the best products are in the file")
+    await eventually(lambda: listed("customers", 5), "the most loyal customers are in the file")
     assert get(site, "/else.csv")[0] == 404
     assert get(site, "/sales.csv?range=custom&first=yesterday")[0] == 400
 
