@@ -93,8 +93,11 @@ class Flushes:
                 await asyncio.sleep(0)  # who stands at the door comes along: a flush costs the same for some more
                 if not (batch := self.waiting.next_batch(live=live)):
                     continue
+                began = asyncio.get_running_loop().time()
                 flush = self._tasks.start(self._flush(batch, self._until()))
                 await asyncio.wait({flush}, timeout=SLOW_FLUSH_S)
+                if not live and self.waiting.live_expected:  # half of the time is theirs, as are the processors
+                    await asyncio.sleep(asyncio.get_running_loop().time() - began)
                 under_way = {each for each in (*under_way, flush) if not each.done()}
                 if len(under_way) == FLUSHES_MAX[kind]:
                     _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)

@@ -27,6 +27,11 @@ class Waiting:
         self._last_caller: str | None = None  # of a live sale
         self._on_their_way: dict[str, Entry] = {}  # by key
 
+    @property
+    def live_expected(self) -> bool:
+        """Somebody at a till may bring a sale at any moment."""
+        return asyncio.get_running_loop().time() < self._live_until
+
     def any(self, *, live: bool) -> bool:
         return bool(self._live if live else self._bulk)
 
@@ -48,7 +53,7 @@ class Waiting:
         """
         now = asyncio.get_running_loop().time()
         if not live:
-            if now < self._live_until:
+            if self.live_expected:
                 return self._batch(self._bulk, BULK_BESIDE_LIVE, BULK_ITEMS_BESIDE_LIVE)
             return self._batch(self._bulk, self._batch_max, BATCH_ITEMS_MAX)
         if now < self._several_until or self._live.callers > 1:

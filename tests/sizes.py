@@ -22,6 +22,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "AUDITED_HISTORIES": Size(3, 100, "of whatever may happen to sales, in test_audit_histories.py"),
+    "DRAIN_SEEDS": Size(40, 10_000, "of sales while a till's journal is sent, in test_journal_drains.py"),
     "EVENTS": Size(2_000, 10_000, "shuffled, doubled and delayed, in test_consumer.py"),
     "FAULTS": Size(30, 200, "that test_short_run.py brings about; `make faults` is for more"),
     "FUZZ_REQUESTS": Size(10_000, 100_000, "of whatever kind, in test_fuzz_purchases.py"),
@@ -33,6 +34,7 @@ SIZES = {
     "PAGED_ROWS": Size(30_000, 1_000_000, "through which test_paging_at_scale.py goes"),
     "READ_YOUR_WRITES": Size(100, 1_000, "purchases that are asked for at once, in test_read_your_writes.py"),
     "ROLLOUTS": Size(1, 3, "there, back and there again, in test_rolling_upgrade.py"),
+    "YEARS_DAYS": Size(130, 1_096, "of sales that the pages show, in test_years.py; its figures are of the long form"),
     "ZONES": Size(8, 1_000, "of time, the oddest first, in test_business_days.py; all of them take an hour"),
     "ZONES_SIDE_BY_SIDE": Size(100, 1_000, "of time in one database, in test_business_days.py; there are some 600"),
 }

@@ -1,13 +1,12 @@
 """Three years of a chain: the page shows all of them to the cent, and how long it takes is printed.
 
-    YEARS_DAYS=1096 make test ARGS='tests/integration/pages/test_years.py -s'
+    make test LONG=1 ARGS='tests/integration/pages/test_years.py -s'
 
 sells all of it through the whole system first, which takes some minutes; without, it is four months.
 """
 
 import asyncio
 import datetime
-import os
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -23,8 +22,9 @@ from pos.client import Item, PosClient, Sale
 from tests.conftest import eventually
 from tests.integration.pages.conftest import Site
 from tests.integration.pages.test_owner import get
+from tests.sizes import how_many
 
-DAYS, BRANCHES, PRODUCTS, CUSTOMERS = int(os.environ.get("YEARS_DAYS", "130")), 20, 400, 20_000
+DAYS, BRANCHES, PRODUCTS, CUSTOMERS = how_many("YEARS_DAYS"), 20, 400, 20_000
 BASKET, TIMES = 20, 30
 WITHIN_S = 60.0 + DAYS
 DAY = datetime.timedelta(days=1)

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import psycopg
@@ -269,6 +270,27 @@ async def test_what_comes_by_the_hundred_goes_in_small_flushes_beside_live_sales
     flushes = [sales for (sales,) in query(purchases_db, "SELECT count(*) FROM purchases GROUP BY xmin::text")]
     assert sum(flushes) > 500
     assert max(flushes) <= waiting.BULK_BESIDE_LIVE
+
+
+async def test_half_of_the_time_is_left_to_sales_at_tills(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backlog pauses after each flush for as long as that took, while somebody may come to a till."""
+    monkeypatch.setattr(waiting, "EXPECTED_S", WAIT_S)
+    monkeypatch.setattr(flush, "SLOW_FLUSH_S", WAIT_S)
+    taken: list[tuple[float, float]] = []
+    async with recording(purchases_db) as recorder:
+        store, clock = recorder._flushes._flush, asyncio.get_running_loop().time
+
+        async def timed(batch: list[Entry], until: float) -> None:
+            began = clock()
+            await store(batch, until)
+            taken.append((began, clock()))
+
+        await recorder.record(sale(), "till")
+        monkeypatch.setattr(recorder._flushes, "_flush", timed)
+        await recorder.record_all([sale() for _ in range(100)], "backlog")
+    assert len(taken) == 100 / waiting.BULK_BESIDE_LIVE
+    for (began, ended), (following, _) in pairwise(taken):
+        assert following - ended > 0.9 * (ended - began)
 
 
 async def test_what_a_journal_kept_is_no_sale_at_a_till(purchases_db: str, monkeypatch: pytest.MonkeyPatch) -> None:

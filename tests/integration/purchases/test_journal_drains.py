@@ -25,8 +25,9 @@ from pos.errors import OutcomeUnknown, Status
 from pos.journal import Journal, JournalError, Receipt
 from tests.conftest import WAIT_S
 from tests.integration.processes import Processes
+from tests.sizes import how_many
 
-SEEDS, FIRST_SEED = int(os.environ.get("DRAIN_SEEDS", "40")), int(os.environ.get("DRAIN_SEED", "0"))
+SEEDS, FIRST_SEED = how_many("DRAIN_SEEDS"), int(os.environ.get("DRAIN_SEED", "0"))
 AT_ONCE = 8
 STARTS = 3  # of each till
 POS = "POS-3"
