@@ -136,7 +136,10 @@ async def test_sales_during_the_drain(service: str, purchases_db: str) -> None:
 
         loop = asyncio.get_running_loop()
         seeds = range(FIRST_SEED, FIRST_SEED + SEEDS)
-        await asyncio.gather(*(loop.run_in_executor(threads, one, seed) for seed in seeds))
+        try:
+            await asyncio.gather(*(loop.run_in_executor(threads, one, seed) for seed in seeds))
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)  # the first that fails is enough
 
 
 def drain(branch: int, seed: int, client: PosClient, database: psycopg.Connection) -> None:
