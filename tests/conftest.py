@@ -62,8 +62,10 @@ def _is_ours(path: Path) -> bool:
     """Whether nobody else has taken that file."""
     taken = os.environ.get("TEST_FILES_TAKEN")
     if taken:
+        place = Path(taken, *path.parts[1:])
+        place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            Path(taken, path.name).touch(exist_ok=False)
+            place.touch(exist_ok=False)
         except FileExistsError:
             return False
     return True
