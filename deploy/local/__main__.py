@@ -114,8 +114,7 @@ def status(stack: Stack, _: Sequence[str]) -> int:
 
 def demo(stack: Stack, arguments: Sequence[str]) -> int:
     with stack.used(temporary=True):
-        # A given one comes later, and counts. Where there are cells, a till's journal is not found yet in each of them.
-        journals = ["--journals", str(stack.home / "tills")] if stack.cells == 1 else []
+        journals = ["--journals", str(stack.launcher.data / "tills")]  # a given one comes later, and counts
         return _in_foreground(["-m", "pos", "demo", *journals, *arguments], stack.client_environ())
 
 
