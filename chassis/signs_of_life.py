@@ -21,18 +21,24 @@ async def kept_alive(connection: Connection) -> AsyncIterator[None]:
     frozen is: by `idle_in_transaction_session_timeout` or `idle_session_timeout`. Statements of the block take turns
     with these. A connection that is lost shows at the block's own next statement.
     """
-
     over = asyncio.Event()
+    asking: set[asyncio.Task[None]] = set()
 
     async def ask() -> None:
         with suppress(psycopg.Error):
+            await connection.execute("SELECT")
             while not await wait_set(over, SIGN_OF_LIFE_EVERY_S):
                 await connection.execute("SELECT")
 
-    asking = asyncio.create_task(ask())
+    # Most blocks are over long before: they cost a timer, and no task.
+    loop = asyncio.get_running_loop()
+    first = loop.call_later(SIGN_OF_LIFE_EVERY_S, lambda: asking.add(loop.create_task(ask())))
     try:
         yield
     finally:
+        first.cancel()
         over.set()  # not cancelled in mid-statement, which would be the end of the transaction
-        await asyncio.wait({asking}, timeout=HELD_IN_SILENCE_MAX_S)
-        asking.cancel()
+        if asking:
+            await asyncio.wait(asking, timeout=HELD_IN_SILENCE_MAX_S)
+            for each in asking:
+                each.cancel()

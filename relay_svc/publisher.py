@@ -189,7 +189,8 @@ class Publisher:
         """Wait for the broker's word on all of a window."""
         link = self._link
         try:
-            await asyncio.wait_for(window.settled.wait(), self._confirm_timeout_s)
+            async with asyncio.timeout(self._confirm_timeout_s):
+                await window.settled.wait()
         except TimeoutError:
             window.trouble = self._silence()
         finally:

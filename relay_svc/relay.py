@@ -25,9 +25,10 @@ from relay_svc.topology import EXCHANGE, ROUTING_KEY
 LANES = 2  # windows on their way: while the broker confirms one, the next is claimed and sent, and the last is marked
 # How long the relay waits before it looks again. After a window that was not full, the longer the more was in it: a few
 # events are soon in the queue, many share a commit. After nothing, a twentieth of the time for which nothing has come.
-LOOK_AGAIN_S = 0.003
+LOOK_AGAIN_S = 0.005
 GATHER_S, GATHER_EACH_S = 0.01, 0.002
 SILENCE_SHARE = 0.05
+FLOWING_S = 0.03  # so long after an event, the next look claims at once, whether or not it will find something
 BROKER_EVERY_S = 1.0  # that an idle relay makes sure of the broker: trouble shows before the first event does
 RETRIES_EVERY_S = 1.0  # or ten times that often, while there are many; new events go in between
 # Events that another relay had claimed and gave up are found by a sweep.
@@ -102,7 +103,6 @@ class Relay:
         self._rate = Rate()
         self._forget_place()
         self._last_event_at = self._look_at = self._broker_at = self._retries_at = 0.0
-        self._flowing = False  # events come one after the other: the next look will find some
         self.breaker_reason: str | None = None
         self.sent = 0  # events confirmed since the start
 
@@ -241,19 +241,25 @@ class Relay:
             raise psycopg.OperationalError("no standby takes what is to be published") from None
 
     async def _claim(self, connection: Connection, limit: int) -> Window:
-        """The next window. One lane looks at a time, from where the last ended, when it is time to."""
+        """The next window. One lane looks at a time, from where the last ended, when it is time to. While events come
+        one after the other it goes on, in one transaction."""
         async with self._claiming:
-            await asyncio.sleep(max(self._look_at - time.monotonic(), 0))
-            window, more = await self._look(connection, limit)
-            now = time.monotonic()
-            self._flowing = len(window.events) > 1
-            if window.events:
-                self._last_event_at = now
-                pause_s = min(max(len(window.events) * GATHER_EACH_S, LOOK_AGAIN_S), GATHER_S)
-            else:
-                pause_s = max((now - self._last_event_at) * SILENCE_SHARE, LOOK_AGAIN_S)
-            self._look_at = now if more else now + min(pause_s, self._look_every_s)
-            return window
+            while True:
+                await asyncio.sleep(max(self._look_at - time.monotonic(), 0))
+                window, more = await self._look(connection, limit)
+                now = time.monotonic()
+                if window.events:
+                    self._last_event_at = now
+                    pause_s = min(max(len(window.events) * GATHER_EACH_S, LOOK_AGAIN_S), GATHER_S)
+                else:
+                    pause_s = max((now - self._last_event_at) * SILENCE_SHARE, LOOK_AGAIN_S)
+                self._look_at = now if more else now + min(pause_s, self._look_every_s)
+                if window.events or not self._flowing():
+                    return window
+
+    def _flowing(self) -> bool:
+        """Whether events come one after the other: then many a look finds one."""
+        return time.monotonic() - self._last_event_at < FLOWING_S
 
     async def _look(self, connection: Connection, limit: int) -> tuple[Window, bool]:
         """What waits, and whether there is more. Retries now and then; new events go in between."""
@@ -266,7 +272,7 @@ class Relay:
             self._retries_at = time.monotonic() + pause_s
             if retries:
                 return Window(retries, found.days, True), len(retries) >= limit
-        elif not self._flowing and not await outbox.waits(connection, self._position, found):
+        elif not self._flowing() and not await outbox.waits(connection, self._position, found):
             return Window((), found.days, False), False
         claim = await outbox.claim(connection, limit, self._position, found)
         self._position = claim.position

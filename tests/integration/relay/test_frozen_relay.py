@@ -24,6 +24,7 @@ from tests.integration.purchase_events import query
 CLAIMED = """
     SELECT count(*) > 0 FROM pg_stat_activity
     WHERE application_name = 'relay' AND datname = current_database() AND state = 'idle in transaction'
+        AND backend_xid IS NOT NULL
 """
 
 

@@ -17,6 +17,7 @@ from relay_svc.publisher import Publisher
 from relay_svc.relay import Relay
 from tests.conftest import eventually, pool
 from tests.integration.outbox_events import all_sent, insert, make_days, new_ids, states, write
+from tests.integration.purchase_events import query
 
 QUEUE = "purchases.created"
 
@@ -97,6 +98,36 @@ async def test_relays_side_by_side(outbox: Pool, purchases_db: str, amqp_url: st
     for _, publisher in relays:
         publisher.disconnect()
     assert Counter(properties.message_id for _, properties, _ in drain(channel)) == Counter(ids)
+
+
+async def test_looks_in_vain_leave_no_transaction_open(
+    outbox: Pool, purchases_db: str, amqp_url: str, channel: BlockingChannel
+) -> None:
+    """While events come, a look that finds nothing leaves its transaction to the next one; the last of them ends it."""
+    bind(channel)
+    relay, publisher = make_relay(outbox, amqp_url)
+    stop = asyncio.Event()
+    running = asyncio.ensure_future(relay.run(stop))
+    for _ in range(20):
+        write(purchases_db, 1)
+    await eventually(lambda: all_sent(purchases_db), "everything is sent")
+    ((since,),) = query(purchases_db, "SELECT clock_timestamp()")
+    old = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND xact_start < clock_timestamp() - interval '0.5 s'"
+    )
+
+    async def long_after() -> bool:
+        return bool(query(purchases_db, f"SELECT clock_timestamp() > '{since}'::timestamptz + interval '1 s'")[0][0])
+
+    async def none_is_open() -> bool:
+        return query(purchases_db, old) == [(0,)]
+
+    await eventually(long_after, "no event has come for a while")
+    await eventually(none_is_open, "no transaction is left")
+    stop.set()
+    await running
+    publisher.disconnect()
 
 
 async def test_event_that_commits_late_is_found(
