@@ -46,6 +46,13 @@ def write_one(connection: psycopg.Connection) -> str:
     return str(row[0])
 
 
+def one(connection: psycopg.Connection) -> tuple[str, str]:
+    """A new event that is written nowhere: its id, and the message."""
+    row = connection.execute(_EVENTS + "SELECT event_id::text, payload::text FROM event", {"count": 1}).fetchone()
+    assert row
+    return row[0], row[1]
+
+
 def write_bodies(connection: psycopg.Connection, count: int, file: Path) -> None:
     """Write so many new events as messages, one a line."""
     rows = connection.execute(_EVENTS + "SELECT payload::text FROM event", {"count": count})

@@ -53,8 +53,11 @@ def run(plan: Plan, show: Show) -> Outcome:
     visible_ms = sorted(ms for each in rounds for ms in each.half.visible_ms)
     lag_ms = sorted(ms for each in rounds for ms in each.half.lag_ms)
     visibility_ms = {f"p{percent}": percentile(visible_ms, percent) for percent in (50, 99)}
-    relay_ms = sorted(ms for each in one_by_one for ms in each.waits_ms)
+    relay_ms, broker_ms = (
+        sorted(ms for each in one_by_one[name] for ms in each.waits_ms) for name in (soon.RELAY, soon.ALONE)
+    )
     relay_latency_ms = {f"p{percent}": percentile(relay_ms, percent) for percent in (50, 99)}
+    broker_latency_ms = {f"p{percent}": percentile(broker_ms, percent) for percent in (50, 99)}
     relay_cpu_us = {name: us for name, us in middle_flow(relayed[RELAY]).cpu_us.items() if name != "RabbitMQ"}
     pgbench = middle([each.highest.pgbench for each in rounds])
     pipeline = steady(rounds)
@@ -68,12 +71,13 @@ def run(plan: Plan, show: Show) -> Outcome:
         f"At {half_per_s:,.0f} purchases/s, ListDailySales shows a sale {milliseconds(visible_ms)} after its answer."
     )
     show.say(f"At {soon.EVENTS_PER_S} events/s, one is in the queue {milliseconds(relay_ms)} after its commit.")
+    show.say(f"The broker alone takes {milliseconds(broker_ms)} of that: a message of pika's.")
     if lag_ms:
         show.say(f"complete_through_time then lies {milliseconds(lag_ms)} back.")
 
     details = {
         "events_to_the_queue": raw_flows(relayed),
-        "events_one_by_one": [each._asdict() for each in one_by_one],
+        "events_one_by_one": {name: [each._asdict() for each in rounds] for name, rounds in one_by_one.items()},
         "events_into_the_read_models": raw_flows(applied),
         "lock_wait_shares": waiting,
         "whole": [each.raw() for each in rounds],
@@ -85,7 +89,12 @@ def run(plan: Plan, show: Show) -> Outcome:
         whole.PIPELINE: [each.highest.recorded_per_s for each in rounds],
     }
     picture = plot(relayed, {name: applied[name] for name in (APPLY, SINGLE)}, speeds, pgbench, pipeline, visible_ms)
-    figures = {"visibility_ms": visibility_ms, "relay_latency_ms": relay_latency_ms, "relay_cpu_us": relay_cpu_us}
+    figures = {
+        "visibility_ms": visibility_ms,
+        "relay_latency_ms": relay_latency_ms,
+        "broker_latency_ms": broker_latency_ms,
+        "relay_cpu_us": relay_cpu_us,
+    }
     absolute = {
         "relay_latency_p50": relay_latency_ms["p50"],
         "relay_cpu": sum(relay_cpu_us.values()),

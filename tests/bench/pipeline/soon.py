@@ -1,13 +1,16 @@
-"""How soon an event is in the queue when there are a hundred a second, each committed by itself."""
+"""How soon an event is in the queue when there are a hundred a second, each committed by itself; and how soon a message
+of pika alone, which is what the broker takes of that."""
 
 import json
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pika
 import psycopg
 
-from analytics_svc.ingest.consumer import QUEUE
+from analytics_svc.ingest.consumer import EXCHANGE, QUEUE, ROUTING_KEY
 from deploy.local.machine import StackError, wait_until
 from tests.bench import stage
 from tests.bench.figures import Plan
@@ -19,7 +22,7 @@ from tests.bench.show import Show
 EVENTS_PER_S = 100
 ARRIVAL_TIMEOUT_S = 30.0
 LISTEN_S = 0.1
-FAMILY = f"relay at {EVENTS_PER_S} events/s"
+RELAY, ALONE = f"relay at {EVENTS_PER_S} events/s", "pika alone"
 
 
 class Soon(NamedTuple):
@@ -29,36 +32,56 @@ class Soon(NamedTuple):
     cpu_us: dict[str, float]  # an event, by process; PostgreSQL's with what the writing costs
 
 
-def measure(scene: Scene, plan: Plan, show: Show) -> list[Soon]:
-    """The relay's process as it is, on an outbox in which there is always something, and never much."""
+def measure(scene: Scene, plan: Plan, show: Show) -> dict[str, list[Soon]]:
+    """The relay's process as it is, on an outbox in which there is always something, and never much; beside pika."""
     url = stage.migrated(scene.postgres, "soon", "purchases_svc")
     stage.ensure_today(url)
     broker.empty(scene.rabbitmq.url)
     settings = {"PURCHASES_DATABASE_URL": url, "AMQP_URL": scene.rabbitmq.url, "LOG_LEVEL": "WARNING"}
-    with stage.service("relay", ("relay_svc", "serve"), settings, scene.directory) as service:
+    count = plan.measure_s * EVENTS_PER_S
+    with (
+        stage.service("relay", ("relay_svc", "serve"), settings, scene.directory) as service,
+        psycopg.connect(url, autocommit=True) as connection,
+    ):
+        pids = {"in front": [service.process.pid], **scene.pids()}
 
-        def trial() -> Soon:
-            return _trial(scene, url, service, plan.measure_s * EVENTS_PER_S)
+        def commit() -> tuple[str, float]:
+            event_id = events.write_one(connection)
+            return event_id, time.perf_counter()
 
-        return show.in_turn({FAMILY: trial}, plan.rounds, "events one by one")[FAMILY]
+        def alone() -> Soon:
+            with broker.queue(scene.rabbitmq.url) as channel:
+                channel.confirm_delivery()  # a call returns when the broker has the message
+
+                def publish() -> tuple[str, float]:
+                    event_id, body = events.one(connection)
+                    began = time.perf_counter()
+                    channel.basic_publish(EXCHANGE, ROUTING_KEY, body, pika.BasicProperties(delivery_mode=2))
+                    return event_id, began
+
+                return _trial(scene, pids, count, publish)
+
+        contenders = {RELAY: lambda: _trial(scene, pids, count, commit), ALONE: alone}
+        return show.in_turn(contenders, plan.rounds, "events one by one")
 
 
-def _trial(scene: Scene, url: str, service: stage.Service, count: int) -> Soon:
+def _trial(scene: Scene, pids: dict[str, list[int]], count: int, send: Callable[[], tuple[str, float]]) -> Soon:
+    """`send` tells the id of what it has sent, and since when it is on its way."""
     arrivals = _Arrivals(scene.rabbitmq.url)
-    committed: dict[str, float] = {}
-    with psycopg.connect(url, autocommit=True) as connection, arrivals:
-        meter = Meter({"in front": [service.process.pid], **scene.pids()})
+    sent: dict[str, float] = {}
+    with arrivals:
+        meter = Meter(pids)
         began = time.perf_counter()
         for number in range(count):
             time.sleep(max(began + number / EVENTS_PER_S - time.perf_counter(), 0))
-            event_id = events.write_one(connection)
-            committed[event_id] = time.perf_counter()
+            event_id, at = send()
+            sent[event_id] = at
         if not wait_until(lambda: len(arrivals.bodies) >= count, ARRIVAL_TIMEOUT_S):
             raise StackError("not all events came out of the queue")
         cpu_us = meter.us(count)
     arrived = {json.loads(body)["event_id"]: at for at, body in arrivals.bodies}
     # An event may be out of the queue before its writer has heard of the commit.
-    return Soon(sorted(max(arrived[each] - at, 0) * 1_000 for each, at in committed.items()), cpu_us)
+    return Soon(sorted(max(arrived[each] - at, 0) * 1_000 for each, at in sent.items()), cpu_us)
 
 
 class _Arrivals:
