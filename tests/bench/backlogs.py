@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from chassis.settings import load
 from pos.client import Item, PosClient, Sale, connect
 from pos.journal import Journal
 from pos.settings import Settings
@@ -29,7 +30,7 @@ BASKET = [Item(1001 + n, 250) for n in range(5)]
 
 
 def main(tills: int, sales: int) -> None:
-    target = Settings().purchases_target
+    target = load(Settings).purchases_target
     with (
         tempfile.TemporaryDirectory() as directory,
         ThreadPoolExecutor(32) as threads,
