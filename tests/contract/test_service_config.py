@@ -69,7 +69,7 @@ class Customers:
             raise self._refusals.pop(0)
         return pb.GetCustomerResponse()
 
-    CreateCustomer = ListCustomers = GetCustomer
+    CreateCustomer = ListCustomers = ListNewCustomers = GetCustomer
 
 
 @asynccontextmanager
