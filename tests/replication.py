@@ -25,7 +25,9 @@ STANDBY = "standby"  # as which it is known to synchronous_standby_names
 COPY_TIMEOUT_S = 120.0
 CAUGHT_UP_TIMEOUT_S = 60.0
 PROMOTED_TIMEOUT_S = 60.0
-SETTINGS: Mapping[str, str] = {  # after a cut, both ends find each other again at once
+# After a cut, both ends find each other again at once; after a crash, the primary still has what its standby lacks.
+SETTINGS: Mapping[str, str] = {
+    "wal_keep_size": "1GB",
     "wal_sender_timeout": "5s",
     "wal_receiver_timeout": "5s",
     "wal_retrieve_retry_interval": "100ms",
