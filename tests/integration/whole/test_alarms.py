@@ -30,6 +30,7 @@ WITHOUT_ALARM = {
     "Users of the broker",
     "Clusters",
     "A country changes its clocks",
+    "A move of a branch was interrupted",
     "The disk of a database is full",
     "REBUILD_RUNNING, and nobody runs one",
 }
