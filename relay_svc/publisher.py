@@ -93,9 +93,11 @@ class Publisher:
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
                 channel = await amqp.open_channel(connection, lambda _: None)
-                ready = (await topology.look(channel)).ready
-                channel.close()
-                return ready
+                try:
+                    return (await topology.look(channel)).ready
+                finally:
+                    if channel.is_open:  # also when the time is over: channels of a connection are limited
+                        channel.close()
         except (amqp.BrokerUnavailable, AMQPError, TimeoutError):
             return None
 
